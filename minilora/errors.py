@@ -1,0 +1,8 @@
+"""The one exception that means: what you gave us is wrong, and here is the way out."""
+
+
+class InputError(ValueError):
+    """Bad input (a file, a key, a row, a value): the message names the thing and the way out in one line.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
