@@ -1,0 +1,275 @@
+"""One decoder-only Transformer for Llama, SmolLM, Mistral, Qwen2 and Qwen3, in pure PyTorch.
+
+    tokens -> embed_tokens -> [ x + self_attn(input_layernorm(x)) ; x + mlp(post_attention_layernorm(x)) ] * N
+           -> norm -> lm_head -> logits
+
+Module names and state_dict keys are Hugging Face's, so a checkpoint's tensors fit by name.
+B is the batch, T the new tokens, S = past + T, H the query heads, K the key-value heads, D the size of a head.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minilora.model_config import ModelConfig
+
+__all__ = ["KVCache", "ModelConfig", "Transformer"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization over the last dimension (Zhang & Sennrich, arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # y = weight * x / sqrt(mean(x²) + eps), the mean in float32
+        x32 = x.float()
+        y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, for at most `max_length` tokens a row.
+
+    `keys[layer]` and `values[layer]` are (B, K, max_length, D); the first `length` positions are filled.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.max_length = max_length
+        self.length = 0
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the (B, K, T, D) keys and values of new tokens to a layer; all S of them come back."""
+        end = self.length + key.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"KVCache: {end} tokens do not fit its max_length of {self.max_length}")
+        self.keys[layer][:, :, self.length : end] = key
+        self.values[layer][:, :, self.length : end] = value
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al., arXiv 2305.13245) and rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), *rope)
+        k = rotate(k.transpose(1, 2), *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        # softmax(q kᵀ / √D + mask) v; a mask of None means causal, and a single query sees everything anyway
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on a normalized copy of the residual stream that it adds to."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A causal language model; `gradient_checkpointing = True` trades a second forward of each block for its memory.
+
+    forward: `input_ids` (B, T) int64; `attention_mask` (B, S) of 0 and 1 as in transformers, padded left or right,
+    None where nothing is padding; `position_ids` (B, T), by default counted over the mask's ones, as
+    transformers' generate does; `cache` a KVCache that already holds past = S - T tokens and receives the new ones.
+    Returns the logits (B, T, V), or with a bool mask `logits_at` (B, T) only the chosen positions' (n, V), in row-major
+    order: the head, a fifth of a small model's work, then runs only there. Logits at padded positions mean nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)]),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        # A plain tensor, not a buffer: model.to(bfloat16) must not round the frequencies.
+        self.inverse_frequencies = inverse_frequencies(config)
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = cast(nn.Embedding, self.model["embed_tokens"]).weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        T = input_ids.shape[1]
+        past = cache.length if cache is not None else 0
+        x = self.model["embed_tokens"](input_ids)
+        if position_ids is None:
+            position_ids = default_positions(attention_mask, past, T, x.device)
+        self.inverse_frequencies = self.inverse_frequencies.to(x.device)
+        rope = rotary_tables(position_ids, self.inverse_frequencies, x.dtype)
+        masks = {
+            window: additive_mask(attention_mask, past, T, window, x)
+            for window in set(self.config.sliding_windows)
+        }
+
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for window, block in zip(
+            self.config.sliding_windows, cast(nn.ModuleList, self.model["layers"]), strict=True
+        ):
+            if recompute:
+                x = checkpoint(block, x, rope, masks[window], None, use_reentrant=False)
+            else:
+                x = block(x, rope, masks[window], cache)
+        if cache is not None:
+            cache.length += T
+        if logits_at is not None:
+            x = x[logits_at]
+        return self.lm_head(self.model["norm"](x))
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """The D/2 rotary frequencies in radians a position, float32 (Su et al., arXiv 2104.09864, section 3.2.2).
+
+    "linear" divides all of them by `factor`; "llama3" divides only the slow ones (wavelengths beyond the original
+    context) and blends in between, as Llama 3.1's reference code does.
+    """
+    D = config.head_dim
+    # θ_i = base^(-2i/D); computed on the CPU even when the model is built on the meta device
+    theta = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return theta
+    if scaling["rope_type"] == "linear":
+        return theta / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * theta / (2 * math.pi)  # over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * theta / scaling["factor"] + smooth * theta
+
+
+def rotary_tables(position_ids: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * θ, each (B, 1, T, D): computed in float32, then rounded to the activations' dtype."""
+    angles = position_ids[:, None, :, None].float() * theta
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+D/2}) of x (B, heads, T, D) by their position's angles.
+
+    x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin; the tables' first half of sin carries the minus.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def default_positions(attention_mask: Tensor | None, past: int, T: int, device: torch.device) -> Tensor:
+    """Positions (B or 1, T): a token's count among the real tokens of its row, as transformers' generate has it."""
+    if attention_mask is None:
+        return torch.arange(past, past + T, device=device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def additive_mask(
+    attention_mask: Tensor | None, past: int, T: int, window: int | None, x: Tensor
+) -> Tensor | None:
+    """What to add to the attention scores: 0 or -inf, (B or 1, 1, T, S) in x's dtype; None means plain causal.
+
+    None is the fast path. It is right without padding, and with right padding too: no real token looks at what
+    comes after it, and what the padded positions themselves compute is never used.
+    """
+    S = past + T
+    if attention_mask is not None and attention_mask.shape[1] != S:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns, not the {S} of {past} cached and {T} new tokens"
+        )
+    sees_all = window is None or window >= S
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if sees_all and past == 0 and (not padded or _right_padded(attention_mask)):
+        return None
+    if sees_all and T == 1 and not padded:
+        return None
+    query = torch.arange(past, S, device=x.device)[:, None]
+    key = torch.arange(S, device=x.device)[None]
+    visible = (key <= query) if sees_all else (key <= query) & (key > query - cast(int, window))
+    if padded:
+        # A padded query still sees itself, so that no row of the softmax is empty and NaN.
+        visible = visible & cast(Tensor, attention_mask).bool()[:, None, None, :] | (key == query)
+    return torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf).view(-1, 1, T, S)
+
+
+def _right_padded(attention_mask: Tensor | None) -> bool:
+    return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
