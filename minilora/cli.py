@@ -1,0 +1,198 @@
+"""The `minilora` command: demo, train, eval, chat, merge. Flags and help come from the dataclasses below."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import nn
+
+import minilora as ml
+from minilora.demo import DemoConfig, run_demo
+from minilora.errors import InputError
+from minilora.generate import stream
+from minilora.lora import LoRAConfig
+from minilora.recipe import read_recipe
+from minilora.report import comparison_table, write_text
+from minilora.tokenizer import Tokenizer
+from minilora.train import TrainConfig
+
+DESCRIPTION = "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters."
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@dataclass
+class ModelOptions:
+    """Which base model, and how it is held in memory."""
+
+    model: str = "smollm2-135m-instruct"
+    """a known name, a Hugging Face folder, a .gguf file, or a Hugging Face Hub id"""
+    quantize: Literal["nf4", "none"] = "nf4"
+    """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """of activations and of the weights that are not quantized"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(self, adapter: str | None = None) -> tuple[nn.Module, Tokenizer]:
+        """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""
+        quantize = None if self.quantize == "none" else self.quantize
+        dtype = getattr(torch, self.dtype)
+        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=dtype, device=self.device)
+        if adapter is not None:
+            ml.load_adapter(model, adapter)
+        return model, tokenizer
+
+
+@dataclass
+class Demo(DemoConfig):
+    """Watch a real 135M-parameter model learn function calling through QLoRA, in minutes on a CPU."""
+
+    def run(self) -> None:
+        run_demo(self)
+
+
+@dataclass
+class Train:
+    """Fine-tune a model with LoRA or QLoRA: `minilora train recipe.yaml`, or flags alone, or both."""
+
+    data: str = ""
+    """training rows, .json or .jsonl: Alpaca, ShareGPT, chat messages, prompt/completion or text"""
+    eval_data: str | None = None
+    """held-out rows for the validation loss"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoRAConfig = field(
+        default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        if not self.data:
+            raise InputError("no training rows: give --data FILE, or a recipe with `data: FILE`")
+        rows = ml.load_rows(self.data)
+        eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
+        model, tokenizer = self.base.load()
+        ml.add_adapter(model, self.lora)
+        ml.train(model, tokenizer, rows, self.train, eval_rows=eval_rows)
+        folder = Path(self.train.output_dir) / "adapter"
+        ml.save_adapter(model, folder)
+        print(f"adapter saved to {folder}")
+
+
+@dataclass
+class Eval:
+    """Score an adapter on held-out rows, against its own base and the base with examples in the prompt."""
+
+    data: str
+    """held-out rows"""
+    adapter: str
+    """PEFT adapter folder"""
+    few_shot_data: str | None = None
+    """rows (not the held-out ones) whose first four become the examples of the few-shot prompt"""
+    max_new_tokens: int = 64
+    output: str | None = None
+    """write all scores and answers to this JSON file"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        rows = ml.load_rows(self.data)
+        examples = ml.load_rows(self.few_shot_data)[:4] if self.few_shot_data else None
+        model, tokenizer = self.base.load(self.adapter)
+        comparison = ml.compare(
+            model, tokenizer, rows, few_shot_rows=examples, max_new_tokens=self.max_new_tokens
+        )
+        Console().print(comparison_table(comparison.scores, "tuned"))
+        if self.output:
+            write_text(Path(self.output), json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
+
+
+@dataclass
+class Chat:
+    """Talk to a model, with or without an adapter. An empty line or Ctrl-D ends it."""
+
+    adapter: str | None = None
+    """PEFT adapter folder"""
+    prompt: str | None = None
+    """answer this one message and exit"""
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token every time"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        model, tokenizer = self.base.load(self.adapter)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        while question := (self.prompt if self.prompt is not None else _ask()):
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for piece in stream(
+                model, tokenizer, messages, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+            ):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            messages.append({"role": "assistant", "content": answer})
+            if self.prompt is not None:
+                return
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+@dataclass
+class Merge:
+    """Add an adapter into its base and write a Hugging Face folder that needs no adapter code.
+
+    With --quantize nf4 (the default, right after QLoRA) the adapter is added to the dequantized weights it
+    was trained on; with --quantize none to the original ones. Never into 4 bits.
+    """
+
+    adapter: str
+    """PEFT adapter folder"""
+    output: str
+    """folder to write"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        model, tokenizer = self.base.load(self.adapter)
+        ml.save_pretrained(model, tokenizer, self.output)
+        print(f"merged model saved to {self.output}")
+
+
+def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
+    """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first."""
+    recipe = Train()
+    if argv[:1] == ["train"] and argv[1:2] and argv[1].endswith((".yaml", ".yml")):
+        recipe = read_recipe(argv[1], recipe)
+        argv = ["train", *argv[2:]]
+    command = (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Chat, tyro.conf.subcommand("chat")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+    )
+    return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        parse(sys.argv[1:] if argv is None else argv).run()
+    except InputError as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nminilora: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
