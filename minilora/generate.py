@@ -1,0 +1,408 @@
+"""Decoding with a KV cache: greedy or sampled, many prompts at a time, or as a stream of text.
+
+    |<- shared prefix ->|<- rest of the prompt ->|<- new tokens ->|
+    | you  are  helpful | what   is    2+2   ·   | 4     <eos>    |    · padding, hidden by the attention mask
+    | you  are  helpful | name   a     long  river | the   Nile   |
+
+The prefix that all prompts share (a system prompt, few-shot examples) is computed once; its keys and values are
+copied into every batch's cache. Prompts are batched by length, and rows that have ended leave the batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import InputError
+from minilora.model import KVCache, Transformer
+from minilora.tokenizer import Tokenizer
+
+__all__ = ["Sampling", "generate", "generate_tokens", "stream"]
+
+Conversation = list[dict[str, str]]
+Step = list[tuple[int, int]]  # (row, token) of every row that got one
+
+BATCH_SIZE = 64
+WORTH_SHARING = 64  # prompt tokens saved; below that a forward for the prefix alone costs more than it saves
+WORTH_DROPPING = 0.75  # compact the batch once this share of it, or less, is still being written
+SECONDS_UNTIL_PROGRESS = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, in transformers' terms; temperature 0 is greedy.
+
+    `top_k` keeps the k likeliest tokens, `top_p` then the fewest that together have that probability (nucleus
+    sampling, Holtzman et al., arXiv 1904.09751, section 3.1). The same `seed` draws the same tokens for a prompt
+    whatever the batch size; None takes torch's global generator.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be over 0 and at most 1, not {self.top_p}")
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+@overload
+def generate(
+    model: Transformer, tokenizer: Tokenizer, messages: str | Conversation, max_new_tokens: int = ...,
+    temperature: float = ..., top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ...,
+    batch_size: int | None = ..., progress: str | None = ...,
+) -> str: ...  # fmt: skip
+@overload
+def generate(
+    model: Transformer, tokenizer: Tokenizer, messages: list[str] | list[Conversation], max_new_tokens: int = ...,
+    temperature: float = ..., top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ...,
+    batch_size: int | None = ..., progress: str | None = ...,
+) -> list[str]: ...  # fmt: skip
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: str | Conversation | list[str] | list[Conversation],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    progress: str | None = None,
+) -> str | list[str]:
+    """Answer one conversation, or continue one text: a str for one, a list of them for a list, in the given order.
+
+    A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
+    `progress` labels a progress bar, shown once the call has taken two seconds.
+    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`.
+    """
+    one = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
+    prompts = cast(list[str | Conversation], [messages] if one else messages)
+    tokens = generate_tokens(
+        model,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids(model, tokenizer),
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    return texts[0] if one else texts
+
+
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: str | Conversation,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the answer piece by piece as it is written; joined, the pieces are what `generate` returns.
+
+    A character that takes several tokens comes out once it is whole.
+    """
+    prompt = encode_prompt(tokenizer, messages)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    tokens: list[int] = []
+    shown = ""
+    for step in _decode(model, [prompt], max_new_tokens, eos_token_ids(model, tokenizer), sampling, 1):
+        tokens += [token for _, token in step]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the replacement character: the bytes so far end inside a character
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
+    """The tokens that an answer follows: the text as it stands, or the chat template up to the assistant's turn."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+
+
+def eos_token_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:
+    """Every token that ends an answer, by the model's configuration or the tokenizer's."""
+    return {*model.config.eos_token_ids, *tokenizer.eos_token_ids}
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def generate_tokens(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    eos_token_ids: Sequence[int] | set[int] = (),
+    sampling: Sampling = Sampling(),
+    batch_size: int | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, in the given order, up to and with the first of `eos_token_ids`.
+
+    A prompt gets at most `max_new_tokens`, and no more than fit into `max_position_embeddings`.
+    Greedy decoding gives transformers' tokens. Raises `InputError` as `generate` does.
+    """
+    new: list[list[int]] = [[] for _ in prompts]
+    with progress_bar(progress, len(prompts) * max_new_tokens) as advance:
+        for step in _decode(model, prompts, max_new_tokens, eos_token_ids, sampling, batch_size):
+            for row, token in step:
+                new[row].append(token)
+                advance(max_new_tokens - len(new[row]) + 1 if token in eos_token_ids else 1)
+    return new
+
+
+@torch.no_grad()
+def _decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] | set[int],
+    sampling: Sampling,
+    batch_size: int | None,
+) -> Iterator[Step]:
+    """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen."""
+    limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
+    uniforms = _uniforms(sampling, len(prompts), max_new_tokens)
+    with evaluating(model):
+        prefix = shared_prefix(model, prompts)
+        for rows in _batches(model, prompts, limits, batch_size or BATCH_SIZE):
+            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows))
+            for n in range(max_new_tokens):
+                chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
+                tokens = chosen.tolist()
+                yield [(row, token) for row, token, live in zip(state.rows, tokens, state.live, strict=True) if live]
+                state.live = [
+                    live and token not in eos_token_ids and n + 1 < limits[row]
+                    for row, token, live in zip(state.rows, tokens, state.live, strict=True)
+                ]
+                if not any(state.live):
+                    break
+                if sum(state.live) <= WORTH_DROPPING * len(state.live):
+                    chosen = state.drop_finished(chosen)
+                logits = state.forward(model, chosen)
+
+
+def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int) -> int:
+    longest = model.config.max_position_embeddings
+    if not prompt:
+        raise InputError(f"prompt {i} is empty: give it at least one token")
+    if len(prompt) >= longest:
+        raise InputError(f"prompt {i} has {len(prompt)} tokens, and the model takes {longest}: shorten it")
+    return min(max_new_tokens, longest - len(prompt))
+
+
+def _batches(
+    model: Transformer, prompts: Sequence[Sequence[int]], limits: list[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Prompts of like length together, the longest first: too large a batch shows at once.
+
+    A sliding window counts places in the cache, padding among them. Where a row outgrows the window, a batch
+    takes prompts of one length only, so that there is no padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    windows = [window for window in model.config.sliding_windows if window is not None]
+    one_length = any(len(p) + limit > min(windows, default=10**18) for p, limit in zip(prompts, limits, strict=True))
+    start = 0
+    for i in range(1, len(order) + 1):
+        full = i - start == batch_size
+        if i == len(order) or full or (one_length and len(prompts[order[i]]) != len(prompts[order[start]])):
+            yield order[start:i]
+            start = i
+
+
+@dataclass
+class _State:
+    """A batch between two steps; `live` says which of its `rows` are still being written."""
+
+    rows: list[int]
+    live: list[bool]
+    cache: KVCache
+    visible: Tensor  # (B, max_length) int64: 0 where the cache holds padding
+    positions: Tensor  # (B,) of the next token
+
+    def forward(self, model: Transformer, tokens: Tensor) -> Tensor:
+        """One token a row in, the logits (B, V) of the next one out."""
+        visible = self.visible[:, : self.cache.length + 1]
+        logits = model(tokens[:, None], visible, self.positions[:, None], self.cache)
+        self.positions = self.positions + 1
+        return cast(Tensor, logits)[:, 0]
+
+    def drop_finished(self, tokens: Tensor) -> Tensor:
+        """Take the finished rows out of the batch, and out of `tokens` (B,)."""
+        keep = torch.tensor([i for i, live in enumerate(self.live) if live], device=tokens.device)
+        for layer in range(len(self.cache.keys)):  # layer by layer: only one is held twice
+            self.cache.keys[layer] = self.cache.keys[layer][keep]
+            self.cache.values[layer] = self.cache.values[layer][keep]
+        self.visible, self.positions = self.visible[keep], self.positions[keep]
+        self.rows = [row for row, live in zip(self.rows, self.live, strict=True) if live]
+        self.live = [True] * len(self.rows)
+        return tokens[keep]
+
+
+def _prefill(
+    model: Transformer, prefix: KVCache, prompts: Sequence[Sequence[int]], rows: list[int], new_tokens: int
+) -> tuple[_State, Tensor]:
+    """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token."""
+    device = prefix.keys[0].device
+    rests = [list(prompts[row][prefix.length :]) for row in rows]
+    lengths = torch.tensor([len(rest) for rest in rests])
+    T = int(lengths.max())
+    # Padded on the right: the prompts then need no mask but the causal one, the fast path of attention.
+    input_ids = torch.tensor([rest + [0] * (T - len(rest)) for rest in rests])
+    place = torch.arange(T)
+    visible = torch.ones(len(rows), prefix.length + T + new_tokens - 1, dtype=torch.int64)
+    visible[:, prefix.length : prefix.length + T] = place < lengths[:, None]
+    last = place == lengths[:, None] - 1
+    state = _State(
+        rows=list(rows),
+        live=[True] * len(rows),
+        cache=expanded(model, prefix, len(rows), visible.shape[1]),
+        visible=visible.to(device),
+        positions=(prefix.length + lengths).to(device),
+    )
+    logits = model(
+        input_ids.to(device),
+        state.visible[:, : prefix.length + T],
+        (prefix.length + place)[None].to(device),
+        state.cache,
+        logits_at=last.to(device),
+    )
+    return state, logits
+
+
+# ------------------------------------------------------------------------------------------------ prefix and cache
+
+
+def shared_prefix(model: Transformer, prompts: Sequence[Sequence[int]], longest: int | None = None) -> KVCache:
+    """A cache of one row with the tokens that all prompts begin with; empty where sharing would not pay.
+
+    It leaves every prompt at least one token, and takes at most `longest`.
+    """
+    length = min([len(p) - 1 for p in prompts] + ([] if longest is None else [longest]), default=0)
+    for prompt in prompts:
+        length = next((i for i in range(length) if prompt[i] != prompts[0][i]), length)
+    if length * (len(prompts) - 1) < WORTH_SHARING:
+        length = 0
+    prefix = new_cache(model, 1, length)
+    if length:
+        device = prefix.keys[0].device
+        no_logits = torch.zeros(1, length, dtype=torch.bool, device=device)
+        model(torch.tensor([list(prompts[0][:length])], device=device), cache=prefix, logits_at=no_logits)
+    return prefix
+
+
+def expanded(model: Transformer, prefix: KVCache, batch_size: int, max_length: int) -> KVCache:
+    """A cache of `batch_size` rows for `max_length` tokens, each row beginning with the prefix."""
+    cache = new_cache(model, batch_size, max_length)
+    for layer in range(len(cache.keys)):
+        cache.keys[layer][:, :, : prefix.length] = prefix.keys[layer]
+        cache.values[layer][:, :, : prefix.length] = prefix.values[layer]
+    cache.length = prefix.length
+    return cache
+
+
+def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
+    """An empty cache in the dtype and on the device of the model's activations."""
+    weight = cast(nn.Embedding, model.model["embed_tokens"]).weight
+    return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device)
+
+
+# ------------------------------------------------------------------------------------------------ choosing a token
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
+    """One token a row from the logits (B, V): the likeliest, or the one at the quantile `uniform` (B,) float64.
+
+    Inverse transform sampling: the first token at which the cumulative probability exceeds u ~ U[0, 1).
+    Raises `InputError` where the logits are not finite.
+    """
+    best, token = logits.max(-1)  # NaN is larger than any number here
+    if not bool(torch.isfinite(best).all()):
+        raise InputError(
+            "the model's logits are NaN or infinite: its weights or its adapter are damaged, "
+            "or its dtype overflows; try dtype=torch.float32"
+        )
+    if uniform is None:
+        return token
+    cumulative = probabilities(logits, sampling).double().cumsum(-1)
+    quantile = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, quantile, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """softmax(logits / temperature) over what top_k and top_p leave: (B, V) float32, in transformers' order."""
+    scores = logits.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
+        kth = scores.topk(sampling.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, index = scores.softmax(-1).sort(descending=True, stable=True)
+        # a token stays if those likelier than it do not reach top_p yet; the likeliest always does
+        removed = ordered.cumsum(-1) - ordered >= sampling.top_p
+        scores = scores.masked_fill(torch.zeros_like(removed).scatter(-1, index, removed), -torch.inf)
+    return scores.softmax(-1)
+
+
+def _uniforms(sampling: Sampling, rows: int, new_tokens: int) -> Tensor | None:
+    """A number in [0, 1) for every row and step, drawn before the rows are put into batches; None for greedy."""
+    if sampling.temperature == 0:
+        return None
+    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
+    return torch.rand(rows, new_tokens, dtype=torch.float64, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------ around it
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with`; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def progress_bar(label: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that advances a bar on stderr; the bar appears after two seconds, without a label never."""
+    if label is None:
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=total)
+    began = time.monotonic()
+
+    def advance(n: int) -> None:
+        bar.update(task, advance=n)
+        if not bar.live.is_started and time.monotonic() - began > SECONDS_UNTIL_PROGRESS:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
