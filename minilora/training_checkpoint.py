@@ -1,0 +1,280 @@
+"""Checkpoints of a training run: written whole or not at all, read back bit for bit.
+
+    output_dir/checkpoint-000120/
+        adapter_config.json, adapter_model.safetensors   the adapter, as PEFT has it: usable as it is
+        trainer_state.safetensors                        trained parameters, AdamW's moments, torch's random states
+        trainer_state.json                               step, best evaluation, Python's and NumPy's random states,
+                                                         and what the run was started with
+
+A folder is written under a temporary name and renamed: a crash or a full disk leaves the earlier checkpoints good.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minilora.adapters import lora_layers
+from minilora.data import Example
+from minilora.errors import InputError
+from minilora.lora import LoRA
+from minilora.peft_format import save_adapter
+
+__all__ = [
+    "Progress",
+    "fingerprint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "restore_parameters",
+    "save_adapter_atomically",
+    "save_checkpoint",
+]
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that changes from step to step beside tensors and random states."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+
+    def evaluated(self, eval_loss: float) -> bool:
+        """Take the held-out loss of this step in; True if it is the lowest so far."""
+        is_best = eval_loss < (math.inf if self.best_eval_loss is None else self.best_eval_loss)  # NaN never is
+        if is_best:
+            self.best_step, self.best_eval_loss, self.evaluations_since_best = self.step, eval_loss, 0
+        else:
+            self.evaluations_since_best += 1
+        return is_best
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, the oldest step first."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    return max(checkpoints(output_dir), key=_step, default=None)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model: nn.Module,
+    adapter: str,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    run: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write checkpoint-<step> atomically, then delete old ones: `keep_last` newest stay, and the best evaluated."""
+    path = checkpoint_path(output_dir, progress.step)
+    tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= _torch_random_states()
+    state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": _python_random_states()}
+
+    def write(folder: Path) -> None:
+        save_adapter(model, folder, adapter)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "trainer_state.safetensors")
+        (folder / "trainer_state.json").write_text(_json(state), encoding="utf-8")
+
+    _replace_folder(path, write)
+    best = checkpoint_path(output_dir, progress.best_step) if progress.best_step is not None else None
+    for old in checkpoints(output_dir)[:-keep_last]:
+        if old not in (best, path):
+            shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(
+    path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+) -> Progress:
+    """Put parameters, optimizer and random states back as they were when `path` was saved.
+
+    Raises InputError if the checkpoint is not readable, or names what differs if it belongs to another run.
+    """
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "trainer_state.safetensors")
+        progress, saved_run, states = Progress(**state["progress"]), state["run"], state["random"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"cannot resume from {path}: {type(error).__name__}: {error}") from None
+    if differences := _differences(saved_run, json.loads(_json(run))):
+        raise InputError(
+            f"cannot resume from {path}, it is of another run: {'; '.join(differences)}."
+            " Start with what it was started with, or start anew in another output_dir."
+        )
+    _copy_parameters(tensors, parameters)
+    for name, parameter in parameters.items():
+        keys = [key.split(".")[1] for key in tensors if key.startswith("optimizer.") and key.endswith(f".{name}")]
+        for key in keys:
+            value = tensors[f"optimizer.{key}.{name}"]
+            # AdamW keeps its step count on the CPU, the moments beside the parameter
+            optimizer.state[parameter][key] = value if value.ndim == 0 else value.to(parameter.device)
+    _set_torch_random_states(tensors)
+    _set_python_random_states(states)
+    return progress
+
+
+def restore_parameters(output_dir: Path, step: int, parameters: Parameters) -> None:
+    """Copy the trained parameters of checkpoint-<step> into the model."""
+    _copy_parameters(load_file(checkpoint_path(output_dir, step) / "trainer_state.safetensors"), parameters)
+
+
+def save_adapter_atomically(path: Path, model: nn.Module, adapter: str) -> None:
+    """Write the adapter's PEFT folder under a temporary name, then rename it to `path`."""
+    _replace_folder(path, lambda folder: save_adapter(model, folder, adapter))
+
+
+def _replace_folder(path: Path, write: Any) -> None:
+    """Call write(temporary folder), then put that folder in the place of `path`."""
+    temporary, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for leftover in (temporary, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())  # a full disk shows here at the latest, before the rename
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():  # a folder that is not empty cannot be renamed over
+        path.replace(previous)
+    temporary.replace(path)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=sorted)  # a set, such as PEFT's target_modules, in one order
+
+
+def _copy_parameters(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+
+
+# --- what a run was started with ------------------------------------------------------------------------------------
+
+
+def fingerprint(
+    model: nn.Module,
+    adapter: str,
+    parameters: Parameters,
+    settings: Mapping[str, Any],
+    examples: Sequence[Example],
+    eval_examples: Sequence[Example],
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to continue the first one, as JSON."""
+    loras = [layer.adapters[adapter] for layer in lora_layers(model).values() if adapter in layer.adapters]
+    config = cast(LoRA, loras[0]).config
+    frozen = [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in parameters]
+    return {
+        "adapter": dataclasses.asdict(config),
+        "settings": dict(settings),
+        "training rows": _hash_examples(examples),
+        "held-out rows": _hash_examples(eval_examples),
+        "trained parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
+        "base model": _hash_tensors(frozen),
+    }
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = [
+        f"{name} was {saved[group].get(name)!r} and is {now[group].get(name)!r}"
+        for group in ("settings", "adapter")
+        for name in sorted(saved[group].keys() | now[group].keys())
+        if saved[group].get(name) != now[group].get(name)
+    ]
+    for name in ("training rows", "held-out rows", "base model"):
+        if saved[name] != now[name]:
+            found.append(f"the {name} are not the same" if name.endswith("rows") else f"the {name} is another")
+    was, shapes = saved["trained parameters"], now["trained parameters"]
+    if changed := [name for name in sorted(was.keys() | shapes.keys()) if was.get(name) != shapes.get(name)]:
+        name = changed[0]
+        found.append(
+            f"{len(changed)} trained parameters differ, such as {name}:"
+            f" {was.get(name, 'not trained')} before, {shapes.get(name, 'not trained')} now"
+        )
+    return found
+
+
+def _hash_examples(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.input_ids}{example.labels}".encode())
+    return digest.hexdigest()
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Names, shapes, dtypes and a sample of every tensor: enough to tell two models apart without reading gigabytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
+        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
+    return digest.hexdigest()
+
+
+# --- random states --------------------------------------------------------------------------------------------------
+
+
+def _torch_random_states() -> dict[str, Tensor]:
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_torch_random_states(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    with suppress(KeyError):  # a checkpoint made with fewer GPUs, or none
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
+
+
+def _python_random_states() -> dict[str, Any]:
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [np.asarray(keys).tolist(), position, has_gauss, gauss]}
+
+
+def _set_python_random_states(states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

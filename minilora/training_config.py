@@ -1,0 +1,92 @@
+"""The settings of a training run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from minilora.errors import InputError
+
+__all__ = ["TrainConfig"]
+
+_OPTIONAL = ("max_steps", "max_grad_norm", "eval_every", "early_stopping_patience", "save_every")
+_POSITIVE = (
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eps",
+    "max_length",
+    "keep_last",
+    *_OPTIONAL,
+)
+_AT_LEAST_ZERO = ("warmup_steps", "weight_decay")
+_RESUME_MAY_CHANGE = ("output_dir", "save_every", "keep_last", "resume", "progress", "tensorboard", "wandb_project")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; every field is a flag of the command line and a key of a recipe."""
+
+    output_dir: str = "minilora-output"
+    """Folder for checkpoints, the log and the final adapter."""
+    learning_rate: float = 2e-4
+    """AdamW's learning rate, at its highest."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes down to zero after the warm-up, or stays."""
+    warmup_steps: float = 0.05
+    """Steps over which the learning rate rises from zero: below 1 a share of all steps, else their number."""
+    epochs: float = 1.0
+    """How often every row is seen; max_steps takes precedence."""
+    max_steps: int | None = None
+    """Number of optimizer steps."""
+    batch_size: int = 8
+    """Rows in one forward and backward pass."""
+    gradient_accumulation_steps: int = 1
+    """Passes before each optimizer step; their gradients are averaged over all of the step's tokens."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's term in the denominator."""
+    max_grad_norm: float | None = 1.0
+    """Scale the gradient down to this norm where it is longer."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
+    group_by_length: bool = True
+    """Put rows of similar length into the same step: less padding."""
+    max_length: int = 1024
+    """Rows of more tokens are skipped, and reported."""
+    eval_every: int | None = None
+    """Steps between two evaluations on the held-out rows; they are also evaluated at the end."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without a new lowest loss, and take the best parameters back."""
+    save_every: int | None = 100
+    """Steps between two checkpoints; one is also written at the end, at a new lowest held-out loss, and on Ctrl-C."""
+    keep_last: int = 2
+    """Checkpoints to keep: the last ones, and the best one beside them."""
+    resume: str | None = None
+    """A checkpoint to continue from; "auto" takes the last one in output_dir, or starts anew if there is none."""
+    seed: int = 0
+    """Seeds Python, NumPy and torch: the order of the rows and the dropout."""
+    progress: bool = True
+    """Show progress on the standard error stream."""
+    tensorboard: bool = False
+    """Also log to output_dir/tensorboard."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE + _AT_LEAST_ZERO:
+            value, least = getattr(self, name), "at least 0" if name in _AT_LEAST_ZERO else "above 0"
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{name} must be a number {least}, not {value!r}")
+            if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):
+                raise InputError(f"{name} must be {least}, not {value}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that change what is computed: a resumed run must have the same."""
+        return {name: value for name, value in asdict(self).items() if name not in _RESUME_MAY_CHANGE}

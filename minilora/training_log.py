@@ -1,0 +1,233 @@
+"""What a training run tells: every record goes to each of the sinks that the run has.
+
+A record is a flat dict. A training step's has step, epoch, loss, learning_rate, grad_norm, tokens, label_tokens,
+tokens_per_s, seconds, rss_mb (and gpu_mb); an evaluation's has step, epoch, eval_loss, eval_seconds, seconds.
+`tokens` are real ones: padding does not count.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minilora.errors import InputError
+from minilora.training_config import TrainConfig
+
+__all__ = ["Record", "Sink", "memory_mb", "open_log", "read_log"]
+
+Record = dict[str, Any]
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Sink(Protocol):
+    """Somewhere a record goes."""
+
+    def write(self, record: Record) -> None: ...
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_log(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that writes a record to every sink; raises InputError if one's package is missing."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = []
+    try:
+        if config.tensorboard:
+            sinks.append(TensorBoard(folder / "tensorboard", first_step))
+        if config.wandb_project:
+            sinks.append(WeightsAndBiases(config.wandb_project, folder, asdict(config)))
+        sinks.append(JsonLines(folder / "log.jsonl", first_step))
+        if config.progress:
+            sinks.append(ProgressBar(first_step, total_steps) if sys.stderr.isatty() else ProgressLines(total_steps))
+
+        def write(record: Record) -> None:
+            for sink in sinks:
+                sink.write(record)
+
+        yield write
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+class JsonLines:
+    """One JSON object a line; a resumed run first drops the records of the steps that it repeats."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [record for record in read_log(path) if record["step"] < first_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()  # a run that is killed keeps its log, and `tail -f` follows it
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_log(path: Path) -> list[Record]:
+    """The records of a log.jsonl, none if there is no such file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is not a whole line
+    return [json.loads(line) for line in lines]
+
+
+class TensorBoard:
+    """Scalars train/* and eval/* for TensorBoard."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("tensorboard=True needs the package: pip install tensorboard") from None
+        # purge_step hides what an earlier run logged for the steps that this one repeats
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, record: Record) -> None:
+        for name, value in _scalars(record).items():
+            self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """The same scalars for Weights & Biases."""
+
+    def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("wandb_project needs the package: pip install wandb") from None
+        self.run = wandb.init(project=project, dir=str(folder), config=dict(settings))
+
+    def write(self, record: Record) -> None:
+        self.run.log(_scalars(record), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    group = "eval" if "eval_loss" in record else "train"
+    return {f"{group}/{name.removeprefix('eval_')}": value for name, value in record.items() if name != "step"}
+
+
+class ProgressBar:
+    """A live bar on a terminal: smoothed loss, learning rate, tokens/s, memory, time left."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.task = self.progress.add_task("", total=total_steps, completed=first_step - 1, status="")
+        self.smooth = Smoothed()
+        self.progress.start()
+
+    def write(self, record: Record) -> None:
+        if "eval_loss" in record:
+            self.progress.console.print(_evaluation_line(record), highlight=False)
+        else:
+            self.progress.update(self.task, completed=record["step"], status=self.smooth.status(record))
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+class ProgressLines:
+    """The same, as a plain line now and then, for a log file or a pipe."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.smooth = Smoothed()
+        self.started: float | None = None
+        self.steps_done = 0
+        self.next_line = 0.0
+
+    def write(self, record: Record) -> None:
+        if "eval_loss" in record:
+            print(_evaluation_line(record), file=sys.stderr, flush=True)
+            return
+        status, now, left = self.smooth.status(record), time.monotonic(), self.total_steps - record["step"]
+        if self.started is None:  # the first step warms caches up: time left is told from the second on
+            self.started = now
+        else:
+            self.steps_done += 1
+        if now < self.next_line and left > 0:
+            return
+        self.next_line = now + SECONDS_BETWEEN_LINES
+        if self.steps_done:
+            seconds = left * (now - self.started) / self.steps_done
+            status += f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        print(f"step {record['step']}/{self.total_steps} · {status}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Smoothed:
+    """Exponential moving averages of loss and tokens/s, unbiased from the first step (Adam's correction)."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.weight = self.loss = self.tokens = self.seconds = 0.0
+
+    def status(self, record: Record) -> str:
+        """Take a training step's record in; what to show of it."""
+        step_seconds = record["tokens"] / record["tokens_per_s"]
+        for name, value in (
+            ("weight", 1.0),
+            ("loss", record["loss"]),
+            ("tokens", record["tokens"]),
+            ("seconds", step_seconds),
+        ):
+            setattr(self, name, self.decay * getattr(self, name) + (1 - self.decay) * value)
+        memory = (record["gpu_mb"] if "gpu_mb" in record else record["rss_mb"]) / 1024
+        return (
+            f"loss {self.loss / self.weight:.4f} · lr {record['learning_rate']:.1e}"
+            f" · {self.tokens / self.seconds:,.0f} tokens/s · {memory:.1f} GB"
+        )
+
+
+def _evaluation_line(record: Record) -> str:
+    return f"step {record['step']} · held-out loss {record['eval_loss']:.4f}"
+
+
+def memory_mb(device: torch.device) -> dict[str, float]:
+    """Resident memory of this process in MiB, and the peak allocated on the device if it is a GPU."""
+    memory = {"rss_mb": round(_resident_bytes() / 2**20, 1)}
+    if device.type == "cuda":
+        memory["gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return memory
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, which has no /proc
+    return int(peak)
