@@ -1,9 +1,11 @@
-"""Adapters on a whole model: find the targets, attach, name, switch, merge, take off again."""
+"""Adapters on a whole model: find the layers, attach, name, switch, merge, take off. Works on any nn.Module."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -11,120 +13,163 @@ from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig, LoRALinear
 
+Value = TypeVar("Value")
+
+# --- which layers ----------------------------------------------------------------------------------------------------
+
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model by its path."""
+    """Every LoRALinear of the model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on the model, in the order in which they were added."""
-    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters))
-
-
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by path, each LoRALinear standing for the layer inside it."""
-    layers = tuple(path + "." for path in lora_layers(model))
-    return {path: m for path, m in model.named_modules() if path and not path.startswith(layers)}
-
-
-def _matches(pattern: str | Iterable[str], path: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their ends."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, path) is not None
-    return any(path == name or path.endswith("." + name) for name in pattern)
-
-
-def _pattern_value(patterns: dict, path: str, default: float) -> float:
-    """rank_pattern and alpha_pattern: the first pattern that the end of the path matches, else the default."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | NF4Linear | LoRALinear)
-
-
 def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Paths of the layers to adapt, in module order."""
-    modules = _base_modules(model)
-    target, exclude = config.target_modules, config.exclude_modules
-    if target is None:
-        raise InputError("LoRAConfig: name the layers to adapt in target_modules, or pass 'all-linear'")
-    if isinstance(target, str) and target.lower() == "all-linear":
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if get_head else getattr(model, "lm_head", None)
-        found = [path for path, module in modules.items() if _is_linear(module) and module is not head]
+    """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
+
+    "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`).
+    Raises InputError where nothing matches, naming the nearest names, or a match is not a linear layer.
+    """
+    modules = _modules_before_adapters(model)
+    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | NF4Linear | LoRALinear)]
+    targets = config.target_modules
+    if not targets:
+        raise InputError('LoRAConfig: name the layers to adapt in target_modules, or pass target_modules="all-linear"')
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        head = _output_head(model)
+        matched = [path for path in linear if modules[path] is not head]
     else:
-        found = [path for path in modules if _matches(target, path)]
-    if exclude:
-        found = [path for path in found if not _matches(exclude, path)]
+        matched = [path for path in modules if _matches(targets, path)]
+    if not matched:
+        raise InputError(f"target_modules={targets!r} matches no layer; {_hint(targets, linear)}")
+    found = [path for path in matched if not _matches(config.exclude_modules or [], path)]
     if not found:
-        names = sorted({path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)})
-        wanted = [target] if isinstance(target, str) else list(target)
-        near = [name for want in wanted for name in get_close_matches(want, names, n=3)] or names
-        raise InputError(f"target_modules={target!r} matches no layer; the nearest names are {near}")
+        raise InputError(f"exclude_modules={config.exclude_modules!r} excludes every layer that target_modules matches")
     for path in found:
-        if not _is_linear(modules[path]):
-            raise InputError(
-                f"target {path} is a {type(modules[path]).__name__}: only linear layers take LoRA"
-            )
+        if path not in linear:
+            kind = type(modules[path]).__name__
+            raise InputError(f"target_modules matches {path}, a {kind}: only linear layers can take an adapter")
     return found
 
 
+def _modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by path, without the root and without what is inside a LoRALinear."""
+    inside = tuple(path + "." for path in lora_layers(model))
+    return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)  # every transformers model has it
+    return get() if get else getattr(model, "lm_head", None)
+
+
+def _matches(names: str | Iterable[str], path: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
+    if not isinstance(names, str):
+        return any(path == name or path.endswith(f".{name}") for name in names)
+    try:
+        return re.fullmatch(names, path) is not None
+    except re.error as error:
+        raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
+
+
+def _check_every_name_matches(model: nn.Module, config: LoRAConfig) -> None:
+    """A list in which one name of several is misspelled would silently adapt less than was asked for."""
+    modules = _modules_before_adapters(model)
+    for name in config.target_modules if isinstance(config.target_modules, list) else []:
+        if not any(_matches([name], path) for path in modules):
+            raise InputError(f"target_modules: {name!r} matches no layer; {_hint([name], list(modules))}")
+
+
+def _hint(targets: str | Iterable[str], paths: list[str]) -> str:
+    """The existing names nearest to the wanted ones."""
+    names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = [name for want in wanted for name in get_close_matches(want, names, n=3)]
+    hint = f"the nearest names are {near}" if near else f"the layers' names are {names[:12]}"
+    if isinstance(targets, str):
+        hint += "; a string is a regular expression for the whole name, a list holds names or ends of names"
+    return hint
+
+
+def rank_and_alpha(config: LoRAConfig, path: str) -> tuple[int, float]:
+    """r and lora_alpha for the layer at `path`: the first pattern that matches its end, else the defaults."""
+    return (
+        _first_match(config.rank_pattern, path, config.r),
+        _first_match(config.alpha_pattern, path, config.lora_alpha),
+    )
+
+
+def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+# --- on, off, and which one ------------------------------------------------------------------------------------------
+
+
 def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
-    """Put a LoRA on every layer that the configuration names, freeze the rest, and make it the active one."""
-    if name in adapter_names(model):
-        raise InputError(f"the model already has an adapter named {name!r}")
-    targets = find_targets(model, config)
-    model.requires_grad_(False)
+    """Put a new LoRA on every targeted layer and make it the active one; the first adapter freezes the model.
+
+    Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
+    """
+    _check_every_name_matches(model, config)
+    attach(model, config, find_targets(model, config), name)
+
+
+def attach(model: nn.Module, config: LoRAConfig, targets: list[str], name: str) -> None:
+    """Put a LoRA named `name` on the layers at these paths and make it the active one."""
+    existing = adapter_names(model)
+    if name in existing:
+        raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
+    _refuse_merged(model)
+    if not existing:
+        model.requires_grad_(False)
     for path in targets:
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
-            parent, _, child = path.rpartition(".")
-            layer = LoRALinear(layer)
-            setattr(model.get_submodule(parent), child, layer)
+            layer = LoRALinear(cast(nn.Linear | NF4Linear, layer))
+            _replace(model, path, layer)
         base = layer.base_layer
-        r = int(_pattern_value(config.rank_pattern, path, config.r))
-        alpha = _pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        adapter = LoRA(base.in_features, base.out_features, config, r, alpha)
+        adapter = LoRA(base.in_features, base.out_features, config, *rank_and_alpha(config, path))
         layer.adapters[name] = adapter.to(base.weight.device)
     set_adapter(model, name)
 
 
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters on the model, oldest first."""
+    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters))
+
+
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
-    """Make these adapters, and no others, the ones that act and train; several add up."""
+    """Make these adapters, and no others, act and train; the updates of several add up.
+
+    Raises InputError for a name that the model does not have, and on a merged model.
+    """
     names = [names] if isinstance(names, str) else list(names)
-    existing = adapter_names(model)
-    for name in names:
-        if name not in existing:
-            raise InputError(f"no adapter named {name!r}; the model has {existing}")
+    _check_names(model, names)
+    _refuse_merged(model)
     for layer in lora_layers(model).values():
-        layer.active = [name for name in names if name in layer.adapters]
+        layer.active = list(names)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
 
 
-def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The adapter's parameters by `<path>.lora_A` and `<path>.lora_B`."""
-    return {
-        f"{path}.{key}": parameter
-        for path, layer in lora_layers(model).items()
-        if name in layer.adapters
-        for key, parameter in layer.adapters[name].named_parameters()
-    }
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that requires a gradient, by its path."""
-    return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+def _check_names(model: nn.Module, names: list[str]) -> None:
+    existing = adapter_names(model)
+    for name in names:
+        if name not in existing:
+            raise InputError(f"the model has no adapter named {name!r}; it has {existing}")
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model is the base model, merged or not."""
+    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory."""
     layers = list(lora_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
@@ -136,11 +181,16 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+# --- merge and take off ----------------------------------------------------------------------------------------------
+
+
 def merge(model: nn.Module) -> None:
-    """Fold the active adapters into the weights; NF4 layers become dense ones."""
-    layers = lora_layers(model)
+    """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
+
+    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was.
+    """
     try:
-        for path, layer in layers.items():
+        for path, layer in lora_layers(model).items():
             layer.merge(path)
     except InputError:
         unmerge(model)
@@ -148,18 +198,73 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every layer is again what it was, bit for bit."""
+    """Undo `merge`: every layer is what it was, bit for bit."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Take the adapters off and leave plain layers: the original ones, or with `merge=True` the merged ones."""
-    if merge:
-        globals()["merge"](model)
-    else:
-        unmerge(model)
+    """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
+
+    The parameters stay frozen. Raises InputError as `merge` does.
+    """
+    (_merge if merge else unmerge)(model)
     for path, layer in lora_layers(model).items():
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        _replace(model, path, layer.base_layer)
     return model
+
+
+_merge = merge  # under a name that unload's argument does not hide
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise InputError("the adapters are merged into the weights: call unmerge(model) first")
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """The adapter's parameters by `<path of the layer>.lora_A` and `.lora_B`, in the model's order.
+
+    Raises InputError where the model has no such adapter.
+    """
+    _check_names(model, [name])
+    return {
+        f"{path}.{key}": parameter
+        for path, layer in lora_layers(model).items()
+        if name in layer.adapters
+        for key, parameter in layer.adapters[name].named_parameters()
+    }
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that requires a gradient, by path, in the model's order."""
+    return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers train, of how many in all; as text "4.9M of 139M, 3.5%"."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{_short(self.trainable)} of {_short(self.total)}, {self.trainable / max(self.total, 1):.1%}"
+
+
+def _short(count: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= 0.9995 * unit:  # what three digits round up to the unit
+            return f"{count / unit:.3g}{letter}"
+    return str(count)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters, tied ones once; an NF4 weight counts as the in·out numbers it stands for."""
+    parameters = list(model.parameters())
+    in_nf4 = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + in_nf4)
