@@ -37,17 +37,23 @@ def load_bfcl() -> dict[str, list[Row]]:
     """Rows of BFCL's single-call categories as "train", "validation" and "test", split by a hash of their id.
 
     A row's `meta` holds `id`, `function` (name and parameters) and `accepted` (argument -> accepted values).
-    Rows whose accepted answers contradict their own function (a handful) are left out.
+    Left out are the few rows whose accepted answers contradict their own function, and every request that an
+    earlier row made already: BFCL repeats some under another id, and a repeat in the test would be a leak.
     """
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    seen: set[str] = set()
     for category in CATEGORIES:
-        for question, answer in zip(
-            _lines(f"BFCL_v4_{category}.json"), _lines(_answers(category)), strict=True
-        ):
+        for question, answer in zip(_lines(f"BFCL_v4_{category}.json"), _lines(_answers(category)), strict=True):
             row = to_row(question, answer["ground_truth"][0])
-            if accepts(row.meta, row.messages[-1]["content"]):
+            request = _request(question).strip().lower()
+            if request not in seen and accepts(row.meta, row.messages[-1]["content"]):
                 splits[split_of(question["id"])].append(row)
+            seen.add(request)
     return splits
+
+
+def _request(question: dict[str, Any]) -> str:
+    return "\n".join(message["content"] for message in question["question"][0])
 
 
 def _answers(category: str) -> str:
@@ -69,11 +75,10 @@ def to_row(question: dict[str, Any], truth: dict[str, dict[str, list[Any]]]) -> 
     """A BFCL question and its accepted answer as a chat row: signature and request in, one JSON call out."""
     ((name, accepted),) = truth.items()
     function = next(f for f in question["function"] if f["name"] == name)
-    request = "\n".join(message["content"] for message in question["question"][0])
     call = {"name": name, "arguments": reference_arguments(function, accepted)}
     messages = [
         {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": f"{signature(function)}\n{request}"},
+        {"role": "user", "content": f"{signature(function)}\n{_request(question)}"},
         {"role": "assistant", "content": json.dumps(call, ensure_ascii=False)},
     ]
     meta = {"id": question["id"], "function": function, "accepted": accepted}
@@ -106,9 +111,7 @@ def reference_arguments(function: dict[str, Any], accepted: dict[str, list[Any]]
     """
     required = function["parameters"]["required"]
     order = [name for name in function["parameters"]["properties"] if name in accepted]
-    return {
-        name: _first_value(accepted[name]) for name in order if name in required or "" not in accepted[name]
-    }
+    return {name: _first_value(accepted[name]) for name in order if name in required or "" not in accepted[name]}
 
 
 def _first_value(options: list[Any]) -> Any:
@@ -139,7 +142,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]] | None:
     """(name, arguments) if the whole text is one JSON object with just these two, else None."""
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: a model stuck on "[[[["
         return None
     match call:
         case {"name": str(name), "arguments": dict(arguments), **rest} if not rest:

