@@ -1,6 +1,7 @@
 """Text to token ids and back, and conversations to text: a `tokenizers` backend with its chat template.
 
-It is read from a Hugging Face folder or from a GGUF file, and written as a Hugging Face folder.
+It is read from a Hugging Face folder (tokenizer_files.py) or from a GGUF file (gguf_tokenizer.py), and written as a
+Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -11,28 +12,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora.chat_template import ChatTemplate, Message, Span
+from minilora import chat_template
+from minilora.chat_template import Message, Span
 from minilora.errors import InputError
 
 if TYPE_CHECKING:
     import tokenizers
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
 
 class Tokenizer:
-    """A tokenizer and its chat template.
+    """A tokenizer and its chat templates.
 
     Args:
-        backend: the `tokenizers.Tokenizer`; its post-processor (which adds special tokens) is kept for `save` only.
-        named_tokens: some of `bos_token`, `eos_token`, `unk_token`, `pad_token`, ... to their text.
-        chat_templates: template name to Jinja2 source; "default" is the usual one, "tool_use" the one with tools.
+        backend: the `tokenizers.Tokenizer`. Its post-processor, which adds special tokens, is kept for `save` only.
+        named_tokens: `eos_token` and perhaps `bos_token`, `unk_token`, `pad_token`, ... to their text.
+        chat_templates: name to Jinja2 source; "default" is the usual one, "tool_use" the one for tools.
         eos_token_ids: further ids that end an answer, such as those of generation_config.json.
-        add_bos_token: whether a plain text starts with BOS. (A chat template writes its own.)
+        add_bos_token: whether a plain text begins with BOS (a chat template writes its own); by default, whether
+            the post-processor puts it there.
         config: what tokenizer_config.json says besides, kept for `save`.
 
     Raises:
-        InputError: there is no EOS token, or a named token is not in the vocabulary.
+        InputError: no EOS token is named, or a named token is not in the vocabulary.
     """
 
     def __init__(
@@ -47,30 +48,29 @@ class Tokenizer:
     ) -> None:
         from tokenizers.processors import TemplateProcessing
 
+        self.backend = backend
         self.named_tokens = dict(named_tokens)
         self.chat_templates = dict(chat_templates or {})
         self.config = dict(config or {})
-        self.backend = backend
         if "eos_token" not in self.named_tokens:
-            raise InputError("the tokenizer names no eos_token: name one in tokenizer_config.json")
-        for name, token in self.named_tokens.items():
-            if backend.token_to_id(token) is None:
-                raise InputError(f"{name} {token!r} is not in the tokenizer's vocabulary")
+            raise InputError("the tokenizer names no eos_token; name one in tokenizer_config.json")
+        for token in self.named_tokens.values():
+            self._id(token)
         if add_bos_token is None:
-            add_bos_token = self.bos_token_id is not None and self.bos_token_id in backend.encode("").ids[:1]
-        self.add_bos_token = add_bos_token
-        # With its own post-processor a byte-level backend trims the spaces off the offsets of tokens such as
-        # " the"; the label mask needs the characters a token really covers.
+            add_bos_token = self.bos_token_id in backend.encode("").ids[:1]
+        self.add_bos_token = add_bos_token and self.bos_token_id is not None
+        self._listed_eos_token_ids = list(eos_token_ids)
+        # A byte-level post-processor cuts the spaces off the offsets of tokens such as " the"; the label mask needs
+        # to know every character that a token covers.
         self._post_processor = backend.post_processor
         backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        self._more_eos_token_ids = list(eos_token_ids)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Read tokenizer.json and its companions from a Hugging Face folder.
 
         Raises:
-            InputError: tokenizer.json is missing or broken, or a companion is not valid JSON.
+            InputError: tokenizer.json is missing or broken, or a companion is.
         """
         from minilora.tokenizer_files import read_folder
 
@@ -78,7 +78,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, source: str | Path | Mapping[str, Any]) -> Tokenizer:
-        """Build the tokenizer that a GGUF file describes, from its path or its metadata.
+        """Build the tokenizer that a GGUF file describes, from its path or its metadata (key to value).
 
         Raises:
             InputError: not a GGUF file, or a kind of vocabulary or pre-tokenizer that is not known here.
@@ -94,42 +94,45 @@ class Tokenizer:
         write_folder(self, Path(folder))
 
     def to_json(self) -> str:
-        """The backend, post-processor included, as the text of a tokenizer.json."""
-        plain = self.backend.post_processor
+        """The backend with its own post-processor, as the text of a tokenizer.json."""
+        ours = self.backend.post_processor
         self.backend.post_processor = self._post_processor
         try:
             return self.backend.to_str(pretty=True)
         finally:
-            self.backend.post_processor = plain
+            self.backend.post_processor = ours
 
     # Text and tokens
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written in the text are recognised; none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written out in the text are recognised.
+
+        With `add_special_tokens`, BOS comes first if this tokenizer begins a plain text so and the text does not.
+        """
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        bos = self.bos_token_id
+        if bos is None or not (add_special_tokens and self.add_bos_token) or ids[:1] == [bos]:
+            return ids
+        return [bos, *ids]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids and, for each, the (start, end) characters of `text` that it comes from.
+        """Token ids and, for each, the (start, end) characters of the text that it covers.
 
-        The tokens of a character that takes several all carry that character's span.
+        The tokens that together spell one character all carry that character's span.
         """
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """`encode_with_offsets` of many texts, on all cores."""
-        return [(e.ids, e.offsets) for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some token ids."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def token_to_id(self, token: str) -> int | None:
-        """The id of a token given by its text, None where there is none."""
-        return self.backend.token_to_id(token)
-
     def __len__(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     # Named tokens
@@ -144,44 +147,48 @@ class Tokenizer:
 
     @property
     def pad_token(self) -> str:
-        """The padding token; EOS where the tokenizer names none (labels are masked by position, not by id)."""
+        """The padding token; EOS where none is named (labels are masked by position, never by token id)."""
         return self.named_tokens.get("pad_token", self.eos_token)
 
     @property
     def eos_token_id(self) -> int:
-        return self.backend.token_to_id(self.eos_token)
+        return self._id(self.eos_token)
 
     @property
     def bos_token_id(self) -> int | None:
-        return None if self.bos_token is None else self.backend.token_to_id(self.bos_token)
+        return None if self.bos_token is None else self._id(self.bos_token)
 
     @property
     def pad_token_id(self) -> int:
-        return self.backend.token_to_id(self.pad_token)
+        return self._id(self.pad_token)
+
+    def _id(self, token: str) -> int:
+        id = self.backend.token_to_id(token)
+        if id is None:
+            raise InputError(f"the token {token!r} is not in the tokenizer's vocabulary")
+        return id
 
     @cached_property
-    def special_token_ids(self) -> frozenset[int]:
-        """The ids that `decode` skips."""
-        return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+    def added_token_ids(self) -> frozenset[int]:
+        """The ids of the tokens that are found in a text before the vocabulary applies; the special ones are here."""
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     @property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends an answer: EOS, those of generation_config.json, and the chat template's turn end."""
-        ids = [self.eos_token_id, *self._more_eos_token_ids, *self._turn_end_token_ids()]
-        return list(dict.fromkeys(ids))
+        return list(dict.fromkeys([self.eos_token_id, *self._listed_eos_token_ids, *self._turn_end_ids()]))
 
-    def _turn_end_token_ids(self) -> list[int]:
-        """The special token that the chat template writes directly after an answer, if it writes one."""
+    def _turn_end_ids(self) -> list[int]:
+        """The added token that the chat template writes directly after an answer, if it writes one."""
         answer = "minilora"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         try:
-            text = self.apply_chat_template(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-            )
-        except InputError:  # no template, or one that wants more than these two messages
+            text = self.apply_chat_template(messages)
+        except InputError:  # no template, or one that wants something other than these two messages
             return []
         _, found, after = text.rpartition(answer)
-        ids = self.encode(after)
-        return ids[:1] if found and ids and ids[0] in self.special_token_ids else []
+        first = self.encode(after.lstrip())[:1]
+        return first if found and self.added_token_ids.issuperset(first) else []
 
     # Conversations
 
@@ -202,7 +209,7 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """A conversation as the one string that the model was trained to read.
+        """A conversation as the one string that the model reads.
 
         Args:
             messages: dicts with `role`, `content` and whatever else the template reads.
@@ -213,31 +220,30 @@ class Tokenizer:
         Raises:
             InputError: there is no template, or it refuses the conversation.
         """
-        return self.render_chat(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )[0]
+        return self.render_chat(messages, add_generation_prompt, tools=tools, **variables)[0]
 
     def render_chat(
-        self, messages: list[Message], *, tools: list[dict[str, Any]] | None = None, **options: Any
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
     ) -> tuple[str, list[Span]]:
         """`apply_chat_template`, and the character spans that the template marks with `{% generation %}`."""
         name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise InputError(
-                "this tokenizer has no chat template: put a chat_template.jinja beside tokenizer.json,"
+                "this tokenizer has no chat template; put a chat_template.jinja beside its tokenizer.json,"
                 " or set tokenizer.chat_template"
             )
-        return self._compiled(name).render(messages, tools=tools, **{**self.named_tokens, **options})
-
-    def _compiled(self, name: str) -> ChatTemplate:
-        source = self.chat_templates[name]
-        if source not in self._templates:
-            self._templates[source] = ChatTemplate(source)
-        return self._templates[source]
-
-    @cached_property
-    def _templates(self) -> dict[str, ChatTemplate]:
-        return {}
+        return chat_template.render(
+            self.chat_templates[name],
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.named_tokens, **variables},
+        )
 
     def __repr__(self) -> str:
         return f"Tokenizer({len(self)} tokens, {json.dumps(self.named_tokens, ensure_ascii=False)})"
