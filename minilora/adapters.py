@@ -75,7 +75,8 @@ def _matches(names: str | Iterable[str], path: str) -> bool:
 def _check_every_name_matches(model: nn.Module, config: LoRAConfig) -> None:
     """A list in which one name of several is misspelled would silently adapt less than was asked for."""
     modules = _modules_before_adapters(model)
-    for name in config.target_modules if isinstance(config.target_modules, list) else []:
+    names = config.target_modules
+    for name in [] if names is None or isinstance(names, str) else names:
         if not any(_matches([name], path) for path in modules):
             raise InputError(f"target_modules: {name!r} matches no layer; {_hint([name], list(modules))}")
 

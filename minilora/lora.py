@@ -68,6 +68,9 @@ class LoRAConfig:
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:
                 raise InputError(f"LoRAConfig: a rank must be a whole number of at least 1, not {r!r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not isinstance(alpha, int | float):
+                raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"LoRAConfig: lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
         if self.init_lora_weights not in (True, False, "gaussian"):
