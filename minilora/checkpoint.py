@@ -1,9 +1,12 @@
 """load: a model and its tokenizer from a known name, a folder, a GGUF file or the Hugging Face Hub.
 
-The model is built without memory; then one tensor at a time is read, checked, quantized or cast, and put in its
-place, so that the full-precision model is never whole in memory.
+    checkpoint on disk --one tensor--> checked --> NF4 or dtype --> its place in a model built without memory
+
+At no time is the full-precision model whole in memory: beyond what is kept, one tensor and its temporaries.
 """
 
+import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -14,20 +17,24 @@ from torch import Tensor, nn
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.model import ModelConfig, Transformer
+from minilora.nf4 import QuantizedTensor, dequantize
 from minilora.nf4 import quantize as quantize_nf4
+from minilora.save_pretrained import save_pretrained
 
 if TYPE_CHECKING:
     from minilora.tokenizer import Tokenizer
 
+__all__ = ["load", "save_pretrained"]
+
 
 class Checkpoint(Protocol):
-    """What a file format offers: a configuration, and tensors by Hugging Face's names, read one by one."""
+    """What each file format offers: a configuration, and tensors by Hugging Face's names, read one by one."""
 
-    config: ModelConfig
-
+    @property
+    def config(self) -> ModelConfig: ...
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor | QuantizedTensor: ...
     def where(self, name: str) -> str: ...
 
 
@@ -40,17 +47,51 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> tuple[Transformer, "Tokenizer"]:
-    """Load a model in evaluation mode, frozen, and its tokenizer."""
-    from minilora.fetch import MODELS, model_file
-    from minilora.gguf_checkpoint import GGUFCheckpoint
+    """Load a model, frozen and in evaluation mode, and its tokenizer.
+
+    `name_or_path`: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
+    "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
+    (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
+    a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`.
+    Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported.
+    """
     from minilora.tokenizer import Tokenizer
 
-    path = model_file(str(name_or_path)) if str(name_or_path) in MODELS else Path(name_or_path)
-    if path.suffix != ".gguf":
-        raise InputError(f"{path}: only GGUF so far")
-    checkpoint = GGUFCheckpoint(path)
-    model = assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, torch.device(device))
-    return model, Tokenizer.from_gguf(path)
+    if quantize not in ("nf4", None):
+        raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
+    path = _locate(name_or_path)
+    if path.is_dir():
+        from minilora.safetensors_checkpoint import SafetensorsCheckpoint
+
+        checkpoint: Checkpoint = SafetensorsCheckpoint(path)
+        tokenizer = Tokenizer.from_folder(path)
+    else:
+        from minilora.gguf_checkpoint import GGUFCheckpoint
+
+        checkpoint = GGUFCheckpoint(path)
+        tokenizer = Tokenizer.from_gguf(checkpoint.file.metadata)
+    return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, torch.device(device)), tokenizer
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    """The folder or GGUF file that is meant, fetched if need be."""
+    from minilora.fetch import MODELS, model_file
+
+    path, name = Path(name_or_path), str(name_or_path)
+    if name in MODELS:
+        return model_file(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise InputError(f"{path} is neither a .gguf file nor a Hugging Face folder; for a folder, name the folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] not in "./":
+        from minilora.hub import snapshot
+
+        return snapshot(name)
+    raise InputError(
+        f"{name}: no such folder or file; give a folder, a .gguf file, a Hub id owner/name, "
+        f"or a name known here: {', '.join(MODELS)}"
+    )
 
 
 def assemble(
@@ -61,51 +102,88 @@ def assemble(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Transformer:
-    """The checkpoint's model in evaluation mode, frozen: linear layers inside the blocks in NF4, the rest in dtype."""
+    """The checkpoint's model, frozen and in evaluation mode: linear layers inside the blocks in NF4 if asked for."""
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
-    check_names_and_shapes(checkpoint, model)
-    for path, module in list(model.named_modules()):
-        tensors = {name: read_tensor(checkpoint, f"{path}.{name}") for name in own_tensors(model, path, module)}
-        if quantize and isinstance(module, nn.Linear) and path.startswith("model.layers."):
-            weight = tensors["weight"].to(device)
-            q = quantize_nf4(weight, block_size, double_quant, name=checkpoint.where(f"{path}.weight"))
-            bias = tensors["bias"].to(device, dtype) if "bias" in tensors else None
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, NF4Linear.from_quantized(q, bias, compute_dtype=dtype))
+    _check_names_and_shapes(checkpoint, model)
+
+    for name in _with_progress([name for name, _ in model.named_parameters()], "Loading the model"):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if quantize and leaf == "weight" and isinstance(module, nn.Linear) and path.startswith("model.layers."):
+            q = _read_nf4(checkpoint, name, block_size, double_quant, device)
+            parent, _, child = path.rpartition(".")  # a bias is a name of its own, and comes next
+            setattr(model.get_submodule(parent), child, NF4Linear.from_quantized(q, None, dtype).to(device))
         else:
-            for name, tensor in tensors.items():
-                # copy: the values may lie in a mapped file
-                setattr(module, name, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+            setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, name, dtype, device), requires_grad=False))
     model.tie_weights()
     return model.eval()
 
 
-def own_tensors(model: Transformer, path: str, module: nn.Module) -> Iterator[str]:
-    """Names of the parameters of this very module that are to be filled; a tied head has none of its own."""
-    if not (path == "lm_head" and model.config.tie_word_embeddings):
-        yield from dict(module.named_parameters(recurse=False))
-
-
-def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor of the checkpoint; InputError if it is not floating point or holds NaN or infinity."""
-    tensor = checkpoint.read(name)
-    if not tensor.is_floating_point():
-        raise InputError(f"{checkpoint.where(name)} holds {tensor.dtype}, not floating-point weights")
-    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise InputError(f"{checkpoint.where(name)} holds NaN or infinity")
-    return tensor
-
-
-def check_names_and_shapes(checkpoint: Checkpoint, model: Transformer) -> None:
-    """InputError for the first tensor that is missing, too many or of another shape than the configuration says."""
+def _check_names_and_shapes(checkpoint: Checkpoint, model: Transformer) -> None:
+    """InputError for the first tensor that is missing, has no place, or is not of the configuration's shape."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = set(checkpoint.names())
-    for name in expected:
+    for name, shape in expected.items():
         if name not in present:
             raise InputError(f"{checkpoint.where(name)} is missing")
-    for name in sorted(present - set(expected)):
-        raise InputError(f"{checkpoint.where(name)} has no place in a {checkpoint.config.model_type} model")
-    for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
-            raise InputError(f"{checkpoint.where(name)} has shape {checkpoint.shape(name)}, not {shape}")
+            raise InputError(f"{checkpoint.where(name)} has shape {checkpoint.shape(name)}, config.json means {shape}")
+    extra = present - set(expected)
+    if "lm_head.weight" in extra:  # only where config.json ties it to the embedding: then it must be its copy
+        extra.remove("lm_head.weight")
+        head, embedding = checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
+        if not isinstance(head, Tensor) or not isinstance(embedding, Tensor) or not torch.equal(head, embedding):
+            raise InputError(
+                f"{checkpoint.where('lm_head.weight')} is not the embedding, though config.json ties them: "
+                "set its tie_word_embeddings to false if the head is meant to be its own"
+            )
+    for name in sorted(extra):
+        raise InputError(f"{checkpoint.where(name)} has no place in a {checkpoint.config.model_type} model")
+
+
+def _read_nf4(
+    checkpoint: Checkpoint, name: str, block_size: int, double_quant: bool, device: torch.device
+) -> QuantizedTensor:
+    """A tensor in NF4, quantized now unless the checkpoint has it so."""
+    value = checkpoint.read(name)
+    if isinstance(value, QuantizedTensor):
+        return value
+    _check_floating_point(value, checkpoint.where(name))
+    return quantize_nf4(value.to(device), block_size, double_quant, name=checkpoint.where(name))
+
+
+def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in `dtype`, in memory of its own."""
+    value = checkpoint.read(name)
+    if isinstance(value, QuantizedTensor):
+        return dequantize(value, dtype).to(device)
+    _check_floating_point(value, checkpoint.where(name))
+    if not torch.stack(torch.aminmax(value)).isfinite().all():
+        raise InputError(f"{checkpoint.where(name)} holds NaN or infinity")
+    return value.to(device, dtype, copy=True)
+
+
+def _check_floating_point(value: Tensor, where: str) -> None:
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")
+
+
+def _with_progress(names: list[str], description: str) -> Iterator[str]:
+    """The names one after the other, with a progress bar on stderr once two seconds have passed."""
+    start, bar = time.monotonic(), None
+    try:
+        for done, name in enumerate(names):
+            if bar is None and time.monotonic() - start > 2:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = Progress(console=Console(stderr=True), transient=True)
+                task = bar.add_task(description, total=len(names))
+                bar.start()
+            if bar is not None:
+                bar.update(task, completed=done)
+            yield name
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -86,7 +86,7 @@ class GGUFFile:
         nbytes = math.prod(row_shape)
         if info.offset + nbytes > self.size:
             raise InputError(
-                f"{self.path}: truncated: tensor {name} ends at byte {info.offset + nbytes:,}, the file at {self.size:,}"
+                f"{self.path} is truncated: tensor {name} ends at byte {info.offset + nbytes}, the file at {self.size}"
             )
         raw = np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=info.offset)
         if kind.name in PLAIN:

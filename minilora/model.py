@@ -51,9 +51,7 @@ class KVCache:
     ) -> None:
         shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.max_length = max_length
         self.length = 0
 
@@ -85,9 +83,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
@@ -128,11 +124,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything but the head; a module of its own because that is where Hugging Face's names have a `model.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -149,13 +153,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)]),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         # A plain tensor, not a buffer: model.to(bfloat16) must not round the frequencies.
@@ -164,7 +162,7 @@ class Transformer(nn.Module):
     def tie_weights(self) -> None:
         """Make the head share the embedding's weight, where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = cast(nn.Embedding, self.model["embed_tokens"]).weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
@@ -176,20 +174,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         T = input_ids.shape[1]
         past = cache.length if cache is not None else 0
-        x = self.model["embed_tokens"](input_ids)
+        x = self.model.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = default_positions(attention_mask, past, T, x.device)
         self.inverse_frequencies = self.inverse_frequencies.to(x.device)
         rope = rotary_tables(position_ids, self.inverse_frequencies, x.dtype)
         masks = {
-            window: additive_mask(attention_mask, past, T, window, x)
-            for window in set(self.config.sliding_windows)
+            window: additive_mask(attention_mask, past, T, window, x) for window in set(self.config.sliding_windows)
         }
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for window, block in zip(
-            self.config.sliding_windows, cast(nn.ModuleList, self.model["layers"]), strict=True
-        ):
+        for window, block in zip(self.config.sliding_windows, self.model.layers, strict=True):
             if recompute:
                 x = checkpoint(block, x, rope, masks[window], None, use_reentrant=False)
             else:
@@ -198,7 +193,7 @@ class Transformer(nn.Module):
             cache.length += T
         if logits_at is not None:
             x = x[logits_at]
-        return self.lm_head(self.model["norm"](x))
+        return self.lm_head(self.model.norm(x))
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -243,9 +238,7 @@ def default_positions(attention_mask: Tensor | None, past: int, T: int, device: 
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
 
-def additive_mask(
-    attention_mask: Tensor | None, past: int, T: int, window: int | None, x: Tensor
-) -> Tensor | None:
+def additive_mask(attention_mask: Tensor | None, past: int, T: int, window: int | None, x: Tensor) -> Tensor | None:
     """What to add to the attention scores: 0 or -inf, (B or 1, 1, T, S) in x's dtype; None means plain causal.
 
     None is the fast path. It is right without padding, and with right padding too: no real token looks at what

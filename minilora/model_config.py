@@ -153,9 +153,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0]
-            if len(self.eos_token_ids) == 1
-            else list(self.eos_token_ids) or None,
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
             "pad_token_id": self.pad_token_id,
         }
         window = next((w for w in self.sliding_windows if w is not None), None)
@@ -169,13 +167,9 @@ class ModelConfig:
             hf |= {
                 "use_sliding_window": window is not None,
                 "sliding_window": window,
-                "layer_types": [
-                    "full_attention" if w is None else "sliding_attention" for w in self.sliding_windows
-                ],
+                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows],
             }
-            first = next(
-                (i for i, w in enumerate(self.sliding_windows) if w is not None), len(self.sliding_windows)
-            )
+            first = next((i for i, w in enumerate(self.sliding_windows) if w is not None), len(self.sliding_windows))
             hf |= {"max_window_layers": first}
         return hf
 
@@ -195,9 +189,7 @@ def _positive(hf: Mapping[str, Any], key: str, source: str) -> int:
     return value
 
 
-def _rope(
-    hf: Mapping[str, Any], max_position_embeddings: int, source: str
-) -> tuple[float, dict[str, Any] | None]:
+def _rope(hf: Mapping[str, Any], max_position_embeddings: int, source: str) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling, wherever this version of transformers wrote them."""
     parameters = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     rope_theta = float(parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
@@ -207,18 +199,14 @@ def _rope(
             f"{source}: RoPE type {rope_type!r} is not supported; supported are {', '.join(ROPE_SCALING_KEYS)}"
         )
     if parameters.get("partial_rotary_factor") not in OFF["partial_rotary_factor"]:
-        raise InputError(
-            f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']!r} is not supported"
-        )
+        raise InputError(f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']!r} is not supported")
     if rope_type == "default":
         return rope_theta, None
     if rope_type == "llama3":
         parameters.setdefault("original_max_position_embeddings", max_position_embeddings)
     for key in ROPE_SCALING_KEYS[rope_type]:
         if not isinstance(parameters.get(key), (int, float)) or parameters[key] <= 0:
-            raise InputError(
-                f"{source}: RoPE type {rope_type!r} needs a positive {key}, not {parameters.get(key)!r}"
-            )
+            raise InputError(f"{source}: RoPE type {rope_type!r} needs a positive {key}, not {parameters.get(key)!r}")
     return rope_theta, {
         "rope_type": rope_type,
         **{key: parameters[key] for key in ROPE_SCALING_KEYS[rope_type]},

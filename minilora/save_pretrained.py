@@ -1,0 +1,147 @@
+"""save_pretrained: a model as a Hugging Face folder, dense, its active adapters merged into the weights."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import InputError
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRA, LoRALinear
+from minilora.model import Transformer
+
+if TYPE_CHECKING:
+    from minilora.tokenizer import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+
+
+def save_pretrained(
+    model: Transformer,
+    tokenizer: "Tokenizer",
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
+
+    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`
+    (default: the embedding's); never into 4 bits. Only one shard is in memory at a time, and the model stays as it is.
+    Everything is written beside `folder` first, so a failure leaves an existing folder untouched; on success its older
+    weights go and its other files stay. Raises InputError, naming the layer, if merging gives NaN or infinity.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder to save the model in")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    layers = _layers_with_weights(model)
+    dtype = dtype or model.model.embed_tokens.weight.dtype
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        temporary = Path(name) / "new"
+        temporary.mkdir()
+        _write_weights(layers, temporary, dtype, max_shard_bytes)
+        config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
+        _write_json(temporary / "config.json", {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+        _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
+        tokenizer.save(temporary)
+        _move_into_place(temporary, folder)
+
+
+def _layers_with_weights(model: Transformer) -> dict[str, nn.Module]:
+    """The modules that hold weights, by path; a head that is nothing but the embedding is left out."""
+    layers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside_lora = any(path.startswith(f"{p}.") for p, m in layers.items() if isinstance(m, LoRALinear))
+        if (isinstance(module, LoRALinear) or hasattr(module, "weight")) and not inside_lora:
+            layers[path] = module
+    if getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight:
+        del layers["lm_head"]
+    return layers
+
+
+def _base_and_adapters(layer: nn.Module) -> tuple[Any, list[LoRA]]:
+    """The layer without its adapters, and the adapters that act on it and are not yet merged into it."""
+    if not isinstance(layer, LoRALinear):
+        return layer, []
+    acting = layer.active if layer.enabled and not layer.merged else []
+    return layer.base_layer, [layer.adapters[name] for name in acting if name in layer.adapters]  # type: ignore[misc]
+
+
+def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """weight, and bias if there is one, merged and dense, on the CPU."""
+    base, adapters = _base_and_adapters(layer)
+    W = base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.detach()
+    for adapter in adapters:
+        W = W.float() + adapter.delta().detach()  # W' = W + Σ s·BA, in float32
+    W = W.to("cpu", dtype).contiguous()
+    if not W.isfinite().all():
+        raise InputError(f"{path}: the weight to save has NaN or infinity in {dtype}; nothing was saved")
+    tensors = {f"{path}.weight": W}
+    if getattr(base, "bias", None) is not None:
+        tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
+    return tensors
+
+
+def _write_weights(layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
+    from safetensors.torch import save_file
+
+    sizes = {path: _numel(layer) * dtype.itemsize for path, layer in layers.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for path, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(path)
+        room -= size
+
+    weight_map: dict[str, str] = {}
+    for number, paths in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for path in paths:
+            tensors |= _dense_tensors(path, layers[path], dtype)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _numel(layer: nn.Module) -> int:
+    """Number of weights and biases of a layer, dense."""
+    base, _ = _base_and_adapters(layer)
+    weight = base.out_features * base.in_features if isinstance(base, NF4Linear) else base.weight.numel()
+    return weight + (base.bias.numel() if getattr(base, "bias", None) is not None else 0)
+
+
+def _generation_config(model: Transformer, tokenizer: "Tokenizer") -> dict[str, object]:
+    """Where generation starts, stops and pads: the ids that transformers' generate takes from this file."""
+    stops = list(dict.fromkeys([*model.config.eos_token_ids, *tokenizer.eos_token_ids]))
+    return {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": model.config.pad_token_id,
+    }
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, or its files into it; weights there that are not among the new ones go."""
+    if not folder.exists():
+        new.replace(folder)
+        return
+    files = {file.name for file in new.iterdir()}
+    for name in sorted(files):
+        (new / name).replace(folder / name)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if old.name not in files:
+            old.unlink(missing_ok=True)
