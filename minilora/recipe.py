@@ -44,8 +44,7 @@ def _overlaid(config: Config, content: Any, where: str) -> Config:
             try:
                 changes[key] = _coerced(hints[key], value)
             except ValueError:
-                expected = getattr(hints[key], "__name__", None) or str(hints[key])
-                raise InputError(f"{where}: {key} must be {expected}, not {value!r}") from None
+                raise InputError(f"{where}: {key} must be {_described(hints[key])}, not {value!r}") from None
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -82,3 +81,13 @@ def _first_that_fits(hints: tuple[Any, ...], value: Any) -> Any:
         except ValueError:
             continue
     raise ValueError
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_described, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is None:
+        return "nothing" if hint is type(None) else str(hint.__name__)
+    return str(hint)
