@@ -76,7 +76,7 @@ def train(
     Raises InputError for unusable rows or settings, DivergedError for a loss or gradient that is not finite,
     TrainingInterrupted on Ctrl-C.
     """
-    output_dir = Path(config.output_dir)
+    output_dir, checkpoint = Path(config.output_dir), _checkpoint_to_resume(config)
     examples, skipped = _encode(rows, tokenizer, config.max_length, "training")
     eval_examples: list[Example] = []
     if eval_rows is not None:
@@ -93,9 +93,7 @@ def train(
 
     _seed_everything(config.seed)
     run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
-    progress, checkpoint = Progress(), _checkpoint_to_resume(config)
-    if checkpoint is not None:
-        progress = load_checkpoint(checkpoint, parameters, optimizer, run)
+    progress = load_checkpoint(checkpoint, parameters, optimizer, run) if checkpoint else Progress()
     stopped_early = _out_of_patience(progress, config)
 
     with (
@@ -131,11 +129,7 @@ def train(
 
             seconds = time.perf_counter() - started
             tokens = sum(len(example.input_ids) for example in step_examples)
-            progress.step, progress.tokens, progress.seconds = (
-                step,
-                progress.tokens + tokens,
-                progress.seconds + seconds,
-            )
+            progress.add_step(tokens, seconds)
             write(
                 {
                     "step": step,
@@ -155,16 +149,9 @@ def train(
             if eval_examples and _due(config.eval_every, step, total_steps):
                 started = time.perf_counter()
                 eval_loss = held_out_loss(model, eval_examples, tokenizer.pad_token_id, config.batch_size)
-                is_best = progress.evaluated(eval_loss)
-                eval_seconds = time.perf_counter() - started
-                write(
-                    {
-                        "step": step,
-                        "epoch": step / steps_per_epoch,
-                        "eval_loss": eval_loss,
-                        "eval_seconds": eval_seconds,
-                    }
-                )
+                is_best = progress.add_evaluation(eval_loss)
+                seconds = time.perf_counter() - started
+                write({"step": step, "epoch": step / steps_per_epoch, "eval_loss": eval_loss, "eval_seconds": seconds})
 
             stopped_early = _out_of_patience(progress, config)
             if is_best or stopped_early or stop.made or _due(config.save_every, step, total_steps):

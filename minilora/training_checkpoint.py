@@ -58,7 +58,10 @@ class Progress:
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
 
-    def evaluated(self, eval_loss: float) -> bool:
+    def add_step(self, tokens: int, seconds: float) -> None:
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+
+    def add_evaluation(self, eval_loss: float) -> bool:
         """Take the held-out loss of this step in; True if it is the lowest so far."""
         is_best = eval_loss < (math.inf if self.best_eval_loss is None else self.best_eval_loss)  # NaN never is
         if is_best:

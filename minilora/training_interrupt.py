@@ -16,8 +16,8 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, checkpoint: Path, step: int, total_steps: int) -> None:
         self.checkpoint = checkpoint
         super().__init__(
-            f"interrupted after step {step} of {total_steps}, which is saved in {checkpoint};"
-            ' to continue, start the same run with resume="auto" (--resume auto)'
+            f"step {step} of {total_steps} is saved in {checkpoint}; to go on from there, start the same run again with"
+            ' resume="auto" (--resume auto)'
         )
 
 
