@@ -1,20 +1,31 @@
-"""Rows to token ids, labels and batches, with the loss on what the assistant says and nowhere else."""
+"""Rows to token ids, labels and batches: the loss is on what the assistant says, and nowhere else.
+
+    text        <|im_start|>  user  \\n  Hi  <|im_end|>  \\n  <|im_start|>  assistant  \\n  Hello  !     <|im_end|>  \\n
+    labels      -100          -100  ...                                              -100  Hello  !     <|im_end|>  -100
+
+A conversation is rendered and tokenized as a whole, as it is when a model is used; which tokens belong to an answer
+follows from the characters they cover. So the mask goes by position: it is right where padding and EOS are the same
+token, and where an answer quotes a special token.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from minilora.answers import render_with_answers
 from minilora.chat_template import Span
 from minilora.errors import InputError
-from minilora.rows import Row, as_rows, load_rows
+from minilora.rows import Row, as_rows, each, load_rows
 from minilora.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,12 +42,17 @@ __all__ = [
     "show_example",
 ]
 
-IGNORE = -100  # PyTorch's cross_entropy skips this label
+T = TypeVar("T")
+
+IGNORE = -100  # the label that PyTorch's cross_entropy skips
+CHUNK = 256  # rows tokenized at a time
+WINDOW = 50  # batches whose rows are sorted by length together
+DIM, GREEN, RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: `labels[i]` is `input_ids[i]` where it is learned, -100 where it is only read."""
+    """One training sequence: a token's label is its own id where it is learned, -100 where it is only read."""
 
     input_ids: list[int]
     labels: list[int]
@@ -45,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that was left out, and why."""
+    """A row that is not trained on, and why."""
 
     source: str
     reason: str
@@ -53,58 +69,110 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_rows` made of its rows: every one is in `examples` or in `skipped`."""
+    """What became of some rows: every one is in `examples` or in `skipped`, in its order."""
 
     examples: list[Example]
     skipped: list[Skipped]
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | None = None) -> Encoded:
-    """Render, tokenize and label rows; rows longer than `max_length` tokens are in `skipped`, with the reason.
+    """Render, tokenize and label rows; those of more than `max_length` tokens are skipped, and say so.
+
+    Every answer is learned, with the token that ends it; a sequence that the chat template leaves without such a
+    token gets EOS. A plain text is learned whole, and a pair's completion where there is no chat template, EOS
+    included and after BOS where the tokenizer wants one. A sequence's first token is never learned: nothing is there
+    to predict it from.
 
     Raises:
-        InputError: a row's conversation does not suit the chat template.
+        InputError: there is no chat template, or it refuses rows or does not show where their answers are: how
+            many, and for the first few where they come from and what is wrong.
     """
-    rendered = [_render(row, tokenizer) for row in rows]
-    encodings = tokenizer.encode_batch([text for text, _ in rendered])
-    examples: list[Example] = []
-    skipped: list[Skipped] = []
-    for row, (_, spans), (ids, offsets) in zip(rows, rendered, encodings, strict=True):
-        labels = [
-            id if any(start < b and end > a for a, b in spans) else IGNORE
-            for id, (start, end) in zip(ids, offsets, strict=True)
-        ]
-        last = max((i for i, label in enumerate(labels) if label != IGNORE), default=-1)
-        if last == -1 or labels[last] not in tokenizer.eos_token_ids:
-            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    turn_ends = [tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids]
+    rendered = each(
+        _with_progress(rows, len(rows), "Rendering"),
+        lambda row: row.source,
+        lambda row: _render(row, tokenizer, turn_ends),
+    )
+    encodings = (
+        encoding
+        for start in range(0, len(rows), CHUNK)
+        for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
+    )
+    labeller = _Labeller(tokenizer)
+    encoded = Encoded([], [])
+    for row, one, encoding in zip(rows, rendered, _with_progress(encodings, len(rows), "Tokenizing"), strict=True):
+        ids, labels = labeller(one, *encoding)
         if max_length is not None and len(ids) > max_length:
-            skipped.append(Skipped(row.source, f"{len(ids)} tokens, more than max_length={max_length}"))
+            encoded.skipped.append(Skipped(row.source, f"{len(ids)} tokens, max_length is {max_length}"))
         else:
-            examples.append(Example(ids, labels, row.source))
-    return Encoded(examples, skipped)
+            encoded.examples.append(Example(ids, labels, row.source))
+    return encoded
 
 
-def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
-    if row.messages is None:
-        text = row.text or ""
-        return text, [(0, len(text))]
-    if row.untemplated and tokenizer.chat_template is None:
-        prompt, completion = row.messages[0]["content"], row.messages[1]["content"]
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
-    text = tokenizer.apply_chat_template(row.messages, tools=row.tools)
-    spans: list[Span] = []
-    for i, message in enumerate(row.messages):
-        if message["role"] == "assistant" and i >= row.context:
-            start = tokenizer.apply_chat_template(row.messages[:i], True, tools=row.tools)
-            end = tokenizer.apply_chat_template(row.messages[: i + 1], tools=row.tools).rstrip()
-            if not (text.startswith(end) and end.startswith(start)):
-                raise InputError(f"{row.source}: the chat template rewrites earlier messages")
-            spans.append((len(start), len(end)))
-    return text, spans
+class _Rendered(NamedTuple):
+    text: str
+    answers: list[Span]  # the characters to learn
+    bos: bool  # whether BOS is still to be put first
+
+
+def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> _Rendered:
+    if row.text is not None:
+        return _Rendered(row.text, [(0, len(row.text))], bos=tokenizer.add_bos_token)
+    if row.messages and row.pair and tokenizer.chat_template is None:
+        prompt, completion = (message["content"] for message in row.messages)
+        return _Rendered(prompt + completion, [(len(prompt), len(prompt + completion))], bos=tokenizer.add_bos_token)
+    text, answers = render_with_answers(row, tokenizer, turn_ends)
+    if not answers:
+        raise InputError("it has no answer to learn")
+    return _Rendered(text, answers, bos=False)
+
+
+class _Labeller:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = tokenizer.eos_token_id
+        self.eos_ids = frozenset(tokenizer.eos_token_ids)
+
+    def __call__(self, row: _Rendered, ids: list[int], offsets: list[Span]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a rendered row, from its tokens and the characters that each covers."""
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        labels = [IGNORE] * len(ids)
+        last = -1
+        for start, end in row.answers:
+            first, stop = bisect_right(ends, start), bisect_left(starts, end)  # the tokens that overlap the answer
+            if stop < len(ids) and starts[stop] == end and ids[stop] in self.eos_ids:
+                stop += 1  # some templates leave the token that ends the turn outside {% generation %}
+            labels[first:stop] = ids[first:stop]
+            last = stop - 1
+        if last < 0 or ids[last] not in self.eos_ids:
+            ids, labels = [*ids[: last + 1], self.eos_id], [*labels[: last + 1], self.eos_id]
+        if row.bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids, labels = [self.bos_id, *ids], [self.bos_id, *labels]
+        return ids, [IGNORE, *labels[1:]]
+
+
+def _with_progress(items: Iterable[T], total: int, description: str, patience: float = 2.0) -> Iterator[T]:
+    """The items, with a progress bar on standard error once they have taken `patience` seconds."""
+    begin, bar = time.monotonic(), None
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            if bar is None and time.monotonic() - begin > patience:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = Progress(console=Console(stderr=True), transient=True)
+                task = bar.add_task(description, total=total)
+                bar.start()
+            if bar is not None:
+                bar.update(task, completed=done)
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 class Batch(NamedTuple):
-    """Right-padded examples; each int64 (batch, length). `attention_mask` is 1 on tokens, 0 on padding."""
+    """Examples padded on the right: int64 tensors (batch, length); `attention_mask` is 1 on tokens, 0 on padding."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -112,59 +180,53 @@ class Batch(NamedTuple):
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad examples on the right to the longest of them; padding has label -100, whatever its token id."""
-    length = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), length)
-    batch = Batch(
-        torch.full(shape, pad_token_id), torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64)
-    )
+    """Pad examples on the right to the longest of them; a padded place has the label -100."""
+    shape = len(examples), max(len(example.input_ids) for example in examples)
+    batch = Batch(torch.full(shape, pad_token_id), torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64))
     for i, example in enumerate(examples):
-        n = len(example.input_ids)
-        batch.input_ids[i, :n] = torch.tensor(example.input_ids)
-        batch.labels[i, :n] = torch.tensor(example.labels)
-        batch.attention_mask[i, :n] = 1
+        length = len(example.input_ids)
+        batch.input_ids[i, :length] = torch.tensor(example.input_ids)
+        batch.labels[i, :length] = torch.tensor(example.labels)
+        batch.attention_mask[i, :length] = 1
     return batch
 
 
 def batches(
     examples: Sequence[Example], batch_size: int, seed: int = 0, epoch: int = 0, group_by_length: bool = False
 ) -> list[list[int]]:
-    """The indices of each batch of one epoch: every example exactly once, the same for the same seed and epoch.
+    """The indices of one epoch's batches: every example exactly once, in an order given by seed and epoch alone.
 
-    With `group_by_length`, windows of 50 batches' worth of shuffled examples are sorted by length and cut into
-    batches, and the batches are shuffled: little padding, and still a random order.
+    With `group_by_length`, 50 batches' worth of shuffled examples at a time are sorted by length before they are cut
+    into batches, and then the batches are shuffled: little padding, and still a random order.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(examples)).tolist()
     if group_by_length:
-        window = 50 * batch_size
-        order = [
-            i
-            for start in range(0, len(order), window)
-            for i in sorted(order[start : start + window], key=lambda i: len(examples[i].input_ids))
-        ]
-    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        windows = (order[i : i + WINDOW * batch_size] for i in range(0, len(order), WINDOW * batch_size))
+        order = [i for window in windows for i in sorted(window, key=lambda i: len(examples[i].input_ids))]
+    cut = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     if group_by_length:
-        cut = [cut[i] for i in random.permutation(len(cut))]
+        random.shuffle(cut)
     return cut
 
 
-DIM, GREEN, RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
-
-
 def show_example(example: Example, tokenizer: Tokenizer, color: bool | None = None) -> str:
-    """The example's text with special tokens; learned tokens in green, the others dim.
+    """The example as text, special tokens included: what is learned in green, what is only read dim.
 
-    Without colour (NO_COLOR is set, or standard output is not a terminal) the learned tokens stand in ⟦ ⟧.
+    Without colour, what is learned stands in ⟦ ⟧. There is colour if `color` says so; by default, if standard output
+    is a terminal and NO_COLOR is not set.
     """
     if color is None:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     pieces = []
-    pairs = zip(example.input_ids, example.labels, strict=True)
-    for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        text = tokenizer.decode([id for id, _ in group], skip_special_tokens=False)
+    shown, count = "", 0
+    for learned, group in groupby(label != IGNORE for label in example.labels):
+        count += len(list(group))
+        # Some tokenizers spell a token differently at the start of a text: so decode from the start, and cut.
+        text = tokenizer.decode(example.input_ids[:count], skip_special_tokens=False)
+        piece, shown = text[len(shown) :].replace("\x1b", "␛"), text
         if color:
-            pieces.append(f"{GREEN if learned else DIM}{text}{RESET}")
+            pieces.append(f"{GREEN if learned else DIM}{piece}{RESET}")
         else:
-            pieces.append(f"⟦{text}⟧" if learned else text)
+            pieces.append(f"⟦{piece}⟧" if learned else piece)
     return "".join(pieces)

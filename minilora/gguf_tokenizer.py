@@ -41,11 +41,10 @@ PRE_TOKENIZERS = {
     "starcoder": [DIGIT, GPT2],
     "llama-bpe": [LLAMA3],
     "qwen2": [QWEN2],
-    "deepseek-r1-qwen": [QWEN2],
     "tekken": [TEKKEN],
 }
 WHOLE_WORDS_FIRST = ("llama-bpe", "tekken")  # a word that is a token is that token, whatever the merges say
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # Qwen normalizes to NFC, though the file cannot say so
+COMPOSED = ("qwen2",)  # Qwen normalizes to NFC, though the file cannot say so
 BEGIN_WITH_BOS = ("llama-bpe", "tekken")  # unless the file says otherwise
 
 

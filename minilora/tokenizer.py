@@ -59,7 +59,7 @@ class Tokenizer:
         if add_bos_token is None:
             add_bos_token = self.bos_token_id in backend.encode("").ids[:1]
         self.add_bos_token = add_bos_token and self.bos_token_id is not None
-        self._listed_eos_token_ids = list(eos_token_ids)
+        self._listed_eos_token_ids = [id for id in eos_token_ids if backend.id_to_token(id) is not None]
         # A byte-level post-processor cuts the spaces off the offsets of tokens such as " the"; the label mask needs
         # to know every character that a token covers.
         self._post_processor = backend.post_processor
