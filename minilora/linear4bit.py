@@ -1,38 +1,60 @@
-"""NF4Linear: a frozen linear layer whose weight rests in 4 bits, and its autograd (QLoRA, arXiv 2305.14314, equation 5)."""
+"""NF4Linear: a frozen linear layer whose weight rests in 4 bits (QLoRA, arXiv 2305.14314, section 3, equation 5).
 
+                      W' = dequantize(codes, absmax)        made for one product and dropped again
+    forward    y = x W'^T + bias (+ add)
+    backward   dL/dx = dL/dy W'        dL/dadd = dL/dy      and nothing for W: it is frozen
+
+Blocks run over the flattened weight: where in_features is not a multiple of the block size they straddle rows.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.nf4 import QuantizedTensor, dequantize, quantize
+from minilora.errors import InputError
+from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize
 
 
 class _NF4Product(torch.autograd.Function):
-    """y = x W^T (+ add), W dequantized in the forward and again in the backward, never kept."""
+    """y = x W^T (+ add), with W dequantized in the forward and once more in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        ctx.q, ctx.dtype, ctx.add_dtype = q, dtype, None if add is None else add.dtype
+        ctx.q, ctx.dtype = q, dtype  # the layer's own packed buffers: nothing new is kept alive
         W = dequantize(q, dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = rows @ W.T if add is None else torch.addmm(add.reshape(-1, W.shape[0]).to(dtype), rows, W.T)
-        return y.to(x.dtype).view(*x.shape[:-1], W.shape[0])
+        out_features, in_features = q.shape
+        rows = x.reshape(-1, in_features).to(dtype)
+        if add is None:
+            y = (rows @ W.T).to(x.dtype)
+        elif add.dtype == dtype == x.dtype:
+            y = torch.addmm(add.reshape(-1, out_features), rows, W.T)  # accumulates onto add, rounds once
+        else:
+            y = (rows @ W.T).to(x.dtype) + add.reshape(-1, out_features).to(x.dtype)
+        return y.view(*x.shape[:-1], out_features)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_x = grad_add = None
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            W = dequantize(ctx.q, ctx.dtype)
-            grad_x = (grad.reshape(-1, W.shape[0]).to(ctx.dtype) @ W).to(grad.dtype)
-            grad_x = grad_x.view(*grad.shape[:-1], W.shape[1])
-        if ctx.needs_input_grad[1]:
-            grad_add = grad.to(ctx.add_dtype)
-        return grad_x, grad_add, None, None
+            out_features, in_features = ctx.q.shape
+            rows = grad_y.reshape(-1, out_features).to(ctx.dtype)
+            grad_x = (rows @ dequantize(ctx.q, ctx.dtype)).to(grad_y.dtype)
+            grad_x = grad_x.view(*grad_y.shape[:-1], in_features)
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None
 
 
 class NF4Linear(nn.Module):
-    """y = x W^T + bias with W frozen in NF4."""
+    """y = x W^T + bias, with W (out_features, in_features) frozen in NF4.
+
+    The packed weight lies in plain buffers, so state_dict, .to(), deepcopy and safetensors work as for any layer:
+    weight: uint8 (ceil(in_features * out_features / 2),), absmax, nested_absmax and offset as in QuantizedTensor.
+    A dtype given to .to() (or .half(), ...) goes to the bias alone; the statistics stay as they were quantized.
+
+    compute_dtype: in which W is dequantized and multiplied; None takes the input's.
+    The constructor leaves the weight zero, for a state dict to fill; from_linear and from_quantized fill it.
+    """
 
     weight: Tensor
     absmax: Tensor
@@ -55,16 +77,16 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.compute_dtype = block_size, compute_dtype
         n = in_features * out_features
-        blocks = -(-n // block_size)
-        self.register_buffer("weight", torch.zeros(-(-n // 2), dtype=torch.uint8, device=device))
-        dtype = torch.uint8 if double_quant else torch.float32
-        self.register_buffer("absmax", torch.zeros(blocks, dtype=dtype, device=device))
-        nested = torch.zeros(-(-blocks // 256), device=device) if double_quant else None
-        self.register_buffer("nested_absmax", nested)
-        self.register_buffer("offset", torch.zeros((), device=device) if double_quant else None)
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
-        )
+        n_blocks = -(-n // block_size)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("weight", zeros(-(-n // 2), dtype=torch.uint8))
+        self.register_buffer("absmax", zeros(n_blocks, dtype=torch.uint8 if double_quant else torch.float32))
+        self.register_buffer("nested_absmax", zeros(-(-n_blocks // NESTED_BLOCK_SIZE)) if double_quant else None)
+        self.register_buffer("offset", zeros() if double_quant else None)
+        self.bias = nn.Parameter(zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
     def from_linear(
@@ -76,58 +98,74 @@ class NF4Linear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         name: str | None = None,
     ) -> "NF4Linear":
-        """Quantize an nn.Linear; its bias is kept as it is."""
-        q = quantize(linear.weight, block_size, double_quant, name=name)
-        return cls.from_quantized(q, linear.bias, compute_dtype)
+        """The layer in 4 bits; its bias is shared, not quantized. Raises InputError as nf4.quantize does."""
+        return cls.from_quantized(
+            quantize(linear.weight, block_size, double_quant, name=name), linear.bias, compute_dtype
+        )
 
     @classmethod
     def from_quantized(
         cls, q: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> "NF4Linear":
-        """Take the tensors of ``q`` as they are."""
+        """A layer around the tensors of ``q``, which must be a matrix; nothing is copied."""
+        if len(q.shape) != 2 or q.nested_block_size != NESTED_BLOCK_SIZE:
+            raise InputError(
+                f"NF4Linear takes a matrix with nested blocks of {NESTED_BLOCK_SIZE}, "
+                f"not shape {q.shape} with nested blocks of {q.nested_block_size}"
+            )
+        out_features, in_features = q.shape
         layer = cls(
-            q.shape[1],
-            q.shape[0],
+            in_features,
+            out_features,
             block_size=q.block_size,
             double_quant=q.offset is not None,
             compute_dtype=compute_dtype,
             device="meta",
         )
-        layer.weight, layer.absmax = q.codes, q.absmax
-        layer.nested_absmax, layer.offset = q.nested_absmax, q.offset
+        layer.weight, layer.absmax, layer.nested_absmax, layer.offset = q.codes, q.absmax, q.nested_absmax, q.offset
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
     def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor that shares the buffers' memory."""
-        shape = (self.out_features, self.in_features)
-        dtype = self.compute_dtype or torch.float32
+        """The weight as a QuantizedTensor over the same memory."""
         return QuantizedTensor(
-            self.weight, self.absmax, shape, dtype, self.block_size, self.nested_absmax, self.offset
+            codes=self.weight,
+            absmax=self.absmax,
+            shape=(self.out_features, self.in_features),
+            dtype=self.compute_dtype or torch.float32,
+            block_size=self.block_size,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out_features, in_features) in ``dtype``."""
+        """W (out_features, in_features) in ``dtype``, by default the compute_dtype, or else float32."""
         return dequantize(self.quantized(), dtype)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x (..., in_features) -> (..., out_features) in x's dtype; ``add`` is accumulated inside the GEMM."""
+        """x W^T + bias (+ add): (..., in_features) to (..., out_features), in x's dtype.
+
+        ``add`` (..., out_features) is what an adapter computed from the same x; where x, add and the compute dtype
+        agree, the product accumulates onto it and the sum is rounded once.
+        """
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             add = bias.expand(*x.shape[:-1], -1) if add is None else add + bias
-        return _NF4Product.apply(x, add, self.quantized(), self.compute_dtype or x.dtype)
+        y: Tensor = _NF4Product.apply(x, add, self.quantized(), self.compute_dtype or x.dtype)
+        return y
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "NF4Linear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         statistics = {"absmax": self.absmax, "nested_absmax": self.nested_absmax, "offset": self.offset}
         super()._apply(fn, recurse)
         for name, before in statistics.items():
             after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:  # .half(), .to(bfloat16): the device only
-                setattr(self, name, before.to(after.device))
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))  # follow to the device, keep the exact values
         return self
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self.offset is not None}"
+            f"block_size={self.block_size}, double_quant={self.offset is not None}, "
+            f"compute_dtype={self.compute_dtype}"
         )
