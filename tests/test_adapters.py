@@ -1,0 +1,366 @@
+"""Adapters on whole models: which layers PEFT would adapt, what they compute there, and what taking them off leaves."""
+
+import copy
+import re
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_helpers import IDS, SHAPE, logits, peft_model, peft_parameters, randomize, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora.adapters import (
+    ParameterCount,
+    adapter_names,
+    adapter_parameters,
+    add_adapter,
+    count_parameters,
+    disable_adapters,
+    find_targets,
+    lora_layers,
+    merge,
+    set_adapter,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
+from minilora.errors import InputError
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig, LoRALinear
+from minilora.model import ModelConfig, Transformer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(did not match|no modules were excluded)")  # PEFT's
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, **FLOAT32)
+
+
+def adapted_llama(**config: Any) -> nn.Module:
+    model = tiny_llama()
+    add_adapter(model, LoRAConfig(**({"r": 4, "target_modules": ALL} | config)))
+    randomize(model)
+    return model
+
+
+# --- which layers ----------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from([*ALL, "mlp.up_proj", "self_attn.v_proj", "layers.1.self_attn.q_proj", "lm_head", "nothing"])
+REGEXES = st.sampled_from([r".*\.(q|v)_proj", r".*layers\.0\..*_proj", r"model\.layers\.\d\.mlp\.up_proj"])
+PATTERNS = st.dictionaries(
+    st.sampled_from(["q_proj", r"layers\.1\.mlp\..*", "^v_proj", "v_proj", r".*\.0\.self_attn\.q_proj"]),
+    st.integers(1, 6),
+)
+
+
+@given(
+    targets=st.one_of(st.lists(NAMES, min_size=1, max_size=4, unique=True), REGEXES, st.just("all-linear")),
+    exclude=st.one_of(st.none(), st.lists(NAMES, min_size=1, max_size=2, unique=True), REGEXES),
+    rank_pattern=PATTERNS,
+    alpha_pattern=PATTERNS,
+)
+@settings(deadline=None, max_examples=40)
+def test_targets_ranks_and_scalings_are_those_of_peft(
+    targets: Any, exclude: Any, rank_pattern: dict[str, int], alpha_pattern: dict[str, int]
+) -> None:
+    config = {
+        "target_modules": targets,
+        "exclude_modules": exclude,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    ours = tiny_llama()
+    try:
+        theirs = peft_model(tiny_llama(), r=3, lora_alpha=5, **config)
+    except ValueError:  # PEFT finds no layer either
+        with pytest.raises(InputError):
+            add_adapter(ours, LoRAConfig(**config))
+        assert not adapter_names(ours)
+        return
+    if isinstance(targets, list) and "nothing" in targets:  # PEFT adapts the others and says nothing
+        with pytest.raises(InputError, match="'nothing' matches no layer"):
+            add_adapter(ours, LoRAConfig(**config))
+        config["target_modules"] = [name for name in targets if name != "nothing"]
+    add_adapter(ours, LoRAConfig(r=3, lora_alpha=5, **config))
+    expected = {
+        path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for path, module in theirs.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    found = {
+        path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
+        for path, layer in lora_layers(ours).items()
+    }
+    assert found == expected
+
+
+def test_all_linear_leaves_out_the_output_head() -> None:
+    ours = Transformer(ModelConfig.from_hf({**SHAPE, "model_type": "llama", "rms_norm_eps": 1e-5}))
+    for model in (tiny_llama(), tiny_llama(tied=True), ours):
+        targets = find_targets(model, LoRAConfig(target_modules="all-linear"))
+        assert len(targets) == 2 * len(ALL)
+        assert not any("lm_head" in path for path in targets)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), NF4Linear.from_linear(nn.Linear(4, 4)))
+    assert find_targets(plain, LoRAConfig(target_modules="all-linear")) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "all-linear"),
+        ({"target_modules": []}, "all-linear"),
+        ({"target_modules": ["q_porj"]}, r"'q_porj' matches no layer.*'q_proj'"),
+        ({"target_modules": ["q_proj", "c_attn"]}, r"'c_attn' matches no layer"),
+        ({"target_modules": "q_proj"}, r"nearest names are \['q_proj'.*regular expression"),
+        ({"target_modules": "(q_proj"}, "not a regular expression"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excludes every layer"),
+    ],
+)
+def test_targets_that_cannot_be_are_explained_and_leave_the_model_alone(config: dict[str, Any], message: str) -> None:
+    model = tiny_llama()
+    before = logits(model)
+    with pytest.raises(InputError, match=message):
+        add_adapter(model, LoRAConfig(**config))
+    assert not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model), before)
+
+
+# --- what they compute -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_logits_and_gradients_of_a_transformers_model_equal_peft(use_rslora: bool) -> None:
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "use_rslora": use_rslora}
+    ours, theirs = adapted_llama(**config), peft_model(tiny_llama(), **config)
+    randomize(theirs)
+    assert close(logits(ours), logits(theirs))
+    for model in (ours, theirs):
+        model(IDS, labels=IDS).loss.backward()
+    expected = peft_parameters(theirs)
+    for key, parameter in adapter_parameters(ours).items():
+        assert close(parameter.grad, expected[key].grad), key
+
+
+def test_the_same_seed_initializes_the_whole_model_as_peft_does() -> None:
+    torch.manual_seed(5)
+    ours = tiny_llama()
+    torch.manual_seed(5)
+    add_adapter(ours, LoRAConfig(r=4, target_modules=ALL))
+    theirs = tiny_llama()
+    torch.manual_seed(5)
+    expected = peft_parameters(peft_model(theirs, r=4, target_modules=ALL))
+    for key, parameter in adapter_parameters(ours).items():
+        assert torch.equal(parameter, expected[key]), key
+
+
+def test_bfloat16_gradients_of_a_model_are_no_further_from_float64_than_peft() -> None:
+    """PEFT's low-rank products are float32 here; rounding y once, not twice, makes up for ours being bfloat16."""
+    errors: dict[str, float] = {"ours": 0.0, "peft": 0.0}
+    for seed in range(6):
+        base = tiny_llama(seed).bfloat16()
+        oracle, ours = copy.deepcopy(base), copy.deepcopy(base)
+        config = {"r": 8, "lora_alpha": 16, "target_modules": ALL}
+        theirs = peft_model(base, **config)
+        for model in (oracle, ours):
+            add_adapter(model, LoRAConfig(**config))
+        for model in (oracle, ours, theirs):
+            randomize(model, seed=seed)
+            for key, parameter in (peft_parameters if model is theirs else adapter_parameters)(model).items():
+                if key.endswith("lora_B"):
+                    parameter.data *= 0.1  # |s·BAx| is then some hundredths of |Wx|, as in training
+        oracle.double()
+        for model in (oracle, ours, theirs):
+            model(IDS, labels=IDS).loss.backward()
+        exact = {key: parameter.grad for key, parameter in adapter_parameters(oracle).items()}
+        for name, parameters in (("ours", adapter_parameters(ours)), ("peft", peft_parameters(theirs))):
+            squares = sum(float((p.grad.double() - exact[key]).square().sum()) for key, p in parameters.items())
+            errors[name] += squares / sum(float(g.square().sum()) for g in exact.values())
+    assert errors["ours"] < errors["peft"]
+
+
+def test_freezing_and_the_parameters_that_train() -> None:
+    model = adapted_llama()
+    assert list(trainable_parameters(model)) == [key for key, _ in model.named_parameters() if ".adapters." in key]
+    assert list(adapter_parameters(model)) == [
+        f"{path}.{matrix}" for path in lora_layers(model) for matrix in ("lora_A", "lora_B")
+    ]
+    theirs = peft_model(tiny_llama(), r=4, target_modules=ALL)
+    count = count_parameters(model)
+    assert (count.trainable, count.total) == theirs.get_nb_trainable_parameters()
+
+
+def test_an_nf4_weight_counts_as_what_it_stands_for() -> None:
+    dense = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16, bias=False))
+    packed = nn.Sequential(*[NF4Linear.from_linear(layer) for layer in dense])
+    for model in (dense, packed):
+        add_adapter(model, LoRAConfig(r=2, target_modules="all-linear"))
+    assert count_parameters(packed) == count_parameters(dense)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "total", "text"),
+    [
+        (4_884_480, 139_399_488, "4.88M of 139M, 3.5%"),
+        (0, 12, "0 of 12, 0.0%"),
+        (999_700, 8_030_000_000, "1M of 8.03B, 0.0%"),
+        (1_500, 999_400, "1.5K of 999K, 0.2%"),
+    ],
+)
+def test_parameter_counts_read_well(trainable: int, total: int, text: str) -> None:
+    assert str(ParameterCount(trainable, total)) == text
+
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_by_name_equal_peft() -> None:
+    ours, theirs = tiny_llama(), peft_model(tiny_llama(), "one", r=4, target_modules=["q_proj", "v_proj"])
+    theirs.add_adapter("two", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "up_proj"]))
+    add_adapter(ours, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]), "one")
+    add_adapter(ours, LoRAConfig(r=2, lora_alpha=4, target_modules=["v_proj", "up_proj"]), "two")
+    assert adapter_names(ours) == ["one", "two"]
+    for name in ("one", "two"):
+        randomize(ours, name)
+        randomize(theirs, name)
+    for names in (["one"], ["two"], ["one", "two"]):
+        set_adapter(ours, names)
+        theirs.base_model.set_adapter(names)
+        assert close(logits(ours), logits(theirs))
+        active = {key for name in names for key in adapter_parameters(ours, name)}
+        trained = {re.sub(r"\.adapters\.\w+", "", key) for key in trainable_parameters(ours)}
+        assert trained == active
+
+
+def test_the_last_adapter_added_is_the_active_one_and_the_first_freezes() -> None:
+    model = adapted_llama()
+    model.model.norm.weight.requires_grad_(True)  # somebody wants to train this too
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"]), "second")
+    assert all(layer.active == ["second"] for layer in lora_layers(model).values())
+    assert "model.norm.weight" in trainable_parameters(model)
+
+
+@pytest.mark.parametrize("name", ["default", "", "a.b", "keys"])
+def test_a_name_that_cannot_be_is_refused(name: str) -> None:
+    model = adapted_llama()
+    with pytest.raises(InputError, match=re.escape(repr(name))):
+        add_adapter(model, LoRAConfig(target_modules=["q_proj"]), name)
+    assert adapter_names(model) == ["default"]
+
+
+def test_unknown_names_are_named_with_those_that_exist() -> None:
+    model = adapted_llama()
+    for call in (set_adapter, adapter_parameters):
+        with pytest.raises(InputError, match=r"'other'.*\['default'\]"):
+            call(model, "other")
+
+
+# --- off, merged, unloaded -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_is_the_base_model_nested_and_after_an_exception(merged: bool) -> None:
+    model, base = adapted_llama(), logits(tiny_llama())
+    if merged:
+        merge(model)
+    tuned = logits(model)
+    assert not close(tuned, base)
+    with disable_adapters(model):
+        assert torch.equal(logits(model), base)
+        with disable_adapters(model):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), tuned)
+    with pytest.raises(RuntimeError), disable_adapters(model):
+        raise RuntimeError
+    assert torch.equal(logits(model), tuned)
+
+
+def test_merge_and_unmerge() -> None:
+    model = adapted_llama()
+    tuned, state = logits(model), copy.deepcopy(model.state_dict())
+    merge(model)
+    assert close(logits(model), tuned)
+    for change in (
+        lambda: set_adapter(model, "default"),
+        lambda: add_adapter(model, LoRAConfig(target_modules=ALL), "b"),
+    ):
+        with pytest.raises(InputError, match=r"unmerge\(model\) first"):
+            change()
+    unmerge(model)
+    assert torch.equal(logits(model), tuned)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_merge_that_fails_leaves_the_whole_model_unmerged() -> None:
+    model = adapted_llama()
+    before = logits(model)
+    broken = lora_layers(model)["model.layers.1.mlp.up_proj"].adapters["default"].lora_A.data
+    was = broken[0, 0].item()
+    broken[0, 0] = float("nan")
+    for change in (merge, lambda model: unload(model, merge=True)):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj.*NaN"):
+            change(model)
+        assert not any(layer.merged for layer in lora_layers(model).values())
+    broken[0, 0] = was
+    assert torch.equal(logits(model), before)
+
+
+def test_unload_gives_the_plain_model_back() -> None:
+    plain = tiny_llama()
+    for already_merged in (False, True):
+        model = adapted_llama()
+        if already_merged:
+            merge(model)
+        assert unload(model) is model
+        assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+        assert torch.equal(logits(model), logits(plain))
+        assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_unload_with_merge_gives_plain_layers_that_answer_as_tuned_and_as_peft() -> None:
+    model, theirs = adapted_llama(), peft_model(tiny_llama(), r=4, target_modules=ALL)
+    randomize(theirs)
+    tuned = logits(model)
+    unload(model, merge=True)
+    assert not lora_layers(model)
+    assert close(logits(model), tuned)
+    assert close(logits(model), logits(theirs.merge_and_unload()))
+    assert model.state_dict().keys() == tiny_llama().state_dict().keys()
+
+
+@pytest.mark.parametrize("with_merge", [False, True])
+def test_unloading_from_nf4(with_merge: bool) -> None:
+    layers = [NF4Linear.from_linear(nn.Linear(64, 64)), NF4Linear.from_linear(nn.Linear(64, 64))]
+    model = nn.Sequential(*layers)
+    add_adapter(model, LoRAConfig(target_modules=["0"]))
+    randomize(model)
+    x = torch.randn(3, 64)
+    tuned = model(x)
+    unload(model, merge=with_merge)
+    assert model[1] is layers[1], "a layer without an adapter stays in 4 bits"
+    if with_merge:
+        assert type(model[0]) is nn.Linear
+        assert close(model(x), tuned)
+    else:
+        assert model[0] is layers[0]
+
+
+def test_deepcopy_and_state_dict_round_trip() -> None:
+    model = adapted_llama()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    for parameter in trainable_parameters(twin).values():
+        parameter.data.zero_()
+    assert not torch.equal(logits(twin), logits(model)), "the copy shares no adapter"
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin), logits(model))
+    assert any(isinstance(module, LoRALinear) for module in twin.modules())
