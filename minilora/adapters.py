@@ -143,8 +143,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on the model, oldest first."""
-    return list(dict.fromkeys(name for layer in lora_layers(model).values() for name in layer.adapters))
+    """The names of the adapters on the model, sorted."""
+    return sorted({name for layer in lora_layers(model).values() for name in layer.adapters})
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:

@@ -1,0 +1,258 @@
+"""PEFT's adapter folder: PEFT reads ours, we read PEFT's, and everything wrong with a folder is named."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_helpers import logits, peft_model, randomize, tiny_llama
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minilora import peft_format
+from minilora.adapters import adapter_names, adapter_parameters, add_adapter, set_adapter
+from minilora.errors import InputError
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig
+from minilora.model import ModelConfig, Transformer
+from minilora.peft_format import load_adapter, save_adapter
+
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
+
+CONFIGS: list[dict[str, Any]] = [
+    {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 4, "target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1},
+    {"r": 2, "target_modules": r".*layers\.1\..*(up|down)_proj", "init_lora_weights": "gaussian"},
+    {
+        "target_modules": ["up_proj", "k_proj"],
+        "exclude_modules": ["layers.0.mlp.up_proj"],
+        "rank_pattern": {"k_proj": 3, r"layers\.1\.mlp\..*": 2},
+        "alpha_pattern": {"k_proj": 32},
+    },
+]
+
+
+def saved_by_peft(folder: Path, **config: Any) -> peft.PeftModel:
+    model = peft_model(tiny_llama(), **config)
+    randomize(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def saved_by_us(folder: Path, **config: Any) -> nn.Module:
+    model = tiny_llama()
+    add_adapter(model, LoRAConfig(**config))
+    randomize(model)
+    save_adapter(model.eval(), folder)
+    return model
+
+
+# --- both ways -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_peft_loads_what_we_save(tmp_path: Path, config: dict[str, Any]) -> None:
+    ours = saved_by_us(tmp_path, **config)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
+    assert not torch.allclose(logits(ours), logits(tiny_llama()), **FLOAT32)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_we_load_what_peft_saves(tmp_path: Path, config: dict[str, Any]) -> None:
+    theirs = saved_by_peft(tmp_path, **config)
+    ours = tiny_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours.eval()), logits(theirs), **FLOAT32)
+
+
+def test_files_have_the_keys_shapes_and_metadata_of_peft(tmp_path: Path) -> None:
+    saved_by_us(tmp_path / "ours", **CONFIGS[3])
+    saved_by_peft(tmp_path / "theirs", **CONFIGS[3])
+    shapes, metadata, configs = [], [], []
+    for folder in ("ours", "theirs"):
+        with safe_open(tmp_path / folder / "adapter_model.safetensors", "pt") as file:
+            shapes.append({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+            metadata.append(file.metadata())
+        configs.append(json.loads((tmp_path / folder / "adapter_config.json").read_text()))
+    assert shapes[0] == shapes[1]
+    assert metadata[0] == metadata[1]
+    ours, theirs = configs
+    for key, value in ours.items():  # all that we write is a key of PEFT's, with PEFT's value
+        assert value == theirs[key] or sorted(value) == sorted(theirs[key]), key
+
+
+def test_minilora_model_and_nf4_base(tmp_path: Path) -> None:
+    """An adapter trained on minilora's model over 4 bits is one for the transformers model of the same weights."""
+    source = tiny_llama()
+    ours = Transformer(ModelConfig.from_hf(source.config.to_dict())).eval()
+    ours.load_state_dict(source.state_dict())
+    for block, twin in zip(ours.model.layers, source.model.layers, strict=True):
+        block.mlp.up_proj = NF4Linear.from_linear(block.mlp.up_proj)
+        twin.mlp.up_proj.weight.data = block.mlp.up_proj.dequantize(torch.float32)
+    add_adapter(ours, LoRAConfig(r=4, target_modules="all-linear"))
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(source, tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
+    again = Transformer(ours.config)
+    load_adapter(again, tmp_path, "again")
+    for key, parameter in adapter_parameters(again, "again").items():
+        assert torch.equal(parameter, adapter_parameters(ours)[key])
+
+
+def test_all_linear_is_written_as_names_that_servers_understand(tmp_path: Path) -> None:
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    saved_by_us(tmp_path, target_modules="all-linear")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == names
+    # "0" would match the inner ReLU too: only whole paths will do
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
+    add_adapter(model, LoRAConfig(target_modules="all-linear"))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["0", "1.1"]
+
+
+def test_names_that_match_nothing_in_peft_s_own_config_are_let_be(tmp_path: Path) -> None:
+    theirs = saved_by_peft(tmp_path, target_modules=["q_proj", "query_key_value"])
+    ours = tiny_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
+
+
+def test_a_second_adapter_beside_the_first_and_16_bit_files(tmp_path: Path) -> None:
+    theirs = saved_by_peft(tmp_path, r=4, target_modules=["q_proj"])
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(path).items()}, path)
+    model = tiny_llama()
+    add_adapter(model, LoRAConfig(target_modules=["up_proj"]))
+    load_adapter(model, tmp_path, name="other")
+    assert adapter_names(model) == ["default", "other"]
+    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(model, "other").values())
+    # rounding A and B to 8 bits moves the logits by some 2^-9 of what the adapter does to them, which is of order 1
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=2**-5)
+    set_adapter(model, "default")
+    torch.testing.assert_close(logits(model), logits(tiny_llama()), **FLOAT32)
+    with pytest.raises(InputError, match="already has an adapter named 'other'"):
+        load_adapter(model, tmp_path, name="other")
+
+
+# --- folders that are not as they must be ----------------------------------------------------------------------------
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_tensors(lambda t: t.pop(KEY)), rf"adapter_model\.safetensors lacks {KEY}$"),
+        (edit_tensors(lambda t: t.update(extra=torch.ones(1))), "has the unexpected extra"),
+        (edit_tensors(lambda t: t.update(x=t.pop(KEY))), f"lacks {KEY} and has the unexpected x"),
+        (edit_tensors(lambda t: t.clear()), "lacks .* and 2 more"),
+        (edit_tensors(lambda t: t.update({KEY: torch.ones(8, 5)})), rf"{KEY} has shape \(8, 5\).*needs \(8, 32\)"),
+        (edit_tensors(lambda t: t.update({KEY: torch.ones(8, 32, dtype=torch.int8)})), f"{KEY} holds torch.int8"),
+        (edit_config(r=4), r"has shape \(8, 32\), the model needs \(4, 32\)"),
+        (truncate, "not a readable safetensors file"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "not a readable safetensors file"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "does not exist"),
+        (only_a_pickle, "pickle.*save_pretrained"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "does not exist"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), "not readable JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "peft_type is None"),
+        (edit_config(peft_type="IA3"), "peft_type is 'IA3'"),
+        (edit_config(use_dora=True), "use_dora=True is not supported"),
+        (edit_config(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+        (edit_config(layers_to_transform=0), "layers_to_transform=0 is not supported"),
+        (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (edit_config(bias="lora_only"), "bias='lora_only'"),
+        (edit_config(r="8"), "rank must be a whole number"),
+        (edit_config(lora_dropout="some"), "adapter_config.json: "),
+        (edit_config(rank_pattern=[1]), "adapter_config.json: "),
+        (edit_config(target_modules=["c_attn"]), "does not fit the model: .*c_attn"),
+        (edit_config(target_modules=None), "does not fit the model: .*target_modules"),
+    ],
+)
+def test_every_fault_is_one_line_that_names_it(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    saved_by_peft(tmp_path, target_modules=["q_proj", "v_proj"])
+    damage(tmp_path)
+    model = tiny_llama()
+    with pytest.raises(InputError, match=message) as caught:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert not adapter_names(model), "the model is left as it was"
+
+
+def test_saving_what_is_not_there_or_to_where_one_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no adapter named 'default'"):
+        save_adapter(tiny_llama(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write the adapter to"):
+        saved_by_us(tmp_path / "file", target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_model_card"])
+def test_a_failing_save_leaves_the_earlier_adapter_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    model = saved_by_us(tmp_path, **CONFIGS[0])
+    (tmp_path / "notes.txt").write_text("mine")
+    before = logits(model)
+
+    def disk_full(*args: Any, **kwargs: Any) -> None:
+        if failing == "save_file":
+            Path(args[1]).write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(peft_format, failing, disk_full)
+    with pytest.raises(InputError, match="no space left"):
+        save_adapter(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [  # noqa: PTH208
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "notes.txt",
+    ]
+    again = tiny_llama()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), before)
+
+
+def test_the_model_card_names_the_base_model(tmp_path: Path) -> None:
+    saved_by_us(tmp_path, target_modules=["q_proj"], base_model_name_or_path="org/a-model")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "org/a-model"\n')
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "org/a-model"
