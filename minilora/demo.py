@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from minilora.adapters import add_adapter, trainable_parameters
 from minilora.bfcl import load_bfcl, score
 from minilora.checkpoint import load, save_pretrained
 from minilora.data import Row, encode_rows
-from minilora.evaluate import Scores, evaluate, few_shot_prompt
+from minilora.evaluate import Scores, difference, evaluate, few_shot_prompt
 from minilora.general_ability import general_ability
 from minilora.lora import LoRAConfig
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
@@ -174,7 +174,12 @@ def _processor() -> str:
 def metrics(report: Report, clock: Clock) -> dict[str, Any]:
     return {
         "summary": report.summary,
-        "scores": {label: scores.to_dict() for label, scores in report.scores.items()},
+        "scores": {label: asdict(scores) for label, scores in report.scores.items()},
+        "tuned against the others": {
+            label: {metric: asdict(value) for metric, value in difference(report.scores[TUNED], scores).items()}
+            for label, scores in report.scores.items()
+            if label in (BASE, FEW_SHOT)
+        },
         "general": report.general,
         "facts": report.facts,
         "seconds": clock.seconds,
