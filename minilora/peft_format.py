@@ -10,8 +10,7 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -44,24 +43,22 @@ WRITTEN = {
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
-    """Write one adapter as a folder that PEFT loads.
+    """Write one adapter as a folder that PEFT loads; tensors keep their dtype (float32 masters).
 
-    Each file is written beside its place and renamed into it, the configuration last, so that a failure leaves an
-    adapter that was there before as it was. Tensors keep their dtype (float32 masters).
+    All files are written beside their places before the first is renamed into its own, so that a failure leaves an
+    adapter that was there as it was, and other files in the folder are not touched.
     Raises InputError where the model has no adapter of that name, or the folder cannot be written.
     """
     parameters = adapter_parameters(model, name)
     tensors = {_peft_key(key): parameter.detach().contiguous() for key, parameter in parameters.items()}
     config = _peft_config(model, name)
-    folder = Path(folder)
+    writers: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        CARD: lambda path: path.write_text(_model_card(config), encoding="utf-8"),
+        CONFIG: lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"),
+    }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / WEIGHTS) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-        with _replacing(folder / CARD) as path:
-            path.write_text(_model_card(config), encoding="utf-8")
-        with _replacing(folder / CONFIG) as path:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_together(Path(folder), writers)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the adapter to {folder}: {error}") from None
 
@@ -199,12 +196,15 @@ def _model_card(config: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to it if all goes well and deleted if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_together(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
+    """Write every file under a temporary name, then rename them all; on failure the temporary ones are deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     try:
-        yield temporary
-        temporary.replace(path)
+        for name, write in writers.items():
+            write(temporary[name])
+        for name, path in temporary.items():
+            path.replace(folder / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

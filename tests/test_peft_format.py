@@ -228,9 +228,8 @@ def test_saving_what_is_not_there_or_to_where_one_cannot_write(tmp_path: Path) -
 def test_a_failing_save_leaves_the_earlier_adapter_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    model = saved_by_us(tmp_path, **CONFIGS[0])
+    before = logits(saved_by_us(tmp_path, r=4, target_modules=["q_proj"]))
     (tmp_path / "notes.txt").write_text("mine")
-    before = logits(model)
 
     def disk_full(*args: Any, **kwargs: Any) -> None:
         if failing == "save_file":
@@ -239,7 +238,7 @@ def test_a_failing_save_leaves_the_earlier_adapter_as_it_was(
 
     monkeypatch.setattr(peft_format, failing, disk_full)
     with pytest.raises(InputError, match="no space left"):
-        save_adapter(model, tmp_path)
+        saved_by_us(tmp_path, r=2, target_modules=["up_proj"])
     assert sorted(os.listdir(tmp_path)) == [  # noqa: PTH208
         "README.md",
         "adapter_config.json",
