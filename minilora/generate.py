@@ -11,8 +11,10 @@ copied into every batch's cache. Prompts are batched by length, and rows that ha
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
-from typing import cast, overload
+from itertools import groupby
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ __all__ = ["Sampling", "generate", "generate_tokens", "stream"]
 Conversation = list[dict[str, str]]
 Step = list[tuple[int, int]]  # (row, token) of every row that got one
 
-BATCH_SIZE = 64
+TOKENS_AT_ONCE = 2048  # in a forward over prompts: enough for a matrix product's full speed
+LARGEST_BATCH, CACHE_BYTES = 128, 2**30  # a batch's rows where the caller names no batch_size
 WORTH_SHARING = 64  # prompt tokens saved; below that a forward for the prefix alone costs more than it saves
 WORTH_DROPPING = 0.75  # compact the batch once this share of it, or less, is still being written
 SECONDS_UNTIL_PROGRESS = 2.0
@@ -130,11 +133,14 @@ def stream(
     yield tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | Conversation, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """The tokens that an answer follows: the text as it stands, or the chat template up to the assistant's turn."""
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+        bos = [tokenizer.bos_token_id] if tokenizer.add_bos_token and tokenizer.bos_token_id is not None else []
+        return bos + tokenizer.encode(prompt)
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tools=tools))
 
 
 def eos_token_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:
@@ -182,7 +188,7 @@ def _decode(
     uniforms = _uniforms(sampling, len(prompts), max_new_tokens)
     with evaluating(model):
         prefix = shared_prefix(model, prompts)
-        for rows in _batches(model, prompts, limits, batch_size or BATCH_SIZE):
+        for rows in _batches(model, prompts, limits, batch_size):
             state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows))
             for n in range(max_new_tokens):
                 chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
@@ -209,7 +215,7 @@ def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int
 
 
 def _batches(
-    model: Transformer, prompts: Sequence[Sequence[int]], limits: list[int], batch_size: int
+    model: Transformer, prompts: Sequence[Sequence[int]], limits: list[int], batch_size: int | None
 ) -> Iterator[list[int]]:
     """Prompts of like length together, the longest first: too large a batch shows at once.
 
@@ -217,14 +223,12 @@ def _batches(
     takes prompts of one length only, so that there is no padding.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    windows = [window for window in model.config.sliding_windows if window is not None]
-    one_length = any(len(p) + limit > min(windows, default=10**18) for p, limit in zip(prompts, limits, strict=True))
-    start = 0
-    for i in range(1, len(order) + 1):
-        full = i - start == batch_size
-        if i == len(order) or full or (one_length and len(prompts[order[i]]) != len(prompts[order[start]])):
-            yield order[start:i]
-            start = i
+    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
+    size = batch_size or max(1, min(LARGEST_BATCH, CACHE_BYTES // (longest * _cache_bytes(model))))
+    one_length = any(window is not None and window < longest for window in model.config.sliding_windows)
+    for _, group in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
+        rows = list(group)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 @dataclass
@@ -259,32 +263,40 @@ class _State:
 def _prefill(
     model: Transformer, prefix: KVCache, prompts: Sequence[Sequence[int]], rows: list[int], new_tokens: int
 ) -> tuple[_State, Tensor]:
-    """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token."""
+    """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token.
+
+    They are padded on the right, where the causal mask hides it, and read a few rows at a time: each time the
+    padding goes up to the longest of those only, and the activations stay small.
+    """
+    past = prefix.length
     device = prefix.keys[0].device
-    rests = [list(prompts[row][prefix.length :]) for row in rows]
-    lengths = torch.tensor([len(rest) for rest in rests])
-    T = int(lengths.max())
-    # Padded on the right: the prompts then need no mask but the causal one, the fast path of attention.
-    input_ids = torch.tensor([rest + [0] * (T - len(rest)) for rest in rests])
-    place = torch.arange(T)
-    visible = torch.ones(len(rows), prefix.length + T + new_tokens - 1, dtype=torch.int64)
-    visible[:, prefix.length : prefix.length + T] = place < lengths[:, None]
-    last = place == lengths[:, None] - 1
-    state = _State(
-        rows=list(rows),
-        live=[True] * len(rows),
-        cache=expanded(model, prefix, len(rows), visible.shape[1]),
-        visible=visible.to(device),
-        positions=(prefix.length + lengths).to(device),
-    )
-    logits = model(
-        input_ids.to(device),
-        state.visible[:, : prefix.length + T],
-        (prefix.length + place)[None].to(device),
-        state.cache,
-        logits_at=last.to(device),
-    )
-    return state, logits
+    lengths = [len(prompts[row]) - past for row in rows]
+    longest = lengths[0]  # `rows` are ordered by length
+    place = torch.arange(longest)
+    visible = torch.ones(len(rows), past + longest + new_tokens - 1, dtype=torch.int64)
+    visible[:, past : past + longest] = place < torch.tensor(lengths)[:, None]
+    cache = expanded(model, prefix, len(rows), visible.shape[1])
+    logits = []
+    for batch in micro_batches(range(len(rows)), lengths):
+        T = lengths[batch[0]]
+        input_ids = torch.tensor([[*prompts[rows[i]][past:], *[0] * (T - lengths[i])] for i in batch])
+        last = place[:T] == torch.tensor([lengths[i] - 1 for i in batch])[:, None]
+        part = _rows_of(cache, slice(batch[0], batch[-1] + 1))
+        logits.append(model(input_ids.to(device), cache=part, logits_at=last.to(device)))
+    cache.length = past + longest
+    positions = torch.tensor([past + length for length in lengths])
+    state = _State(rows, [True] * len(rows), cache, visible.to(device), positions.to(device))
+    return state, torch.cat(logits)
+
+
+def micro_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int | None = None) -> Iterator[list[int]]:
+    """Cut `order`, which has the longest first, so that a forward takes `TOKENS_AT_ONCE`, padding included."""
+    start = 0
+    while start < len(order):
+        rows = max(1, TOKENS_AT_ONCE // lengths[order[start]])
+        end = start + min(rows, batch_size or rows)
+        yield list(order[start:end])
+        start = end
 
 
 # ------------------------------------------------------------------------------------------------ prefix and cache
@@ -318,9 +330,22 @@ def expanded(model: Transformer, prefix: KVCache, batch_size: int, max_length: i
     return cache
 
 
+def _rows_of(cache: KVCache, rows: slice) -> KVCache:
+    """Some rows of a cache, in its memory."""
+    part = copy(cache)
+    part.keys, part.values = [k[rows] for k in cache.keys], [v[rows] for v in cache.values]
+    return part
+
+
+def _cache_bytes(model: Transformer) -> int:
+    """What a token's keys and values take."""
+    one = new_cache(model, 1, 1)
+    return sum(tensor.nbytes for tensor in [*one.keys, *one.values])
+
+
 def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
     """An empty cache in the dtype and on the device of the model's activations."""
-    weight = cast(nn.Embedding, model.model["embed_tokens"]).weight
+    weight = model.model.embed_tokens.weight
     return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device)
 
 
