@@ -8,13 +8,13 @@ B is the batch, T the new tokens, S = past + T, H the query heads, K the key-val
 """
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minilora.attention import attend, attention_mask_to_add
 from minilora.model_config import ModelConfig
 
 __all__ = ["KVCache", "ModelConfig", "Transformer"]
@@ -87,21 +87,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), *rope)
-        k = rotate(k.transpose(1, 2), *rope)
+        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # softmax(q kᵀ / √D + mask) v; a mask of None means causal, and a single query sees everything anyway
-        if T == 1:  # the queries that share a key head as rows of one product: several times as fast on a CPU
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        if T == 1:
-            y = y.reshape(B, -1, 1, self.head_dim)
+        y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -184,7 +176,8 @@ class Transformer(nn.Module):
         self.inverse_frequencies = self.inverse_frequencies.to(x.device)
         rope = rotary_tables(position_ids, self.inverse_frequencies, x.dtype)
         masks = {
-            window: additive_mask(attention_mask, past, T, window, x) for window in set(self.config.sliding_windows)
+            window: attention_mask_to_add(attention_mask, past, T, window, x.dtype, x.device)
+            for window in set(self.config.sliding_windows)
         }
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -221,18 +214,18 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(position_ids: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * θ, each (B, 1, T, D): computed in float32, then rounded to the activations' dtype."""
-    angles = position_ids[:, None, :, None].float() * theta
+    """cos and sin of position * θ, each (B, T, 1, D): computed in float32, then rounded to the activations' dtype."""
+    angles = position_ids[:, :, None, None].float() * theta
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i+D/2}) of x (B, heads, T, D) by their position's angles.
+    """Rotate the pairs (x_i, x_{i+D/2}) of x (B, T, heads, D) by the angles of their position.
 
-    x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin; the tables' first half of sin carries the minus.
+    x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin; the first half of the table of sines carries the minus.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def default_positions(attention_mask: Tensor | None, past: int, T: int, device: torch.device) -> Tensor:
@@ -240,33 +233,3 @@ def default_positions(attention_mask: Tensor | None, past: int, T: int, device: 
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-
-
-def additive_mask(attention_mask: Tensor | None, past: int, T: int, window: int | None, x: Tensor) -> Tensor | None:
-    """What to add to the attention scores: 0 or -inf, (B or 1, 1, T, S) in x's dtype; None means plain causal.
-
-    None is the fast path. It is right without padding, and with right padding too: no real token looks at what
-    comes after it, and what the padded positions themselves compute is never used.
-    """
-    S = past + T
-    if attention_mask is not None and attention_mask.shape[1] != S:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns, not the {S} of {past} cached and {T} new tokens"
-        )
-    sees_all = window is None or window >= S
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if sees_all and past == 0 and (not padded or _right_padded(attention_mask)):
-        return None
-    if sees_all and T == 1 and not padded:
-        return None
-    query = torch.arange(past, S, device=x.device)[:, None]
-    key = torch.arange(S, device=x.device)[None]
-    visible = (key <= query) if sees_all else (key <= query) & (key > query - cast(int, window))
-    if padded:
-        # A padded query still sees itself, so that no row of the softmax is empty and NaN.
-        visible = visible & cast(Tensor, attention_mask).bool()[:, None, None, :] | (key == query)
-    return torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(~visible, -math.inf).view(-1, 1, T, S)
-
-
-def _right_padded(attention_mask: Tensor | None) -> bool:
-    return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
