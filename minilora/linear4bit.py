@@ -8,13 +8,14 @@ Blocks run over the flattened weight: where in_features is not a multiple of the
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
-from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize
+from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize, workspace
 
 
 class _NF4Product(torch.autograd.Function):
@@ -23,7 +24,7 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         ctx.q, ctx.dtype = q, dtype  # the layer's own packed buffers: nothing new is kept alive
-        W = dequantize(q, dtype)
+        W = _weight(q, dtype)
         out_features, in_features = q.shape
         rows = x.reshape(-1, in_features).to(dtype)
         if add is None:
@@ -40,9 +41,14 @@ class _NF4Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             out_features, in_features = ctx.q.shape
             rows = grad_y.reshape(-1, out_features).to(ctx.dtype)
-            grad_x = (rows @ dequantize(ctx.q, ctx.dtype)).to(grad_y.dtype)
+            grad_x = (rows @ _weight(ctx.q, ctx.dtype)).to(grad_y.dtype)
             grad_x = grad_x.view(*grad_y.shape[:-1], in_features)
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None
+
+
+def _weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """W for the product at hand; the next one on this thread overwrites it."""
+    return dequantize(q, out=workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))
 
 
 class NF4Linear(nn.Module):
