@@ -1,50 +1,48 @@
-"""ModelConfig: what a decoder-only Transformer of the Llama family needs to know, read from Hugging Face's config.json.
+"""ModelConfig: the shape of a decoder-only Transformer of the Llama family, read from Hugging Face's config.json.
 
-Llama (SmolLM is one), Mistral, Qwen2 and Qwen3 differ in five places only: biases, RMSNorm on queries and keys,
-the sliding window, the RoPE scaling and the defaults of what config.json leaves out. They are all in this file.
+Llama (SmolLM is one), Mistral, Qwen2 and Qwen3 differ in five things only: biases, RMSNorm on queries and keys, the
+sliding window, the scaling of the rotary frequencies, and what a config.json that leaves something out means.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from minilora.errors import InputError
 
-# What config.json may leave out, and what it then means (transformers' own defaults for that architecture).
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "head_dim": None,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "head_dim": None,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-    },
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
-MAX_WINDOW_LAYERS = 28  # Qwen2's and Qwen3's default: the layers from this one on have the sliding window
 
-ROPE_SCALING_KEYS = {
+# What a config.json means by leaving a key out: the defaults of transformers' configuration of that architecture.
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+
+ROPE_SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Settings that would change the logits and that this model has no code for: only the value that means "off" is taken.
+# Settings that change what a model computes and have no code here: only the value that means "off" is accepted.
 OFF: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, 0.0, None),
-    "partial_rotary_factor": (1, 1.0, None),
+    "attention_dropout": (0.0, None),
+    "partial_rotary_factor": (1.0, None),
 }
 
 
@@ -53,7 +51,7 @@ class ModelConfig:
     """The shape of a decoder-only Transformer, in Hugging Face's own names where it has them.
 
     `sliding_windows` holds for each layer the number of positions a token sees, itself included, or None for all.
-    `rope_scaling` is None or a dict with `rope_type` ("linear" or "llama3") and that type's numbers.
+    `rope_scaling` is None, or a dict of `rope_type` ("linear" or "llama3") and that type's numbers.
     """
 
     model_type: str
@@ -84,58 +82,51 @@ class ModelConfig:
 
         Raises InputError, naming `source` and the key, for an architecture or a setting that has no code here.
         """
-        model_type = hf.get("model_type")
-        if model_type not in DEFAULTS:
-            raise InputError(
-                f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(DEFAULTS)}"
-            )
+        kind = hf.get("model_type")
+        if kind not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise InputError(f"{source}: model_type {kind!r} is not supported; supported are {known}")
+        fields = _Fields({"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **DEFAULTS[kind], **hf}, source)
         for key, allowed in OFF.items():
             if hf.get(key, allowed[0]) not in allowed:
-                raise InputError(f"{source}: {key} {hf[key]!r} is not supported; supported is {allowed[0]!r}")
+                raise fields.error(f"{key} {hf[key]!r} is not supported; supported is {allowed[0]!r}")
 
-        heads = _positive(hf, "num_attention_heads", source)
-        hidden_size = _positive(hf, "hidden_size", source)
-        defaults = {key: hf.get(key, default) for key, default in DEFAULTS[model_type].items()}
-        kv_heads = defaults["num_key_value_heads"] or heads
+        heads = fields.integer("num_attention_heads")
+        kv_heads = fields.optional_integer("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise InputError(
-                f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
-        head_dim = defaults["head_dim"] or hidden_size // heads
+            raise fields.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        head_dim = fields.optional_integer("head_dim") or fields.integer("hidden_size") // heads
         if head_dim % 2:
-            raise InputError(f"{source}: head_dim {head_dim} is odd; rotary embeddings need pairs")
-
-        layers = _positive(hf, "num_hidden_layers", source)
-        rope_theta, rope_scaling = _rope(hf, defaults["max_position_embeddings"], source)
-        attention_bias = bool(hf.get("attention_bias", False))
-        eos = hf.get("eos_token_id")
+            raise fields.error(f"head_dim {head_dim} is odd, but rotary embeddings turn pairs")
+        rope_theta, rope_scaling = _rope(fields)
+        bias = bool(hf.get("attention_bias", False)) and kind in ("llama", "qwen3")
         return cls(
-            model_type=model_type,
-            vocab_size=_positive(hf, "vocab_size", source),
-            hidden_size=hidden_size,
-            intermediate_size=_positive(hf, "intermediate_size", source),
-            num_hidden_layers=layers,
+            model_type=kind,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=fields.integer("hidden_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=defaults["max_position_embeddings"],
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=fields.integer("max_position_embeddings"),
+            rms_norm_eps=float(fields.number("rms_norm_eps")),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            sliding_windows=_sliding_windows(hf, model_type, defaults.get("sliding_window"), layers, source),
+            sliding_windows=_sliding_windows(fields),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            # Qwen2 has its bias on q, k and v by definition; Llama's and Qwen3's attention_bias includes o
-            qkv_bias=model_type == "qwen2" or (model_type in ("llama", "qwen3") and attention_bias),
-            o_bias=model_type in ("llama", "qwen3") and attention_bias,
-            mlp_bias=model_type == "llama" and bool(hf.get("mlp_bias", False)),
-            qk_norm=model_type == "qwen3",
+            qkv_bias=bias or kind == "qwen2",  # Qwen2 has it by definition, and on q, k and v only
+            o_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias", False)) and kind == "llama",
+            qk_norm=kind == "qwen3",
             bos_token_id=hf.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=hf.get("pad_token_id"),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The same as the content of a config.json, in the old style, which every version of transformers reads."""
+        several = list(self.eos_token_ids)
         hf: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
@@ -153,80 +144,87 @@ class ModelConfig:
             "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
+            "eos_token_id": several[0] if len(several) == 1 else several or None,
             "pad_token_id": self.pad_token_id,
         }
-        window = next((w for w in self.sliding_windows if w is not None), None)
-        if self.model_type == "mistral":
-            hf |= {"sliding_window": window}
+        window = next((size for size in self.sliding_windows if size is not None), None)
         if self.model_type in ("llama", "qwen3"):
-            hf |= {"attention_bias": self.qkv_bias}
+            hf["attention_bias"] = self.qkv_bias
         if self.model_type == "llama":
-            hf |= {"mlp_bias": self.mlp_bias}
+            hf["mlp_bias"] = self.mlp_bias
+        else:
+            hf["sliding_window"] = window
         if self.model_type in ("qwen2", "qwen3"):
-            hf |= {
-                "use_sliding_window": window is not None,
-                "sliding_window": window,
-                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows],
-            }
-            first = next((i for i, w in enumerate(self.sliding_windows) if w is not None), len(self.sliding_windows))
-            hf |= {"max_window_layers": first}
+            hf["use_sliding_window"] = window is not None
+            hf["layer_types"] = ["sliding_attention" if size else "full_attention" for size in self.sliding_windows]
         return hf
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+class _Fields:
+    """The values of a config.json, checked as they are taken; every complaint names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
+
+    def error(self, message: str) -> InputError:
+        return InputError(f"{self.source}: {message}")
+
+    def integer(self, key: str) -> int:
+        value = self.values.get(key)
+        if type(value) is not int or value < 1:
+            raise self.error(f"{key} must be a positive integer, not {value!r}")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        return None if self.values.get(key) is None else self.integer(key)
+
+    def number(self, key: str) -> int | float:
+        value = self.values.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.error(f"{key} must be a positive number, not {value!r}")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise self.error(f"{key} must be a token's number or a list of them, not {value!r}")
+        return tuple(ids)
 
 
-def _positive(hf: Mapping[str, Any], key: str, source: str) -> int:
-    value = hf.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{source}: {key} must be a positive integer, not {value!r}")
-    return value
-
-
-def _rope(hf: Mapping[str, Any], max_position_embeddings: int, source: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(fields: _Fields) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling, wherever this version of transformers wrote them."""
-    parameters = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    rope_theta = float(parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in ROPE_SCALING_KEYS:
-        raise InputError(
-            f"{source}: RoPE type {rope_type!r} is not supported; supported are {', '.join(ROPE_SCALING_KEYS)}"
-        )
-    if parameters.get("partial_rotary_factor") not in OFF["partial_rotary_factor"]:
-        raise InputError(f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']!r} is not supported")
-    if rope_type == "default":
-        return rope_theta, None
-    if rope_type == "llama3":
-        parameters.setdefault("original_max_position_embeddings", max_position_embeddings)
-    for key in ROPE_SCALING_KEYS[rope_type]:
-        if not isinstance(parameters.get(key), (int, float)) or parameters[key] <= 0:
-            raise InputError(f"{source}: RoPE type {rope_type!r} needs a positive {key}, not {parameters.get(key)!r}")
-    return rope_theta, {
-        "rope_type": rope_type,
-        **{key: parameters[key] for key in ROPE_SCALING_KEYS[rope_type]},
-    }
+    values = fields.values
+    written = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(written, dict) or any(isinstance(value, dict) for value in written.values()):
+        raise fields.error(f"rope_parameters of this form are not supported: {written!r}")
+    rope = _Fields({"rope_theta": values["rope_theta"], **written}, fields.source)
+    if rope.values.get("partial_rotary_factor") not in OFF["partial_rotary_factor"]:
+        raise rope.error(f"partial_rotary_factor {rope.values['partial_rotary_factor']!r} is not supported")
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind not in ROPE_SCALING_KEYS:
+        raise rope.error(f"RoPE type {kind!r} is not supported; supported are {', '.join(ROPE_SCALING_KEYS)}")
+    if kind == "llama3":
+        default = {"original_max_position_embeddings": fields.integer("max_position_embeddings")}
+        rope.values = {**default, **rope.values}
+    scaling = {key: rope.number(key) for key in ROPE_SCALING_KEYS[kind]}
+    return float(rope.number("rope_theta")), {"rope_type": kind, **scaling} if scaling else None
 
 
-def _sliding_windows(
-    hf: Mapping[str, Any], model_type: str, window: int | None, layers: int, source: str
-) -> tuple[int | None, ...]:
+def _sliding_windows(fields: _Fields) -> tuple[int | None, ...]:
     """The sliding window of each layer, or None where a layer attends to everything before it."""
-    if model_type == "mistral":
-        return (window,) * layers
-    if model_type == "llama" or not hf.get("use_sliding_window", False):
+    values, layers = fields.values, fields.integer("num_hidden_layers")
+    if values["model_type"] == "mistral":
+        return (fields.optional_integer("sliding_window"),) * layers
+    if values["model_type"] == "llama" or not values.get("use_sliding_window"):
         return (None,) * layers
-    types = hf.get("layer_types")
-    if types is None:
-        first = hf.get("max_window_layers", MAX_WINDOW_LAYERS)
-        return tuple(window if i >= first else None for i in range(layers))
+    window = fields.integer("sliding_window")
+    types = values.get("layer_types")
+    if types is None:  # Qwen's earlier way: the layers from max_window_layers on
+        first = values["max_window_layers"]
+        types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)
     if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
-        raise InputError(
-            f"{source}: layer_types must name full_attention or sliding_attention for each of {layers} layers"
+        raise fields.error(
+            f"layer_types must name full_attention or sliding_attention for each of {layers} layers, not {types!r}"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

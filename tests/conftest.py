@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ def smollm2_gguf() -> Path:
     from minilora.fetch import model_file
 
     return model_file("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_transformers(smollm2_gguf: Path) -> Any:
+    """The same model as transformers reads it from the GGUF file, in float32; loaded once, so do not change it."""
+    from transformers import AutoModelForCausalLM
+
+    folder, file = smollm2_gguf.parent, smollm2_gguf.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
