@@ -1,1 +1,57 @@
-"""LoRA and QLoRA from scratch."""
+"""LoRA and QLoRA from scratch: small enough to read, exact enough to trust, fast enough to use."""
+
+from minilora import nf4
+from minilora.adapters import (
+    adapter_names,
+    add_adapter,
+    disable_adapters,
+    merge,
+    set_adapter,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
+from minilora.checkpoint import load, save_pretrained
+from minilora.data import load_rows, show_example
+from minilora.errors import InputError
+from minilora.evaluate import compare, evaluate
+from minilora.general_ability import general_ability
+from minilora.generate import generate
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig, LoRALinear
+from minilora.peft_format import load_adapter, save_adapter
+from minilora.train import TrainConfig, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # layers
+    "nf4",
+    "NF4Linear",
+    "LoRAConfig",
+    "LoRALinear",
+    # adapters on a model
+    "add_adapter",
+    "adapter_names",
+    "set_adapter",
+    "disable_adapters",
+    "trainable_parameters",
+    "merge",
+    "unmerge",
+    "unload",
+    # in and out
+    "load",
+    "load_rows",
+    "show_example",
+    "load_adapter",
+    "save_adapter",
+    "save_pretrained",
+    # use
+    "TrainConfig",
+    "train",
+    "generate",
+    "evaluate",
+    "compare",
+    "general_ability",
+    "InputError",
+]

@@ -18,10 +18,11 @@ from minilora.lora import LoRAConfig
 from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
 from minilora.tokenizer import Tokenizer
-from minilora.train import TrainConfig
+from minilora.train import DivergedError, TrainConfig
 
 DESCRIPTION = "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters."
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -187,12 +188,19 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; bad input is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run one command; what goes wrong is one line on stderr: exit code 2 for bad input, 130 for Ctrl-C."""
     try:
         parse(sys.argv[1:] if argv is None else argv).run()
     except InputError as error:
         print(f"minilora: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except DivergedError as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt as interrupt:
         print(f"\nminilora: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

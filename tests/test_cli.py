@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minilora import cli
+from minilora.errors import InputError
+from minilora.train import DivergedError
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one call of the command."""
+    code = 0
+    try:
+        cli.main(list(argv))
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for command in ("demo", "train", "eval", "chat", "merge"):
+        assert command in out
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "chat", "merge"])
+def test_help_of_a_command_explains_its_flags(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    flags = [line for line in out.splitlines() if "--" in line]
+    assert (len(flags) > 4 and "--model" in out) or command == "demo"
+
+
+def test_a_recipe_fills_the_flags_and_flags_win(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: rows.jsonl\nlora: {r: 4}\ntrain: {learning_rate: 1e-3, max_steps: 7}\n")
+    command = cli.parse(["train", str(recipe), "--learning-rate", "0.5", "--target-modules", "q_proj"])
+    assert (command.data, command.lora.r, command.train.max_steps) == ("rows.jsonl", 4, 7)
+    assert command.train.learning_rate == 0.5
+    assert command.lora.target_modules in ("q_proj", ["q_proj"])
+    assert command.lora.lora_alpha == cli.Train().lora.lora_alpha  # what neither says keeps its default
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train"], "no training rows: give --data FILE"),
+        (["train", "no.yaml"], "no.yaml: No such file"),
+        (["train", "--data", "no.jsonl"], "no.jsonl"),
+        (["chat", "--model", "no/such/folder", "--prompt", "hi"], "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "raised, code, message",
+    [
+        (InputError("the thing; the way out"), 2, "minilora: the thing; the way out"),
+        (DivergedError("step 3: loss is nan"), 1, "minilora: step 3: loss is nan"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("resume with --resume auto"), 130, "resume with --resume auto"),
+    ],
+)
+def test_every_expected_end_has_its_exit_code_and_no_traceback(capsys, monkeypatch, raised, code, message):
+    def fail(_):
+        raise raised
+
+    monkeypatch.setattr(cli.Demo, "run", fail)
+    got, _, err = run(capsys, "demo")
+    assert got == code
+    assert message in err and "Traceback" not in err
+
+
+def test_the_installed_command_answers():
+    done = subprocess.run([sys.executable, "-m", "minilora.cli", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "minilora" in done.stdout
+
+
+@pytest.mark.model
+def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypatch):
+    """The whole path a newcomer takes with their own file, on the real model, a few steps long."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "rows.jsonl"
+    answers = {"red": "stop", "green": "go", "yellow": "wait"}
+    rows = [{"prompt": f"The light is {light}.", "completion": answer} for light, answer in answers.items()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "data: rows.jsonl\neval_data: rows.jsonl\n"
+        "lora: {r: 8, lora_alpha: 16, target_modules: all-linear}\n"
+        "train: {output_dir: lights, max_steps: 12, batch_size: 3, learning_rate: 5e-3}\n"
+    )
+    code, out, err = run(capsys, "train", "recipe.yaml")
+    assert code == 0, err
+    adapter = "lights/adapter"
+    assert adapter in out and (tmp_path / adapter / "adapter_config.json").exists()
+
+    code, out, err = run(capsys, "eval", "--data", "rows.jsonl", "--adapter", adapter, "--output", "scores.json",
+                         "--max-new-tokens", "8")  # fmt: skip
+    assert code == 0, err
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["tuned"]["metrics"]["exact_match"] == 1.0 > scores["base"]["metrics"]["exact_match"]
+
+    code, out, err = run(capsys, "merge", "--adapter", adapter, "--output", "merged")
+    assert code == 0, err
+    code, out, err = run(capsys, "chat", "--model", "merged", "--quantize", "none", "--prompt", "The light is green.",
+                         "--max-new-tokens", "8")  # fmt: skip
+    assert code == 0, err
+    assert out.strip().splitlines()[-1] == "go"
