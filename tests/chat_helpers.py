@@ -82,7 +82,7 @@ ZEPHYR = """\
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}
 {% endif %}
 {% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>\\n' }}
+{{ '<|assistant|>' }}
 {% endif %}
 {% endfor %}"""
 
@@ -196,9 +196,9 @@ words = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """One to three questions and answers; an answer has at least a letter."""
+    """One to three questions and answers; an answer ends with a letter."""
     turns = draw(st.lists(st.tuples(words, words), min_size=1, max_size=3))
-    return [message for question, answer in turns for message in (user(question), assistant(f"a{answer}b"))]
+    return [message for question, answer in turns for message in (user(question), assistant(f"{answer}b"))]
 
 
 @cache
