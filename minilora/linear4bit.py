@@ -19,31 +19,33 @@ from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantiz
 
 
 class _NF4Product(torch.autograd.Function):
-    """y = x W^T (+ add), with W dequantized in the forward and once more in the backward."""
+    """x W^T (+ add), or with ``transpose`` x W: each is the other's gradient, so this is its own backward.
+
+    W is dequantized for the product at hand. The graph keeps the layer's packed buffers and nothing else.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        ctx.q, ctx.dtype = q, dtype  # the layer's own packed buffers: nothing new is kept alive
+    def forward(
+        ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype, transpose: bool
+    ) -> Tensor:
+        ctx.q, ctx.dtype, ctx.transpose = q, dtype, transpose
         W = _weight(q, dtype)
-        out_features, in_features = q.shape
-        rows = x.reshape(-1, in_features).to(dtype)
+        matrix = W if transpose else W.T
+        rows = x.reshape(-1, matrix.shape[0]).to(dtype)
         if add is None:
-            y = (rows @ W.T).to(x.dtype)
+            y = (rows @ matrix).to(x.dtype)
         elif add.dtype == dtype == x.dtype:
-            y = torch.addmm(add.reshape(-1, out_features), rows, W.T)  # accumulates onto add, rounds once
+            y = torch.addmm(add.reshape(-1, matrix.shape[1]), rows, matrix)  # accumulates onto add, rounds once
         else:
-            y = (rows @ W.T).to(x.dtype) + add.reshape(-1, out_features).to(x.dtype)
-        return y.view(*x.shape[:-1], out_features)
+            y = (rows @ matrix).to(x.dtype) + add.reshape(-1, matrix.shape[1]).to(x.dtype)
+        return y.view(*x.shape[:-1], matrix.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
         if ctx.needs_input_grad[0]:
-            out_features, in_features = ctx.q.shape
-            rows = grad_y.reshape(-1, out_features).to(ctx.dtype)
-            grad_x = (rows @ _weight(ctx.q, ctx.dtype)).to(grad_y.dtype)
-            grad_x = grad_x.view(*grad_y.shape[:-1], in_features)
-        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None
+            grad_x = _NF4Product.apply(grad_y, None, ctx.q, ctx.dtype, not ctx.transpose)
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +159,7 @@ class NF4Linear(nn.Module):
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             add = bias.expand(*x.shape[:-1], -1) if add is None else add + bias
-        y: Tensor = _NF4Product.apply(x, add, self.quantized(), self.compute_dtype or x.dtype)
+        y: Tensor = _NF4Product.apply(x, add, self.quantized(), self.compute_dtype or x.dtype, False)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":

@@ -103,9 +103,9 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantize a floating-point tensor of any shape to NF4.
 
-    ``absmax_rule`` is how double quantization picks its 8-bit codes; bitsandbytes has two, and None takes the
-    one it uses on w's device: "table" (its CPU code: a table of 65,536 entries, off by one code from the nearest
-    in about 0.2% of the blocks) or "nearest" (everywhere else).
+    ``absmax_rule`` is how double quantization rounds to its 8-bit codes. bitsandbytes has two rules, and None takes
+    the one it uses on w's device: "nearest" code, or on a CPU "table", which first rounds to a grid of 65,536 points
+    and so picks another code than the nearest in about 0.2% of the blocks.
 
     Raises InputError, naming the tensor by ``name``, if w is not floating point, is empty, or has a NaN or an
     infinity; and for a block size that is not a power of two from 32 to 4096.
