@@ -85,6 +85,10 @@ class GGUFCheckpoint:
         for required in ("embedding_length", "block_count", "attention.head_count", "attention.layer_norm_rms_epsilon"):
             if value(required) is None:
                 raise InputError(f"{self.path}: the key {architecture}.{required} is missing")
+        if metadata.get("split.count", 0) > 1:
+            raise InputError(
+                f"{self.path} is one of {metadata['split.count']} parts: join them with llama.cpp's gguf-split --merge"
+            )
         if value("expert_count"):
             raise InputError(f"{self.path}: a mixture of {value('expert_count')} experts is not supported")
         if "token_embd.weight" not in tensors:
@@ -130,7 +134,7 @@ class GGUFCheckpoint:
         factors = self.file.read(ROPE_FACTORS)
         scaling = {
             "rope_type": "llama3",
-            "factor": float(factors.max()),
+            "factor": round(float(factors.max()), 4),  # a quotient of float32 numbers: 8.000001
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,

@@ -22,6 +22,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 # The dtypes a tensor may be stored in whole; every other type is in blocks.
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# What reading a header of arbitrary bytes may end in.
+DAMAGE = (struct.error, UnicodeDecodeError, KeyError, TypeError, ArithmeticError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class GGUFFile:
                 raise InputError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
             try:
                 self.metadata, self.tensors = self._header(file)
-            except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
+            except DAMAGE as error:
                 raise InputError(f"{path}: the GGUF header is truncated or damaged ({error!r})") from error
 
     def _header(self, file: BinaryIO) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -81,7 +83,7 @@ class GGUFFile:
         try:
             kind = gguf.GGMLQuantizationType(info.type_number)
             row_shape = gguf.quant_shape_to_byte_shape(info.shape, kind)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise InputError(f"{self.path}: tensor {name}: {error}") from error
         nbytes = math.prod(row_shape)
         if info.offset + nbytes > self.size:
