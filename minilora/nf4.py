@@ -179,7 +179,7 @@ def _grid_index(scaled: Tensor) -> Tensor:
 @cache
 def _rounding_table(device: torch.device) -> Tensor:
     """The dynamic map's code nearest to each point of that grid, uint8 (65536,)."""
-    grid = 2 * torch.arange(65536, device=device) / 65535 - 1
+    grid = 2 * torch.arange(65536, dtype=torch.float32, device=device) / 65535 - 1
     return torch.bucketize(grid, _midpoints(dynamic_map(device)), out_int32=True).byte()
 
 

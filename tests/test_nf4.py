@@ -82,14 +82,18 @@ def test_code_is_normal_quantiles_in_float64():
 
 
 def test_tables_ignore_the_callers_defaults():
-    nf4.code.cache_clear()
+    tables = (nf4.code, nf4.dynamic_map, nf4._rounding_table, nf4._byte_pairs)
+    for table in tables:
+        table.cache_clear()
+    w = weights("normal", 64 * 1024, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            table = nf4.code()
+            nf4.dequantize(nf4.quantize(w))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(table, bnb.get_4bit_type("nf4", device="cpu"))
+    test_tables_are_bitsandbytes_own()
+    assert_same_bytes(w, 64, double_quant=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
