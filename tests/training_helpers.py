@@ -36,14 +36,18 @@ LLAMA = {
 }
 
 
-def tiny_model(*, dropout: float = 0.0, r: int = 4, nf4: bool = False, seed: int = 0, **lora: Any) -> Transformer:
-    """The same weights for the same seed; B is not zero, so that every adapter weight has a gradient."""
+def tiny_base(*, nf4: bool = False, seed: int = 0) -> Transformer:
+    """The same weights for the same seed, without an adapter."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_hf(LLAMA))
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(0.1)
-    if nf4:
-        model = quantized(model)
+    return quantized(model) if nf4 else model
+
+
+def tiny_model(*, dropout: float = 0.0, r: int = 4, nf4: bool = False, seed: int = 0, **lora: Any) -> Transformer:
+    """The same weights for the same seed; B is not zero, so that every adapter weight has a gradient."""
+    model = tiny_base(nf4=nf4, seed=seed)
     add_adapter(model, LoRAConfig(r=r, target_modules="all-linear", lora_dropout=dropout, **lora))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,1 @@
+"""minilora beside its peers, in one run: `python -m benchmarks` lists what there is."""

@@ -1,0 +1,46 @@
+"""The one entry point: `python -m benchmarks` lists the benchmarks, `python -m benchmarks train` runs one."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.output import print_table, write
+from minilora.errors import InputError
+
+BENCHMARKS = {"train": "benchmarks.train_step"}  # name -> module with `run(rounds, device) -> Result`
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="minilora beside its peers, in one run")
+    parser.add_argument("names", nargs="*", metavar="name", help="benchmarks to run; none: list them")
+    parser.add_argument("--rounds", type=int, help="rounds to measure; each runs every contender once")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the plot")
+    options = parser.parse_args(argv)
+    try:
+        run(options)
+    except InputError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.names:
+        for module in BENCHMARKS.values():
+            print((importlib.import_module(module).__doc__ or "").splitlines()[0])
+    for name in options.names:
+        if name not in BENCHMARKS:
+            raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    for name in options.names:
+        result = importlib.import_module(BENCHMARKS[name]).run(options.rounds, torch.device(options.device))
+        print_table(result)
+        for path in write(result, options.output):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

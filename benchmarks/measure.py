@@ -1,0 +1,143 @@
+"""Time and memory, measured so that two things can be compared.
+
+A machine's speed drifts by more than the differences of interest: clocks, neighbours, caches. So contenders take turns
+in rounds (A B C, then B C A, ...) on the same input, and what is compared is their ratio within each round.
+"""
+
+import gc
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from minilora.errors import InputError
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values, 0.0, *values)
+        return cls(median(values), low, high)
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    device: torch.device,
+    warmup: int,
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; `contender(round)` does that round's work.
+
+    The first contender of a round is another one every time, and the first `warmup` rounds are not counted.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round in range(warmup + rounds):
+        first = round % len(names)
+        for name in names[first:] + names[:first]:
+            _synchronize(device)
+            started = time.perf_counter()
+            contenders[name](round)
+            _synchronize(device)
+            if round >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- memory: a process of its own for each contender, since one process's allocator remembers the other's peak -------
+
+
+def in_own_process(module: str, *arguments: str) -> str:
+    """What `python -m module arguments...` prints last on its standard output."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise InputError(f"{' '.join(command[1:])} failed with exit code {done.returncode}")
+    return done.stdout.splitlines()[-1]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, such as that of loading (Linux and CUDA; elsewhere it is of the whole process)."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak since the reset, MiB: allocated on the GPU, or resident in this process, Python and libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- where it was measured --------------------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a number is worth nothing without."""
+    versions = {"python": platform.python_version(), "minilora": metadata.version("minilora")}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": round(os.getloadavg()[0], 2),  # near zero, or the numbers are of a busy machine
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit measured, with a + where the working tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,138 @@
+"""The benchmarks' machinery, on contenders of a few milliseconds. Speed itself is never asserted here."""
+
+import importlib
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import random_rows, tiny_base, tiny_model
+
+from minilora.data import collate
+from minilora.errors import InputError
+from minilora.loss import label_tokens, summed_loss
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The package, which is not installed, imported from the repository's root."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        for name in ("measure", "output", "train_step", "__main__"):
+            importlib.import_module(f"benchmarks.{name}")
+        yield sys.modules["benchmarks"]
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def test_contenders_take_turns_and_the_first_one_changes(benchmarks):
+    turns = []
+    contenders = {name: (lambda round, name=name: turns.append((round, name))) for name in "ABC"}
+    seconds = benchmarks.measure.take_turns(contenders, 4, CPU, warmup=1)
+    order = ["".join(name for round, name in turns if round == wanted) for wanted in range(5)]
+    assert order == ["ABC", "BCA", "CAB", "ABC", "BCA"]
+    assert {name: len(values) for name, values in seconds.items()} == {"A": 4, "B": 4, "C": 4}, "warm-up not counted"
+
+
+def test_spread_is_median_and_quartiles(benchmarks):
+    spread = benchmarks.measure.Spread
+    assert spread.of([4, 1, 3, 2, 5]) == spread(3, 2, 4)
+    assert spread.of([2.5]) == spread(2.5, 2.5, 2.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_peak_memory_starts_at_the_reset(benchmarks):
+    measure = benchmarks.measure
+    block = torch.ones(128 * 2**20 // 4)
+    del block
+    measure.reset_peak_memory(CPU)
+    start = measure.peak_memory_mb(CPU)
+    block = torch.ones(64 * 2**20 // 4)
+    del block
+    assert 60 < measure.peak_memory_mb(CPU) - start < 100  # 64 MiB; without the reset it would be none
+
+
+def test_a_process_of_its_own_gives_its_last_line_or_its_failure(benchmarks):
+    assert benchmarks.measure.in_own_process("platform").startswith(platform.system())
+    with pytest.raises(InputError, match="no_such_module failed with exit code 1"):
+        benchmarks.measure.in_own_process("no_such_module")
+
+
+def test_table_json_and_plot(benchmarks, tmp_path, capsys):
+    result = benchmarks.output.Result(
+        benchmark="sleep",
+        title="Sleeping",
+        machine=benchmarks.measure.machine(CPU),
+        settings={"rounds": 2},
+        rows=[{"contender": "A", "tokens/s": "1"}, {"contender": "B", "tokens/s": "2"}],
+        raw={"seconds": {"A": [1.0, 1.1], "B": [0.5, 0.6]}},
+        plot=lambda figure: figure.subplots().plot([1, 2]),
+    )
+    benchmarks.output.print_table(result)
+    assert "contender" in capsys.readouterr().out
+    json_path, png_path = benchmarks.output.write(result, tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sleep-cpu.json", "sleep-cpu.png"]
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(json_path.read_text())
+    assert content["rows"] == result.rows
+    assert content["raw"] == result.raw
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert set(content["machine"]) >= {"date", "device", "cpu", "cores", "load_average_before", "commit"}
+
+
+def test_the_command_lists_and_refuses():
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    listed = command()
+    assert (listed.returncode, listed.stdout.splitlines()[0][:6]) == (0, "train:")
+    refused = command("trian")
+    assert (refused.returncode, refused.stderr) == (2, "benchmarks: there is no benchmark 'trian'; there are train\n")
+
+
+@pytest.mark.parametrize("missing", ["peft", "transformers"])
+def test_a_missing_peer_is_named(benchmarks, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=f"this benchmark needs {missing}: pip install transformers peft bitsandbytes"):
+        benchmarks.train_step.peft(CPU)
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["LoRA", "QLoRA"])
+def test_both_sides_train_the_same_model(benchmarks, monkeypatch, quantize):
+    """The peer has our weights: the losses of three steps in bfloat16 differ by its rounding only."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    train_step = benchmarks.train_step
+
+    def load_tiny(name, *, quantize, dtype, device="cpu"):
+        model = tiny_base(nf4=quantize == "nf4").to(dtype)
+        return model.requires_grad_(False), None
+
+    monkeypatch.setattr(train_step, "load", load_tiny)
+    rows = random_rows(8)
+    ours = train_step.minilora(CPU, "nf4" if quantize else None)
+    theirs = train_step.peft(CPU, quantize)
+    trained = [sum(p.numel() for p in t.model.parameters() if p.requires_grad) for t in (ours, theirs)]
+    assert trained[0] == trained[1] > 0
+    assert quantize == any(p.dtype == torch.uint8 for p in theirs.model.parameters())
+    for _ in range(3):
+        # 8 significant bits through two layers, averaged over some 80 tokens
+        assert ours.step(rows, 0) == pytest.approx(theirs.step(rows, 0), rel=2e-3)
+
+
+def test_a_step_of_the_benchmark_is_a_step_of_train(benchmarks, monkeypatch):
+    model = tiny_model()
+    rows = random_rows(8)
+    trainer = benchmarks.train_step.Trainer.of(model, lambda batch, n: summed_loss(model, batch) / n)
+    expected = summed_loss(model, collate(rows, 0)) / label_tokens(rows)
+    assert trainer.step(rows, 0) == pytest.approx(expected.item(), rel=1e-6)
+    assert trainer.step(rows, 0) < expected
