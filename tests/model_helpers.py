@@ -1,5 +1,6 @@
 """Small random models of every architecture in transformers, and minilora's copy of them."""
 
+import copy
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def transformers_model(config: PreTrainedConfig, seed: int = 0) -> Any:
     """Weights large enough that the softmaxes are far from uniform; norms, biases too are random."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # a model writes its dtype into it
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
