@@ -92,7 +92,7 @@ class Comparison:
 
 
 def exact_match(text: str, row: Row) -> bool:
-    """Whether the answer is the row's last assistant message, white space around it aside."""
+    """Whether the answer is the row's last message, white space around it aside."""
     return text.strip() == answer_of(row).strip()
 
 
@@ -156,7 +156,9 @@ def held_out_loss(
 @torch.no_grad()
 def mean_nll(model: Transformer, examples: Sequence[Example], batch_size: int | None = None) -> float:
     """Mean of −log p(label | the tokens before it) in nats; what all examples begin with is computed once."""
-    first_label = min(next(i for i, label in enumerate(e.labels) if i > 0 and label != -100) for e in examples)
+    if not label_tokens(examples):
+        raise InputError("no row has a token that the loss could be taken of")
+    first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != -100)
     with evaluating(model):
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
@@ -227,7 +229,7 @@ def few_shot_prompt(rows: Sequence[Row] | list[dict[str, Any]]) -> str:
     parts = [system] if system and not others else []
     parts.append("Answer in the way of these examples.")
     for row in rows:
-        turns = [message for message in row.messages or [] if message["role"] != "system"]
+        turns = [message for message in row.messages or [] if message["role"] != "system" and message.get("content")]
         parts.append("\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in turns))
     return "\n\n".join(parts)
 
@@ -243,14 +245,17 @@ def with_system(row: Row, system: str) -> Row:
 
 
 def answer_of(row: Row) -> str:
-    """The row's own answer: its last message."""
-    return cast(str, cast(list, row.messages)[-1]["content"])
+    """The row's own answer: its last message. Raises `InputError` where it is a tool call without text."""
+    answer = cast(list, row.messages)[-1].get("content")
+    if answer is None:
+        raise InputError(f"{row.source}: its answer has no text to compare with; write the call as text")
+    return answer
 
 
 def _as_rows(rows: Sequence[Row] | list[dict[str, Any]]) -> list[Row]:
     if not rows:
         raise InputError("there are no rows to score")
-    return [row if isinstance(row, Row) else as_rows([row])[0] for row in rows]
+    return cast(list[Row], list(rows)) if isinstance(rows[0], Row) else as_rows(cast(list[dict[str, Any]], rows))
 
 
 def _conversations(rows: Sequence[Row] | list[dict[str, Any]]) -> list[Row]:
@@ -266,7 +271,7 @@ def _system_of(row: Row) -> str | None:
 
 
 def _question(row: Row) -> str:
-    return cast(str, cast(list, row.messages)[-2]["content"])
+    return cast(list, row.messages)[-2].get("content") or ""
 
 
 def _prompt_tokens(tokenizer: Tokenizer, row: Row) -> list[int]:
@@ -298,7 +303,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     # the p₀ for which |p − p₀| = z √(p₀ (1 − p₀) / n)
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
 
 
 def difference(tuned: Scores, other: Scores) -> dict[str, Difference]:

@@ -123,14 +123,16 @@ def stream(
     prompt = encode_prompt(tokenizer, messages)
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokens: list[int] = []
-    shown = ""
+    shown = 0
     for step in _decode(model, [prompt], max_new_tokens, eos_token_ids(model, tokenizer), sampling, 1):
         tokens += [token for _, token in step]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the replacement character: the bytes so far end inside a character
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(tokens, skip_special_tokens=True)[len(shown) :]
+        if len(text) > shown and not text.endswith("\ufffd"):  # else the bytes so far end inside a character
+            yield text[shown:]
+            shown = len(text)
+    rest = tokenizer.decode(tokens, skip_special_tokens=True)[shown:]
+    if rest:
+        yield rest
 
 
 def encode_prompt(
