@@ -126,8 +126,9 @@ class LoRA(nn.Module):
         return linear_onto(add, F.linear(self.dropout(x), A), sB)
 
     def delta(self) -> Tensor:
-        """What a merge adds to W: s·BA (out, in), in the masters' dtype."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """What a merge adds to W: s·BA (out, in), in float32 even where somebody made the masters bfloat16."""
+        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
+        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
@@ -192,9 +193,8 @@ class LoRALinear(nn.Module):
             W, dtype = base.weight, base.weight.dtype
         else:
             raise InputError(f"{name}: cannot merge into a {type(base).__name__}, whose weight is {base.weight.dtype}")
-        W = W.to(torch.promote_types(dtype, torch.float32))
         for adapter in adapters:
-            W = W + adapter.delta()  # W + s·BA
+            W = W + adapter.delta()  # W + s·BA, in float32 because delta() is
         W = W.to(dtype)
         if not torch.isfinite(W).all():
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")

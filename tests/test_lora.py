@@ -100,6 +100,15 @@ def test_same_seed_draws_the_same_adapter_as_peft(init: bool | str) -> None:
     assert (parameters_of(ours)[1].count_nonzero() == 0) == (init is not False)
 
 
+def test_masters_are_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = lora_layer(nn.Linear(IN, OUT))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in parameters_of(layer))
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base_kind", ["dense", "nf4"])
@@ -222,6 +231,14 @@ def test_linear_onto_rounds_once_in_bfloat16() -> None:
     wrong_two_steps = (add + x @ W.T != exact).float().mean()
     assert wrong < 1e-3, "float32 accumulation may turn a rounding only where the sum is almost at a midpoint"
     assert wrong_two_steps > 0.1, "or this test cannot tell one rounding from two"
+
+
+def test_scale_and_b_are_rounded_together() -> None:
+    adapter = LoRA(8, 8, LoRAConfig(), r=8, lora_alpha=7)  # s = 7/8
+    nn.init.normal_(adapter.lora_B)
+    nn.init.eye_(adapter.lora_A)
+    exact = (adapter.scaling * adapter.lora_B.double()).bfloat16()
+    assert torch.equal(adapter(torch.eye(8).bfloat16()).T, exact)
 
 
 def errors_in_bfloat16(seed: int, scale: float, kind: str, bias: bool) -> dict[str, dict[str, float]]:
@@ -357,11 +374,13 @@ def test_compiles_without_a_graph_break() -> None:
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_merge_rounds_the_exact_sum_once(dtype: torch.dtype) -> None:
+def test_merge_rounds_the_exact_sum_once(dtype: torch.dtype, masters: torch.dtype) -> None:
     layer = lora_layer(nn.Linear(IN, OUT).to(dtype), "one", "two")
     for name in ("one", "two"):
         fill([layer], name)
+    layer.adapters.to(masters)
     exact = layer.base_layer.weight.double() + sum(a.double().delta() for a in copy.deepcopy(layer).adapters.values())
     layer.merge()
     merged = layer.base_layer.weight
