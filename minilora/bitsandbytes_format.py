@@ -39,50 +39,59 @@ def check_is_nf4(config: dict[str, Any], source: str) -> None:
         )
 
 
-def read_state(weight: str, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The JSON beside a quantized weight; InputError, naming the tensor, if it is not what bitsandbytes writes."""
-    try:
-        state = json.loads(bytes(read(weight + STATE).tolist()))
-        shape = state["shape"]
-        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in [*shape, state["blocksize"]]):
-            raise ValueError(f"shape {shape}, blocksize {state['blocksize']}")
-        if state["quant_type"] != "nf4" or state.get("nested_blocksize", NESTED_BLOCK_SIZE) != NESTED_BLOCK_SIZE:
-            raise ValueError(f"quant_type {state['quant_type']}, nested_blocksize {state.get('nested_blocksize')}")
-        if not isinstance(getattr(torch, state["dtype"]), torch.dtype):
-            raise ValueError(f"dtype {state['dtype']}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"tensor {weight + STATE} is not a bitsandbytes quantization state ({error!r})") from error
-    return state
+class QuantizedWeight:
+    """A weight in NF4 and the tensors beside it, every one checked as it is read.
 
-
-def read_nf4(weight: str, read: Callable[[str], Tensor]) -> QuantizedTensor:
-    """The quantized weight, every part checked; `read` gives the tensor of a name.
-
-    Raises InputError, naming the tensor, for a part of another size or dtype, another table, NaN or infinity.
+    `read` gives the tensor of a name; `where` names file and tensor for an error. Raises InputError for a part that is
+    missing, of another size or dtype, with NaN or infinity, or that belongs to another kind of quantization.
     """
-    state = read_state(weight, read)
-    n = math.prod(state["shape"])
-    blocks = math.ceil(n / state["blocksize"])
-    nested = "nested_offset" in state
 
-    def part(suffix: str, size: int, dtype: torch.dtype) -> Tensor:
-        tensor = read(weight + suffix)
+    def __init__(self, name: str, read: Callable[[str], Tensor], where: Callable[[str], str]) -> None:
+        self.name, self.read, self.where = name, read, where
+        try:
+            state = json.loads(bytes(read(name + STATE).tolist()))
+            self.shape: tuple[int, int] = tuple(state["shape"])
+            self.block_size: int = state["blocksize"]
+            self.dtype: torch.dtype = getattr(torch, state["dtype"])
+            self.offset: float | None = state.get("nested_offset")
+            sizes = [*self.shape, self.block_size]
+            if len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError(f"shape {state['shape']}, blocksize {state['blocksize']}")
+            if state["quant_type"] != "nf4" or state.get("nested_blocksize", NESTED_BLOCK_SIZE) != NESTED_BLOCK_SIZE:
+                raise ValueError(f"quant_type {state['quant_type']}, nested_blocksize {state.get('nested_blocksize')}")
+            if not math.isfinite(self.offset or 0) or not isinstance(self.dtype, torch.dtype):
+                raise ValueError(f"nested_offset {self.offset}, dtype {state['dtype']}")
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{where(name + STATE)} is not a bitsandbytes quantization state: {error!r}") from error
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{where(name + STATE)} is not supported: {error}") from error
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight, in memory of its own."""
+        n = math.prod(self.shape)
+        blocks = math.ceil(n / self.block_size)
+        nested = self.offset is not None
+        if not torch.equal(self._part(".quant_map", 16, torch.float32), code()):
+            raise InputError(f"{self.where(self.name + '.quant_map')} is not the table of NF4")
+        if nested and not torch.equal(self._part(".nested_quant_map", 256, torch.float32), dynamic_map()):
+            raise InputError(f"{self.where(self.name + '.nested_quant_map')} is not bitsandbytes' dynamic 8-bit table")
+        nested_blocks = math.ceil(blocks / NESTED_BLOCK_SIZE)
+        return QuantizedTensor(
+            codes=self._part("", math.ceil(n / 2), torch.uint8),
+            absmax=self._part(".absmax", blocks, torch.uint8 if nested else torch.float32),
+            shape=self.shape,
+            dtype=self.dtype,
+            block_size=self.block_size,
+            nested_absmax=self._part(".nested_absmax", nested_blocks, torch.float32) if nested else None,
+            offset=torch.tensor(self.offset, dtype=torch.float32) if nested else None,
+        )
+
+    def _part(self, suffix: str, size: int, dtype: torch.dtype) -> Tensor:
+        tensor, where = self.read(self.name + suffix), self.where(self.name + suffix)
         if tensor.numel() != size or tensor.dtype != dtype:
-            raise InputError(f"tensor {weight + suffix} has {tensor.numel()} {tensor.dtype} values, not {size} {dtype}")
+            raise InputError(f"{where} has {tensor.numel()} {tensor.dtype} values, not {size} {dtype}")
         if dtype == torch.float32 and not tensor.isfinite().all():
-            raise InputError(f"tensor {weight + suffix} holds NaN or infinity")
+            raise InputError(f"{where} holds NaN or infinity")
         return tensor.reshape(-1).clone()
-
-    if not torch.equal(part(".quant_map", 16, torch.float32), code()):
-        raise InputError(f"tensor {weight}.quant_map is not the table of NF4")
-    if nested and not torch.equal(part(".nested_quant_map", 256, torch.float32), dynamic_map()):
-        raise InputError(f"tensor {weight}.nested_quant_map is not bitsandbytes' dynamic 8-bit table")
-    return QuantizedTensor(
-        codes=part("", math.ceil(n / 2), torch.uint8),
-        absmax=part(".absmax", blocks, torch.uint8 if nested else torch.float32),
-        shape=tuple(state["shape"]),
-        dtype=getattr(torch, state["dtype"]),
-        block_size=state["blocksize"],
-        nested_absmax=part(".nested_absmax", math.ceil(blocks / NESTED_BLOCK_SIZE), torch.float32) if nested else None,
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None,
-    )

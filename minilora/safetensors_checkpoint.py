@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora import bitsandbytes_format
+from minilora.bitsandbytes_format import PARTS, STATE, QuantizedWeight, check_is_nf4
 from minilora.errors import InputError
 from minilora.model_config import ModelConfig
 from minilora.nf4 import QuantizedTensor
@@ -28,17 +28,13 @@ class SafetensorsCheckpoint:
         hf = _read_config(folder)
         self.config = ModelConfig.from_hf(hf, source=str(folder / "config.json"))
         if hf.get("quantization_config"):
-            bitsandbytes_format.check_is_nf4(hf["quantization_config"], str(folder / "config.json"))
+            check_is_nf4(hf["quantization_config"], str(folder / "config.json"))
         self._files = _tensor_files(folder)
-        self._quantized = {
-            name.removesuffix(bitsandbytes_format.STATE)
-            for name in self._files
-            if name.endswith(bitsandbytes_format.STATE)
-        }
+        self._quantized = {name.removesuffix(STATE) for name in self._files if name.endswith(STATE)}
 
     def names(self) -> Iterable[str]:
         """Name of every tensor of the model; the parts of a quantized one do not count."""
-        parts = {name + part for name in self._quantized for part in bitsandbytes_format.PARTS}
+        parts = {name + part for name in self._quantized for part in PARTS}
         return [name for name in self._files if name not in parts and not HARMLESS.fullmatch(name)]
 
     def where(self, name: str) -> str:
@@ -48,14 +44,14 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, of a quantized one before it was quantized."""
         if name in self._quantized:
-            return tuple(bitsandbytes_format.read_state(name, self._read)["shape"])
+            return QuantizedWeight(name, self._read, self.where).shape
         with _open(self._files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """A tensor as the file has it: a view of the mapped file, so copy what is to be kept; or already in NF4."""
         if name in self._quantized:
-            return bitsandbytes_format.read_nf4(name, self._read)
+            return QuantizedWeight(name, self._read, self.where).quantized()
         return self._read(name)
 
     def _read(self, name: str) -> Tensor:
