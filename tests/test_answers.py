@@ -109,6 +109,16 @@ def test_an_end_that_only_the_last_turn_has() -> None:
     assert answers(template, messages, "</s>") == ["a", "b</s>"]
 
 
+def test_what_a_template_writes_before_an_answer_is_generated_too() -> None:
+    """Generation begins after the header, so the space is the answer's, though only the last turn has an end."""
+    template = (
+        "{% for m in messages %}{{ '<|' ~ m.role ~ '|> ' ~ m.content }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+    )
+    messages = [user("q"), assistant("a"), user("r"), assistant("b")]
+    assert answers(template, messages, "</s>") == [" a", " b</s>"]
+
+
 def test_white_space_after_the_turns_end_is_not_the_answers() -> None:
     template = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '<|end|>' ~ ' \n' }}{% endfor %}"
     assert answers(template, [user("q"), assistant("a ")], "<|end|>") == ["assistant: a <|end|>"]  # no header is given
@@ -146,3 +156,9 @@ def test_refuses_rather_than_guess(template: str) -> None:
     messages = [user("question"), assistant("first"), user("another"), assistant("second")]
     with pytest.raises(InputError, match="answers cannot be told apart"):
         answers(template, messages)
+
+
+def test_refuses_an_answer_that_is_not_shown() -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="answers cannot be told apart"):
+        answers(template, [user("question"), assistant("answer")])

@@ -168,6 +168,7 @@ def test_bos_and_turn_end_as_the_file_says() -> None:
         assert tokenizer.add_bos_token == expected
         assert tokenizer.eos_token_ids == [1, 2]
         assert tokenizer.encode("<tool>a", add_special_tokens=True)[-2] == 3  # user-defined tokens are whole
+        assert tokenizer.decode([2, 3]) == "<tool>"  # and no special ones
         assert in_transformers(tokenizer)("a").input_ids == tokenizer.encode("a", add_special_tokens=True)
 
 

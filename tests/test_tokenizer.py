@@ -89,6 +89,7 @@ def test_an_emoji_of_several_tokens(pair: tuple[Tokenizer, Any]) -> None:
 def test_offsets_keep_the_space_that_a_byte_level_post_processor_cuts_off() -> None:
     backend = tokenizers.Tokenizer.from_str(tiny_backend_json())
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
+
     def covered(offsets: list[tuple[int, int]]) -> list[int]:
         return sorted({character for start, end in offsets for character in range(start, end)})
 
@@ -152,6 +153,7 @@ def test_names_from_special_tokens_map_and_eos_from_generation_config(tmp_path: 
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<|end|>")
     assert tokenizer.eos_token_ids == [1, 3]
+    assert Tokenizer.from_folder(write(tmp_path, tokenizer_config={"pad_token": "<|user|>"})).pad_token == "<|user|>"
     write(tmp_path, special_tokens_map=names, generation_config={"eos_token_id": [1, 7, 99999]})
     assert Tokenizer.from_folder(tmp_path).eos_token_ids == [1, 7]  # an id beyond the vocabulary cannot be generated
 
