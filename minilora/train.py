@@ -51,7 +51,7 @@ class TrainResult:
     seconds: float  # of training steps, those before a resume included
     loss: float  # mean training loss of the last tenth of the steps
     eval_loss: float | None  # held-out, of the parameters that the model has now
-    best_step: int | None
+    best_step: int | None  # of the lowest held-out loss; its checkpoint is kept
     stopped_early: bool
     history: list[Record] = field(repr=False)  # output_dir/log.jsonl
     skipped: list[Skipped] = field(repr=False)  # rows that were not used, and why
@@ -69,7 +69,7 @@ def train(
     eval_rows: Rows | None = None,
     adapter: str = "default",
 ) -> TrainResult:
-    """Train one adapter of the model with AdamW on the rows' labelled tokens.
+    """Train one adapter of the model, made the only active one, with AdamW on the rows' labelled tokens.
 
     `rows` and `eval_rows` are a path, dicts, `Row`s or `Example`s. The loss of a step is the sum of the cross-entropy
     over the step's labelled tokens divided by their number, however the step is split into passes.
@@ -82,8 +82,8 @@ def train(
     if eval_rows is not None:
         eval_examples, eval_skipped = _encode(eval_rows, tokenizer, config.max_length, "held-out")
         skipped = skipped + eval_skipped
-    elif config.eval_every or config.early_stopping_patience:
-        raise InputError("TrainConfig.eval_every and early_stopping_patience need eval_rows")
+    elif config.eval_every:
+        raise InputError("eval_every needs eval_rows")
 
     set_adapter(model, adapter)
     parameters = _master_parameters(model)
@@ -178,12 +178,16 @@ def _encode(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> tup
         rows = load_rows(rows)
     if not rows:
         raise InputError(f"there are no {what} rows")
-    examples: list[Example] = [row for row in rows if isinstance(row, Example)]
-    skipped: list[Skipped] = []
-    if not examples:
-        given = [row for row in rows if isinstance(row, Row)] or as_rows([row for row in rows if isinstance(row, dict)])
+    kinds = {type(row) for row in rows}
+    if kinds == {Example}:
+        examples, skipped = cast(list[Example], list(rows)), []
+    elif kinds == {Row} or kinds == {dict}:
+        given = cast(list[Row], rows) if kinds == {Row} else as_rows(cast(list[dict[str, Any]], rows))
         encoded = encode_rows(given, tokenizer, max_length)
         examples, skipped = encoded.examples, list(encoded.skipped)
+    else:
+        names = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise InputError(f"{what} rows must be a path, or all dicts, all Rows or all Examples, not {names}")
     usable = []
     for example in examples:
         if len(example.input_ids) > max_length:

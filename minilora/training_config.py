@@ -86,6 +86,8 @@ class TrainConfig:
                 raise InputError(f"{name} must be {least}, not {value}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
+        if self.early_stopping_patience is not None and self.eval_every is None:
+            raise InputError("early_stopping_patience counts evaluations: set eval_every too")
 
     def decisive(self) -> dict[str, Any]:
         """The settings that change what is computed: a resumed run must have the same."""

@@ -130,16 +130,28 @@ class ProgressBar:
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (
+        self.progress = Progress(
+            SpinnerColumn(),  # it and the elapsed time move during a long step or evaluation too
             TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("·"),
             TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(stderr=True),
         )
-        self.progress = Progress(*columns, console=Console(stderr=True))
         self.task = self.progress.add_task("", total=total_steps, completed=first_step - 1, status="")
         self.smooth = Smoothed()
         self.progress.start()

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from training_helpers import (
     trained,
 )
 
-from minilora import train as train_module
 from minilora.adapters import adapter_names, add_adapter, disable_adapters, merge
 from minilora.data import Example, batches, collate, load_rows
 from minilora.errors import InputError
@@ -27,7 +27,7 @@ from minilora.lora import LoRAConfig
 from minilora.loss import held_out_loss
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
-from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, learning_rate_factor
+from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, learning_rate_factor, train
 from minilora.training_log import read_log
 
 
@@ -184,7 +184,7 @@ def test_only_the_named_adapter_trains(tmp_path):
     model = tiny_model()
     add_adapter(model, LoRAConfig(r=2, target_modules=["q_proj"]), "second")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_module.train(
+    train(
         model,
         PADDING,
         random_rows(16),
@@ -347,7 +347,7 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT, times=1):
                 os.kill(os.getpid(), number)
         return collate(*arguments)
 
-    monkeypatch.setattr(train_module, "collate", collate_and_signal)
+    monkeypatch.setattr(sys.modules["minilora.train"], "collate", collate_and_signal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -447,8 +447,9 @@ def merged(model):
             "no training row is left: .*a.jsonl:3: no token to learn",
         ),
         (None, {"max_length": 3}, "no training row is left: 8 of 8 .*more than max_length=3"),
-        (None, {"eval_every": 5}, "need eval_rows"),
-        (None, {"early_stopping_patience": 5}, "need eval_rows"),
+        (None, {"eval_every": 5}, "eval_every needs eval_rows"),
+        (None, {"early_stopping_patience": 5}, "set eval_every too"),
+        (None, {"rows": [*random_rows(1), {"text": "a"}]}, "all dicts, all Rows or all Examples, not Example and dict"),
         (None, {"resume": "nowhere"}, "there is no checkpoint folder nowhere"),
     ],
 )
@@ -507,7 +508,7 @@ def test_rows_come_as_a_path_dicts_or_rows(tmp_path):
     results = []
     for i, rows in enumerate((path, str(path), dicts, load_rows(path))):
         config = TrainConfig(output_dir=str(tmp_path / str(i)), max_steps=2, progress=False)
-        results.append(train_module.train(tiny_model(), character_tokenizer(), rows, config))
+        results.append(train(tiny_model(), character_tokenizer(), rows, config))
     assert all(losses(result) == losses(results[0]) for result in results)
 
 
