@@ -2,8 +2,8 @@
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
                                                           ^^^^^^^^^^^^^^^^
-An answer begins where generation would begin and ends with the token that ends a turn. Three ways to find it, the
-template's own marks first; where none is certain we refuse, for a wrong label mask is silent and ruins the training.
+An answer is what the template marks with `{% generation %}`. Without marks it begins where generation would begin,
+and ends with the token that ends a turn. Where that is not certain we refuse: a wrong label mask is silent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from minilora.tokenizer import Tokenizer
 
 MARKER = "\ue000answer\ue001"  # private-use characters: its ends can match nothing around them by chance
 
+NOT_SHOWN = "the chat template leaves out {}; write it into the messages' content, or use another template"
 UNCERTAIN = (
     "the chat template changes earlier messages as the conversation goes on, so that its answers cannot be told apart;"
     " split the conversation, or mark the answers in the template with {% generation %}"
@@ -32,10 +33,13 @@ def render_with_answers(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]
         turn_ends: the texts of the tokens that end a turn.
 
     Raises:
-        InputError: the template refuses the conversation, or changes it so that the answers cannot be told apart.
+        InputError: the template refuses the conversation, leaves out an answer or the tools, or changes messages so
+            that the answers cannot be told apart.
     """
     messages = row.messages or []
     text, marked = tokenizer.render_chat(messages, tools=row.tools)
+    if row.tools and text == tokenizer.render_chat(messages)[0]:
+        raise InputError(NOT_SHOWN.format("the tools"))
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if len(marked) >= len(answers):  # `{% generation %}`; a template that marks some answers only is not relied on
         if row.context == 0:
@@ -44,9 +48,11 @@ def render_with_answers(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]
         if text.startswith(before):
             return text, [(start, end) for start, end in marked if start >= len(before)]
     spans = [_span(i, text, row, tokenizer, turn_ends) for i in answers if i >= row.context]
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
-            raise InputError(UNCERTAIN)
+    for start, end in spans:
+        if text[start:end].strip() in ("", *turn_ends):
+            raise InputError(NOT_SHOWN.format("an answer"))
+    if any(start < end for (_, end), (start, _) in pairwise(spans)):
+        raise InputError(UNCERTAIN)
     return text, spans
 
 
@@ -88,14 +94,8 @@ def _replaceable(i: int, text: str, row: Row, tokenizer: Tokenizer) -> Span:
         words = (message.get("content") or "").strip()
         if message["role"] in ("system", "user") and words not in (before if j < i else after):
             raise InputError(UNCERTAIN)
-    if start == end:  # it is not shown at all
-        raise InputError(UNCERTAIN)
     return start, end
 
 
 def _common_prefix(a: str, b: str) -> int:
-    length = 0
-    for length, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return length
-    return min(len(a), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

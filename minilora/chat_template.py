@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Span = tuple[int, int]
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read one of the first two
+
 # `{% generation %}` writes these around what the assistant says; `render` finds them and takes them out again.
 # They are drawn anew in each process, so that no message can contain them.
 BEGIN = f"[generation {secrets.token_hex(16)}]"
@@ -46,10 +48,14 @@ def render(
     from jinja2 import TemplateError
 
     template = _compile(source)
-    # A key whose value is null is a key that is not there: an exported `"content": null` beside tool calls
-    # must not render as the word None.
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    values = _plain(variables | {"messages": present, "tools": tools, "documents": variables.get("documents")})
+    values = _plain(
+        variables
+        | {
+            "messages": [_completed(message) for message in messages],
+            "tools": tools,
+            "documents": variables.get("documents"),
+        }
+    )
     try:
         marked = template.render(**values, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
@@ -58,6 +64,17 @@ def render(
         kind = type(error).__name__
         raise InputError(f"the chat template fails on this conversation: {kind}: {_one_line(error)}") from error
     return _take_out_marks(marked)
+
+
+def _completed(message: Message) -> Message:
+    """The message as templates expect it: null is a missing key, and an answer's thoughts go by all their names.
+
+    An exported `"content": null` beside tool calls must not render as the word None; and thoughts under another name
+    than the template reads would silently not be there.
+    """
+    present = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((present[name] for name in THOUGHTS if name in present), None)
+    return present if thoughts is None else {**dict.fromkeys(THOUGHTS[:2], thoughts), **present}
 
 
 def _take_out_marks(marked: str) -> tuple[str, list[Span]]:

@@ -160,5 +160,16 @@ def test_refuses_rather_than_guess(template: str) -> None:
 
 def test_refuses_an_answer_that_is_not_shown() -> None:
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InputError, match="answers cannot be told apart"):
+    with pytest.raises(InputError, match="leaves out an answer"):
         answers(template, [user("question"), assistant("answer")])
+    no_calls = "{% for m in messages %}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    with pytest.raises(InputError, match="leaves out an answer"):
+        answers(no_calls, [user("q"), assistant("") | {"tool_calls": [CALL]}])
+    assert answers(no_calls, [user("q"), assistant("a")]) == ["a<|im_end|>"]
+
+
+def test_refuses_tools_that_are_not_shown() -> None:
+    messages = [user("question"), assistant("answer")]
+    with pytest.raises(InputError, match="leaves out the tools"):
+        answers(CHATML, messages, tools=TOOLS)
+    assert answers(TEMPLATES["qwen"], messages, tools=TOOLS) == ["answer<|im_end|>"]

@@ -98,6 +98,14 @@ def test_a_null_is_a_missing_key() -> None:
     assert render("{{ messages[0].content is defined }}", [call])[0] == "False"
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_go_by_every_name_that_templates_read(name: str) -> None:
+    thoughtful = assistant("a") | {name: "hm"}
+    for read in ("reasoning_content", "thinking"):
+        assert render(f"{{{{ messages[0].{read} }}}}", [thoughtful])[0] == "hm"
+        assert render(f"{{{{ messages[0].{read} is defined }}}}", [assistant("a")])[0] == "False"
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
