@@ -87,7 +87,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
         InputError: there is no chat template, or it refuses rows or does not show where their answers are: how
             many, and for the first few where they come from and what is wrong.
     """
-    turn_ends = [tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids]
+    turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
     rendered = each(
         _with_progress(rows, len(rows), "Rendering"),
         lambda row: row.source,
@@ -98,7 +98,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
         for start in range(0, len(rows), CHUNK)
         for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
     )
-    labeller = _Labeller(tokenizer)
+    labeller = _Labeller(tokenizer, turn_ends)
     encoded = Encoded([], [])
     for row, one, encoding in zip(rows, rendered, _with_progress(encodings, len(rows), "Tokenizing"), strict=True):
         ids, labels = labeller(one, *encoding)
@@ -128,7 +128,8 @@ def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> _Render
 
 
 class _Labeller:
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, turn_ends: tuple[str, ...]) -> None:
+        self.turn_ends = turn_ends
         self.bos_id = tokenizer.bos_token_id
         self.eos_id = tokenizer.eos_token_id
         self.eos_ids = frozenset(tokenizer.eos_token_ids)
@@ -144,7 +145,8 @@ class _Labeller:
                 stop += 1  # some templates leave the token that ends the turn outside {% generation %}
             labels[first:stop] = ids[first:stop]
             last = stop - 1
-        if last < 0 or ids[last] not in self.eos_ids:
+        # A template may mark the line's end after the token that ends the turn, too.
+        if last < 0 or not row.text[: ends[last]].rstrip().endswith(self.turn_ends):
             ids, labels = [*ids[: last + 1], self.eos_id], [*labels[: last + 1], self.eos_id]
         if row.bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids, labels = [self.bos_id, *ids], [self.bos_id, *labels]

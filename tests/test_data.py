@@ -68,6 +68,19 @@ def test_labels_are_transformers_assistant_mask(
         assert [label != IGNORE for label in example.labels] == mask
 
 
+def test_a_line_end_that_the_template_marks_is_learned_and_needs_no_eos() -> None:
+    template = CHATML.replace("'<|im_end|>' }}{% endgeneration %}", "'<|im_end|>\\n' }}{% endgeneration %}")
+    tokenizer = tiny(template.replace("{{ '\\n' }}\n{%- endfor", "{%- endfor"))
+    messages = [user("q"), assistant("a"), user("r"), assistant("b")]
+    expected = in_transformers(tokenizer).apply_chat_template(
+        messages, return_assistant_tokens_mask=True, return_dict=True
+    )
+    example = encode(Row(messages), tokenizer)
+    assert example.input_ids == expected["input_ids"]
+    assert [int(label != IGNORE) for label in example.labels] == expected["assistant_masks"]
+    assert learned(example, tokenizer) == "a<|im_end|>\nb<|im_end|>\n"
+
+
 @pytest.mark.parametrize("name", TAKES_TOOLS)
 def test_labels_of_tool_calls(theirs: dict[str, Any], name: str) -> None:
     row = Row(TOOL_CONVERSATION, tools=TOOLS)
