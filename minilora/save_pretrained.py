@@ -59,17 +59,19 @@ def _layers_with_weights(model: Transformer) -> dict[str, nn.Module]:
         inside_lora = any(path.startswith(f"{p}.") for p, m in layers.items() if isinstance(m, LoRALinear))
         if (isinstance(module, LoRALinear) or hasattr(module, "weight")) and not inside_lora:
             layers[path] = module
-    if getattr(model.lm_head, "weight", None) is model.model.embed_tokens.weight:
+    head, adapters = _base_and_adapters(model.lm_head)
+    if head.weight is model.model.embed_tokens.weight and not adapters:
         del layers["lm_head"]
     return layers
 
 
 def _base_and_adapters(layer: nn.Module) -> tuple[Any, list[LoRA]]:
-    """The layer without its adapters, and the adapters that act on it and are not yet merged into it."""
+    """The layer without adapters, and those that act on it: what its forward computes now, merged or switched off."""
     if not isinstance(layer, LoRALinear):
         return layer, []
-    acting = layer.active if layer.enabled and not layer.merged else []
-    return layer.base_layer, [layer.adapters[name] for name in acting if name in layer.adapters]  # type: ignore[misc]
+    if not layer.enabled:
+        return (layer._unmerged or [layer.base_layer])[0], []
+    return layer.base_layer, [] if layer.merged else layer.active_adapters()
 
 
 def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

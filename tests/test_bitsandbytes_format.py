@@ -11,10 +11,10 @@ import pytest
 import torch
 from chat_helpers import CHATML, tiny
 from gguf_helpers import logits
-from model_helpers import CONFIGS, relative_error, transformers_model
+from model_helpers import SHAPE, relative_error, transformers_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3Config
 
 from minilora.checkpoint import load
 from minilora.errors import InputError
@@ -24,9 +24,17 @@ IDS = torch.arange(26).view(2, 13) * 5 % 97
 LAYER = "model.layers.1.mlp.gate_proj"
 
 
+# bitsandbytes 0.50.2 dequantizes wrongly on a CPU where a row is no multiple of the block of 64: (64, 112) for one.
+WIDE = SHAPE | {"intermediate_size": 128}
+TWO_CONFIGS = {
+    "bias": LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True),
+    "tied": Qwen3Config(**WIDE, head_dim=16, tie_word_embeddings=True),
+}
+
+
 def save_in_4_bits(path: Path, name: str, double_quant: bool, quant_type: str = "nf4") -> Any:
     """A folder as transformers writes it after loading with bitsandbytes; returns the model in 4 bits."""
-    transformers_model(CONFIGS[name]).save_pretrained(path / "whole")
+    transformers_model(TWO_CONFIGS[name]).save_pretrained(path / "whole")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -39,7 +47,7 @@ def save_in_4_bits(path: Path, name: str, double_quant: bool, quant_type: str = 
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "double_quant"), [("llama-bias", True), ("smollm", False)])
+@pytest.mark.parametrize(("name", "double_quant"), [("bias", True), ("tied", False)])
 def test_the_quantized_weights_are_taken_as_they_are(name: str, double_quant: bool, tmp_path: Path) -> None:
     theirs = save_in_4_bits(tmp_path, name, double_quant)
     ours, _ = load(tmp_path / "4bit", dtype=torch.float32, block_size=128)  # block_size is for what is quantized now
@@ -48,7 +56,7 @@ def test_the_quantized_weights_are_taken_as_they_are(name: str, double_quant: bo
     assert isinstance(layer, NF4Linear) and layer.block_size == 64
     assert torch.equal(layer.weight, stored[f"{LAYER}.weight"].flatten())
     assert torch.equal(layer.absmax, stored[f"{LAYER}.weight.absmax"])
-    whole = transformers_model(CONFIGS[name])
+    whole = transformers_model(TWO_CONFIGS[name])
     with torch.no_grad():
         for path, module in theirs.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -64,7 +72,7 @@ def test_the_quantized_weights_are_taken_as_they_are(name: str, double_quant: bo
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("4bit")
-    save_in_4_bits(path, "llama", double_quant=True)
+    save_in_4_bits(path, "bias", double_quant=True)
     return path / "4bit"
 
 
@@ -87,10 +95,10 @@ def put(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
 
 
 SPOILED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "codes too short": (put("", lambda t: t[:-1]), r"gate_proj\.weight has 3583 torch\.uint8 values, not 3584"),
+    "codes too short": (put("", lambda t: t[:-1]), r"gate_proj\.weight has 4095 torch\.uint8 values, not 4096"),
     "absmax of another type": (
         put(".absmax", lambda t: t.float()),
-        r"absmax has 112 torch\.float32 values, not 112 torch",
+        r"absmax has 128 torch\.float32 values, not 128 torch",
     ),
     "absmax missing": (lambda t: t.pop(f"{LAYER}.weight.absmax"), r"tensor \S+gate_proj\.weight\.absmax is missing"),
     "another table": (put(".quant_map", lambda t: t.flip(0)), r"quant_map is not the table of NF4"),
@@ -105,8 +113,8 @@ SPOILED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "another nested block size": (state(nested_blocksize=128), r"is not supported: .*nested_blocksize 128"),
     "no such dtype": (state(dtype="float3"), r"is not a bitsandbytes quantization state: .*float3"),
     "another shape": (
-        state(shape=[64, 112]),
-        r"gate_proj\.weight has shape \(64, 112\), config\.json means \(112, 64\)",
+        state(shape=[64, 128]),
+        r"gate_proj\.weight has shape \(64, 128\), config\.json means \(128, 64\)",
     ),
     "no shape": (state(shape="wide"), r"is not supported: shape wide"),
 }
@@ -126,6 +134,6 @@ def test_a_spoiled_weight_is_one_clear_error(what: str, saved: Path, tmp_path: P
 
 
 def test_fp4_is_refused(tmp_path: Path) -> None:
-    save_in_4_bits(tmp_path, "llama", double_quant=False, quant_type="fp4")
+    save_in_4_bits(tmp_path, "bias", double_quant=False, quant_type="fp4")
     with pytest.raises(InputError, match="weights quantized by bitsandbytes' fp4 are not supported"):
         load(tmp_path / "4bit")
