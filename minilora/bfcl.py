@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from minilora.data import Row
+from minilora.evaluate import answer_of
 from minilora.fetch import BFCL, wheel_file
 
 CATEGORIES = ("simple_python", "live_simple", "multiple", "live_multiple")
@@ -46,7 +47,7 @@ def load_bfcl() -> dict[str, list[Row]]:
         for question, answer in zip(_lines(f"BFCL_v4_{category}.json"), _lines(_answers(category)), strict=True):
             row = to_row(question, answer["ground_truth"][0])
             request = _request(question).strip().lower()
-            if request not in seen and accepts(row.meta, row.messages[-1]["content"]):
+            if request not in seen and accepts(row.meta, answer_of(row)):
                 splits[split_of(question["id"])].append(row)
             seen.add(request)
     return splits
@@ -133,7 +134,7 @@ def _reference_object(accepted: dict[str, list[Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def score(text: str, row: Row) -> dict[str, bool]:
+def score(text: str, row: Row) -> dict[str, bool | float]:
     """{"valid JSON": the text is one JSON call and nothing else, "exact match": BFCL accepts it}."""
     return {"valid JSON": parse_call(text) is not None, "exact match": accepts(row.meta, text)}
 

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import nn
 
 import minilora as ml
 from minilora.demo import DemoConfig, run_demo
 from minilora.errors import InputError
 from minilora.generate import stream
 from minilora.lora import LoRAConfig
+from minilora.model import Transformer
 from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
 from minilora.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class ModelOptions:
     """of activations and of the weights that are not quantized"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def load(self, adapter: str | None = None) -> tuple[nn.Module, Tokenizer]:
+    def load(self, adapter: str | None = None) -> tuple[Transformer, Tokenizer]:
         """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""
         quantize = None if self.quantize == "none" else self.quantize
         dtype = getattr(torch, self.dtype)
@@ -66,9 +66,7 @@ class Train:
     eval_data: str | None = None
     """held-out rows for the validation loss"""
     base: ModelOptions = field(default_factory=ModelOptions)
-    lora: LoRAConfig = field(
-        default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    )
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -105,9 +103,7 @@ class Eval:
         rows = ml.load_rows(self.data)
         examples = ml.load_rows(self.few_shot_data)[:4] if self.few_shot_data else None
         model, tokenizer = self.base.load(self.adapter)
-        comparison = ml.compare(
-            model, tokenizer, rows, few_shot_rows=examples, max_new_tokens=self.max_new_tokens
-        )
+        comparison = ml.compare(model, tokenizer, rows, few_shot_rows=examples, max_new_tokens=self.max_new_tokens)
         Console().print(comparison_table(comparison.scores, "tuned"))
         if self.output:
             write_text(Path(self.output), json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from minilora.adapters import add_adapter, trainable_parameters
 from minilora.bfcl import load_bfcl, score
@@ -22,6 +21,7 @@ from minilora.data import Row, encode_rows
 from minilora.evaluate import Scores, difference, evaluate, few_shot_prompt
 from minilora.general_ability import general_ability
 from minilora.lora import LoRAConfig
+from minilora.model import Transformer
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
 from minilora.tokenizer import Tokenizer
 from minilora.train import TrainConfig, TrainResult, train
@@ -129,7 +129,7 @@ def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[R
     return [row for row in rows if row.source in kept]
 
 
-def scored(model: nn.Module, tokenizer: Tokenizer, rows: list[Row], system: str | None = None) -> Scores:
+def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], system: str | None = None) -> Scores:
     return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, system=system)
 
 
@@ -143,7 +143,7 @@ def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str
 
 
 def facts(
-    config: DemoConfig, model: nn.Module, rows: dict[str, list[Row]], result: TrainResult, clock: Clock
+    config: DemoConfig, model: Transformer, rows: dict[str, list[Row]], result: TrainResult, clock: Clock
 ) -> dict[str, str]:
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return {

@@ -1,7 +1,8 @@
 """Rows of training data, read from JSON and JSON Lines and recognised by their keys.
 
     messages or conversations        a conversation, in `role`/`content` or in ShareGPT's `from`/`value`; also `tools`
-    instruction, output              Alpaca: also `input`, which follows the instruction, and `system`
+    instruction, output              Alpaca: also `input`, which follows the instruction, `system`, and `history`,
+                                     a list of earlier [instruction, output] pairs
     prompt, completion               two strings, or two lists of messages
     text                             a plain text, learned whole
 
@@ -189,7 +190,12 @@ def as_row(value: Any, source: str = "") -> Row:
 
 def _alpaca(value: dict[str, Any]) -> list[Message]:
     instruction, given = _string(value["instruction"], "instruction"), _string(value.get("input") or "", "input")
-    messages = [
+    messages: list[Message] = []
+    for turn in value.get("history") or []:
+        if not (isinstance(turn, list) and len(turn) == 2):
+            raise InputError("history is a list of [instruction, output] pairs")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages += [
         {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction},
         {"role": "assistant", "content": _string(value.get("output"), "output")},
     ]
@@ -237,6 +243,8 @@ def _checked(messages: list[Message]) -> list[Message]:
         if before not in FOLLOWS[role]:
             place = f"after the {before}'s" if before else "first"
             raise InputError(f"message {number} is the {role}'s, which cannot come {place}")
+        if "weight" in message:
+            raise InputError(f"message {number} has a weight: every answer is learned; leave out what should not be")
         message["role"] = before = role
         if message.get("content") is None and message.get("tool_calls"):
             continue

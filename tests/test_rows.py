@@ -27,6 +27,10 @@ def save(path: Path, text: str | bytes) -> Path:
         ({"instruction": "q", "output": "a", "text": "Below is"}, [user("q"), assistant("a")]),
         ({"instruction": "q", "input": "i", "output": "a"}, [user("q\n\ni"), assistant("a")]),
         ({"instruction": "q", "input": None, "output": "a", "system": "s"}, [system("s"), user("q"), assistant("a")]),
+        (
+            {"instruction": "q", "output": "a", "history": [["p", "b"]], "system": "s"},
+            [system("s"), user("p"), assistant("b"), user("q"), assistant("a")],
+        ),
         (SHAREGPT, [user("q"), assistant("a")]),
         (SHAREGPT | {"system": "s", "id": 7}, [system("s"), user("q"), assistant("a")]),
         (
@@ -69,6 +73,8 @@ def test_text_and_tools() -> None:
 BAD = [
     ({"messages": [user("q")]}, "there is no answer: the last message is the user's"),
     ({"messages": []}, "no messages"),
+    ({"messages": [user("q"), assistant("a") | {"weight": 0}]}, "message 2 has a weight"),
+    ({"instruction": "q", "output": "a", "history": [["p"]]}, "history is a list of"),
     ({"messages": "q"}, "messages is a list, not a string"),
     ({"messages": ["q"]}, "message 1 is a JSON object, not a string"),
     ({"messages": [user("q"), assistant(" \n")]}, "message 2, an answer, is empty"),

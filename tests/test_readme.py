@@ -1,0 +1,49 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str, n: int = 0) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[n]
+
+
+@pytest.mark.model
+def test_the_example_works_when_pasted(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", block("python")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tuned, base = (line.partition(":")[2].strip() for line in done.stdout.splitlines())
+    assert tuned == "go" != base
+    assert (tmp_path / "lights/merged/model.safetensors").exists()
+    assert (tmp_path / "lights/adapter/adapter_model.safetensors").exists()
+
+
+def test_the_example_is_fifteen_lines_or_fewer():
+    assert len([line for line in block("python").splitlines() if line.strip()]) <= 15
+
+
+def test_the_recipe_is_one_the_command_reads(tmp_path):
+    from minilora.cli import parse
+
+    (tmp_path / "recipe.yaml").write_text(block("yaml"), encoding="utf-8")
+    command = parse(["train", str(tmp_path / "recipe.yaml"), "--learning-rate", "1e-3"])
+    assert command.train.output_dir == "output"
+
+
+def test_every_file_on_the_map_exists():
+    for name in re.findall(r"`((?:minilora|tests|notebooks|benchmarks)/[\w*./]*)`", README):
+        assert list(ROOT.glob(name)), name
+
+
+def test_the_commands_it_shows_exist(capsys):
+    from minilora.cli import parse
+
+    for line in re.findall(r"^minilora (?!train|demo)(.*)$", README, re.MULTILINE):
+        parse(line.partition("#")[0].split())
