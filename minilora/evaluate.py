@@ -105,13 +105,13 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     system: str | None = None,
-    progress: str | None = None,
+    progress: str | None = "answering",
 ) -> Scores:
     """Answer every row's conversation greedily up to its last message, and score the answers and the loss.
 
     `metric(text, row)` gives a bool or a number, or a dict of them by name. `system` stands in place of the rows'
-    own system message. `progress` labels a progress bar. Raises `InputError` for a row without an answer, or one
-    longer than the model takes.
+    own system message. `progress` labels the progress bar, None shows none. Raises `InputError` for a row without
+    an answer, or one longer than the model takes.
     """
     rows = _conversations(rows)
     if system is not None:
@@ -193,7 +193,7 @@ def compare(
     metric: Metric = exact_match,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Comparison:
     """Score base, base with `few_shot_rows` in its system prompt, and tuned, and test the paired differences.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from minilora.errors import InputError
 from minilora.model import KVCache, Transformer
 from minilora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["Sampling", "generate", "generate_tokens", "stream"]
 
@@ -413,23 +416,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def progress_bar(label: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """A function that advances a bar on stderr; the bar appears after two seconds, without a label never."""
-    if label is None:
-        yield lambda n: None
-        return
+    done, began, bar = 0, time.monotonic(), None
+
+    def advance(n: int) -> None:
+        nonlocal done, bar
+        done += n
+        if bar is None and label is not None and time.monotonic() - began > SECONDS_UNTIL_PROGRESS:
+            bar = _started_bar(label, total)
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _started_bar(label: str, total: int) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=total)
-    began = time.monotonic()
-
-    def advance(n: int) -> None:
-        bar.update(task, advance=n)
-        if not bar.live.is_started and time.monotonic() - began > SECONDS_UNTIL_PROGRESS:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        bar.stop()
+    bar.add_task("", total=total)
+    bar.start()
+    return bar
