@@ -8,10 +8,12 @@ B is the batch, T the new tokens, S = past + T, H the query heads, K the key-val
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minilora.attention import attend, attention_mask_to_add
@@ -29,10 +31,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # y = weight * x / sqrt(mean(x²) + eps), the mean in float32
-        x32 = x.float()
-        y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row for the way back; autograd's own steps keep three copies, two of them in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # y = w · x r, with r = 1 / sqrt(mean(x²) + eps); all in float32 up to the product with w
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, r = ctx.saved_tensors
+        normalized = x.to(r.dtype) * r
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normalized).flatten(0, -2).sum(0).to(weight.dtype)
+        # ∂L/∂x = r (g - x r · mean(g · x r)), with g = w · ∂L/∂y
+        g = (grad * weight).to(r.dtype)
+        projection = (g * normalized).mean(-1, keepdim=True)
+        return g.addcmul_(normalized, projection, value=-1).mul_(r).to(x.dtype), grad_weight, None
 
 
 class KVCache:
