@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from minilora.adapters import set_adapter, trainable_parameters
+from minilora.adapters import adapter_parameters, set_adapter, trainable_parameters
 from minilora.data import Example, Row, Skipped, as_rows, batches, collate, encode_rows, load_rows
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
@@ -86,8 +86,14 @@ def train(
         raise InputError("eval_every needs eval_rows")
 
     set_adapter(model, adapter)
-    parameters = _master_parameters(model)
-    optimizer = _adamw(parameters, config)
+    parameters = _master_parameters(model, adapter)
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
 
@@ -207,24 +213,17 @@ def _encode(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> tup
     return usable, skipped
 
 
-def _master_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name, made float32: a small update added to a bfloat16 weight is rounded away."""
+def _master_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, made float32: a small update added to a bfloat16 weight is rounded away."""
     parameters = trainable_parameters(model)
-    if not parameters:
-        raise InputError("the model has no trainable parameters: add_adapter(model, LoRAConfig(...)) gives it some")
+    kept = {id(parameter) for parameter in adapter_parameters(model, adapter).values()}
+    if others := [name for name, parameter in parameters.items() if id(parameter) not in kept]:
+        raise InputError(
+            f"{others[0]} is trainable, but the folder of adapter {adapter!r} has no place for it: freeze it first"
+        )
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
-
-
-def _adamw(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]  # biases, magnitudes
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
 
 
 def _seed_everything(seed: int) -> None:

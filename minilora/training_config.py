@@ -43,7 +43,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Passes before each optimizer step; their gradients are averaged over all of the step's tokens."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, on matrices only."""
+    """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +182,13 @@ def test_adapters_are_float32_masters_on_a_bfloat16_model(tmp_path):
     assert losses(result)[-1] < losses(result)[0]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_in_the_mode_it_had(tmp_path, training):
+    model = tiny_model().train(training)
+    run(model, random_rows(16), tmp_path, eval_rows=random_rows(2), max_steps=2)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_only_the_named_adapter_trains(tmp_path):
     model = tiny_model()
     add_adapter(model, LoRAConfig(r=2, target_modules=["q_proj"]), "second")
@@ -201,8 +210,9 @@ def test_seeds(tmp_path):
     for i, seed in enumerate((0, 0, 1)):
         model = tiny_model(dropout=0.3)
         run(model, random_rows(24), tmp_path / str(i), max_steps=4, seed=seed)
-        results.append(torch.cat([p.flatten() for p in trained(model).values()]))
-    assert torch.equal(results[0], results[1])
+        draws = torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])
+        results.append(torch.cat([p.flatten() for p in trained(model).values()] + [draws]))
+    assert torch.equal(results[0], results[1]), "the same parameters, and all three generators where they were"
     assert not torch.equal(results[0], results[2])
 
 
@@ -420,6 +430,7 @@ def test_a_gradient_that_is_infinite_stops_too(tmp_path):
         run(model, rows, tmp_path, batch_size=8)
     assert all(row.source in str(error.value) for row in rows)
     assert all(torch.equal(p, start[name]) for name, p in trained(model).items())
+    assert all(p.grad is None for p in model.parameters()), "nor is it left for whoever trains next"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -427,6 +438,11 @@ def test_a_gradient_that_is_infinite_stops_too(tmp_path):
 
 def no_adapter(model):
     return Transformer(model.config)
+
+
+def norm_unfrozen(model):
+    model.model.norm.weight.requires_grad_()
+    return model
 
 
 def merged(model):
@@ -438,6 +454,7 @@ def merged(model):
     ("spoil", "settings", "message"),
     [
         (no_adapter, {}, "no adapter named 'default'"),
+        (norm_unfrozen, {}, "model.norm.weight is trainable, but the folder of adapter 'default' has no place for it"),
         (merged, {}, r"merged into the weights: call unmerge\(model\) first"),
         (None, {"rows": []}, "there are no training rows"),
         (None, {"eval_rows": []}, "there are no held-out rows"),
