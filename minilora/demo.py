@@ -18,7 +18,7 @@ from minilora.adapters import add_adapter, trainable_parameters
 from minilora.bfcl import load_bfcl, score
 from minilora.checkpoint import load, save_pretrained
 from minilora.data import Row, encode_rows
-from minilora.evaluate import Scores, difference, evaluate, few_shot_prompt
+from minilora.evaluate import Scores, difference, evaluate
 from minilora.general_ability import general_ability
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
@@ -63,8 +63,7 @@ def run_demo(config: DemoConfig) -> Report:
     with clock.stage("score the base model"):
         scores[BASE] = scored(model, tokenizer, test)
     with clock.stage("score the base model with examples in its prompt"):
-        examples = few_shot_prompt(rows["train"][:EXAMPLES_IN_PROMPT])
-        scores[FEW_SHOT] = scored(model, tokenizer, test, system=examples)
+        scores[FEW_SHOT] = scored(model, tokenizer, test, few_shot=rows["train"][:EXAMPLES_IN_PROMPT])
     with clock.stage("check the base model's general ability"):
         general[BASE] = general_ability(model, tokenizer).summary()
 
@@ -129,8 +128,8 @@ def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[R
     return [row for row in rows if row.source in kept]
 
 
-def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], system: str | None = None) -> Scores:
-    return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, system=system)
+def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], few_shot: list[Row] | None = None) -> Scores:
+    return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, few_shot=few_shot)
 
 
 def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str:

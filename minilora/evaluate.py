@@ -1,8 +1,9 @@
 """Scores on held-out rows, and the question that matters: does the tuned model beat its base, and beat a prompt?
 
 `evaluate` scores one model. `compare` scores three: the base (the adapters switched off, no second copy of the
-model), the base with examples in its system prompt, and the tuned model, all on the same rows, so that the
-differences are paired.
+model), the base with examples in its prompt, and the tuned model, all on the same rows, so that the differences are
+paired. Examples come as earlier turns of the conversation: small chat models follow those far better than the same
+examples inside the system message, and a base line should be as strong as a prompt can make it.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from minilora.adapters import adapter_names, disable_adapters
+from minilora.chat_template import Message
 from minilora.data import Example, Row, as_rows, encode_rows
 from minilora.errors import InputError
 from minilora.generate import (
@@ -30,7 +32,7 @@ from minilora.loss import label_tokens, summed_cross_entropy
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
 
-__all__ = ["Comparison", "Difference", "Prediction", "Scores", "compare", "evaluate", "exact_match", "few_shot_prompt"]
+__all__ = ["Comparison", "Difference", "Prediction", "Scores", "compare", "evaluate", "exact_match"]
 
 Score = bool | float
 Metric = Callable[[str, Row], Score | dict[str, Score]]  # (the model's answer, the row) -> one score, or several
@@ -105,17 +107,21 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     system: str | None = None,
+    few_shot: Sequence[Row] | list[dict[str, Any]] | None = None,
     progress: str | None = "answering",
 ) -> Scores:
     """Answer every row's conversation greedily up to its last message, and score the answers and the loss.
 
     `metric(text, row)` gives a bool or a number, or a dict of them by name. `system` stands in place of the rows'
-    own system message. `progress` labels the progress bar, None shows none. Raises `InputError` for a row without
-    an answer, or one longer than the model takes.
+    own system message; `few_shot` rows come before each row's conversation as earlier turns. `progress` labels the
+    progress bar, None shows none. Raises `InputError` for a row without an answer, or one longer than the model takes.
     """
     rows = _conversations(rows)
     if system is not None:
         rows = [with_system(row, system) for row in rows]
+    if few_shot is not None:
+        examples = _conversations(few_shot)
+        rows = [with_examples(row, examples) for row in rows]
     tokens = generate_tokens(
         model,
         [_prompt_tokens(tokenizer, row) for row in rows],
@@ -195,18 +201,17 @@ def compare(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Score base, base with `few_shot_rows` in its system prompt, and tuned, and test the paired differences.
+    """Score base, base with `few_shot_rows` in its prompt, and tuned, and test the paired differences.
 
     The examples must come from training rows, never from `rows`. Raises `InputError` if the model has no adapter.
     """
     if not adapter_names(model):
         raise InputError("the model has no adapter to compare with its base: add or load one first")
-    systems: dict[str, str | None] = {BASE: None}
-    if few_shot_rows is not None:
-        systems[FEW_SHOT] = few_shot_prompt(few_shot_rows)
-    systems[TUNED] = None
+    prompts = {BASE: None, FEW_SHOT: few_shot_rows, TUNED: None}
+    if few_shot_rows is None:
+        del prompts[FEW_SHOT]
     scores = {}
-    for name, system in systems.items():
+    for name, few_shot in prompts.items():
         with nullcontext() if name == TUNED else disable_adapters(model):
             scores[name] = evaluate(
                 model,
@@ -215,30 +220,32 @@ def compare(
                 metric=metric,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                system=system,
+                few_shot=few_shot,
                 progress=name if progress else None,
             )
     tuned = scores[TUNED]
     return Comparison(scores, {name: difference(tuned, other) for name, other in scores.items() if other is not tuned})
 
 
-def few_shot_prompt(rows: Sequence[Row] | list[dict[str, Any]]) -> str:
-    """A system prompt that shows the rows as examples, under the system message that they share, if they do."""
-    rows = _conversations(rows)
-    system, *others = {_system_of(row) for row in rows}
-    parts = [system] if system and not others else []
-    parts.append("Answer in the way of these examples.")
-    for row in rows:
-        turns = [message for message in row.messages or [] if message["role"] != "system" and message.get("content")]
-        parts.append("\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in turns))
-    return "\n\n".join(parts)
-
-
 def with_system(row: Row, system: str) -> Row:
     """The row with `system` in place of its system message."""
-    old = row.messages or []
-    new = [{"role": "system", "content": system}, *(message for message in old if message["role"] != "system")]
-    return replace(row, messages=new, context=row.context and row.context + len(new) - len(old))
+    old, turns = _system_and_turns(row)
+    context = row.context and row.context - len(old) + 1
+    return replace(row, messages=[{"role": "system", "content": system}, *turns], context=context)
+
+
+def with_examples(row: Row, examples: Sequence[Row]) -> Row:
+    """The row with the examples' turns between its system message and its own; the examples' answers do not count."""
+    system, turns = _system_and_turns(row)
+    before = [message for example in examples for message in _system_and_turns(example)[1]]
+    context = max(row.context, len(system)) + len(before)
+    return replace(row, messages=[*system, *before, *turns], context=context)
+
+
+def _system_and_turns(row: Row) -> tuple[list[Message], list[Message]]:
+    messages = row.messages or []
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return messages[:first], messages[first:]
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -264,10 +271,6 @@ def _conversations(rows: Sequence[Row] | list[dict[str, Any]]) -> list[Row]:
         if row.messages is None:
             raise InputError(f"{row.source}: a plain text has no answer to compare; held_out_loss scores it")
     return rows
-
-
-def _system_of(row: Row) -> str | None:
-    return next((message["content"] for message in row.messages or [] if message["role"] == "system"), None)
 
 
 def _question(row: Row) -> str:

@@ -23,11 +23,11 @@ from minilora.evaluate import (
     compare,
     evaluate,
     exact_match,
-    few_shot_prompt,
     held_out_loss,
     interval,
     mcnemar,
     wilson,
+    with_examples,
     with_system,
 )
 from minilora.generate import generate
@@ -198,7 +198,7 @@ def test_compare_scores_base_few_shot_and_tuned_on_the_same_rows(
 
     examples = [{"messages": CONVERSATIONS[0]}]
     without = evaluate(model, tokenizer, rows, metric=long, max_new_tokens=6)
-    prompted = evaluate(model, tokenizer, rows, metric=long, max_new_tokens=6, system=few_shot_prompt(examples))
+    prompted = evaluate(model, tokenizer, rows, metric=long, max_new_tokens=6, few_shot=examples)
     with_an_adapter(model)
     tuned = evaluate(model, tokenizer, rows, metric=long, max_new_tokens=6)
     comparison = compare(model, tokenizer, rows, few_shot_rows=examples, metric=long, max_new_tokens=6)
@@ -228,16 +228,22 @@ def test_nothing_to_compare_is_an_error(model: Transformer, tokenizer: Tokenizer
         compare(model, tokenizer, rows)
 
 
-def test_the_few_shot_prompt_shows_every_example_under_the_shared_system_message() -> None:
-    rows = [Row([system("Be brief."), *conversation]) for conversation in CONVERSATIONS[:3]]
-    prompt = few_shot_prompt(rows)
-    assert prompt.startswith("Be brief.\n")
-    assert prompt.count("Be brief.") == 1
-    places = [prompt.index(m["content"]) for row in rows for m in row.messages or []]
-    assert all(place >= 0 for place in places)
-    assert prompt.index("a bee") < prompt.index("the weather in the north") < prompt.index("be a bee")
-    mixed = few_shot_prompt([*rows, Row([system("Be long."), *CONVERSATIONS[3]])])
-    assert "Be" not in mixed, "a system message that only some rows have is not theirs all"
+def test_examples_are_earlier_turns_whose_answers_do_not_count(
+    model: Transformer, tokenizer: Tokenizer, rows: list[Row]
+) -> None:
+    examples = [Row([system("Be long."), *CONVERSATIONS[0]]), Row(CONVERSATIONS[2])]
+    turns = [*CONVERSATIONS[0], *CONVERSATIONS[2]]
+    for before, context in ([], 0), ([system("Be brief.")], 0), ([system("Be brief.")], 3), ([], 2):
+        row = Row([*before, user("a"), assistant("b"), user("c"), assistant("d")], context=context)
+        prompted = with_examples(row, examples)
+        assert prompted.messages == [*before, *turns, *(row.messages or [])[len(before) :]]
+        scored = [m["content"] for m in prompted.messages[prompted.context :] if m["role"] == "assistant"]
+        assert scored == (["d"] if context else ["b", "d"])
+    scores = evaluate(model, tokenizer, rows, few_shot=examples, max_new_tokens=6)
+    direct = [
+        Row([*turns, *c], context=len(turns), source=row.source) for c, row in zip(CONVERSATIONS, rows, strict=True)
+    ]
+    assert scores == evaluate(model, tokenizer, direct, max_new_tokens=6)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
