@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from minilora.errors import InputError
 from minilora.model import KVCache, Transformer
+from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Sampling", "generate", "generate_tokens", "stream"]
+__all__ = ["generate", "generate_tokens", "stream"]
 
 Conversation = list[dict[str, str]]
 Step = list[tuple[int, int]]  # (row, token) of every row that got one
@@ -36,29 +37,6 @@ LARGEST_BATCH, CACHE_BYTES = 128, 2**30  # a batch's rows where the caller names
 WORTH_SHARING = 64  # prompt tokens saved; below that a forward for the prefix alone costs more than it saves
 WORTH_DROPPING = 0.75  # compact the batch once this share of it, or less, is still being written
 SECONDS_UNTIL_PROGRESS = 2.0
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn, in transformers' terms; temperature 0 is greedy.
-
-    `top_k` keeps the k likeliest tokens, `top_p` then the fewest that together have that probability (nucleus
-    sampling, Holtzman et al., arXiv 1904.09751, section 3.1). The same `seed` draws the same tokens for a prompt
-    whatever the batch size; None takes torch's global generator.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be over 0 and at most 1, not {self.top_p}")
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -161,7 +139,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     eos_token_ids: Sequence[int] | set[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     batch_size: int | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
@@ -189,8 +167,11 @@ def _decode(
     batch_size: int | None,
 ) -> Iterator[Step]:
     """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
     limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
-    uniforms = _uniforms(sampling, len(prompts), max_new_tokens)
+    uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     with evaluating(model):
         prefix = shared_prefix(model, prompts)
         for rows in _batches(model, prompts, limits, batch_size):
@@ -352,50 +333,6 @@ def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
     """An empty cache in the dtype and on the device of the model's activations."""
     weight = model.model.embed_tokens.weight
     return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device)
-
-
-# ------------------------------------------------------------------------------------------------ choosing a token
-
-
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
-    """One token a row from the logits (B, V): the likeliest, or the one at the quantile `uniform` (B,) float64.
-
-    Inverse transform sampling: the first token at which the cumulative probability exceeds u ~ U[0, 1).
-    Raises `InputError` where the logits are not finite.
-    """
-    best, token = logits.max(-1)  # NaN is larger than any number here
-    if not bool(torch.isfinite(best).all()):
-        raise InputError(
-            "the model's logits are NaN or infinite: its weights or its adapter are damaged, "
-            "or its dtype overflows; try dtype=torch.float32"
-        )
-    if uniform is None:
-        return token
-    cumulative = probabilities(logits, sampling).double().cumsum(-1)
-    quantile = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, quantile, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """softmax(logits / temperature) over what top_k and top_p leave: (B, V) float32, in transformers' order."""
-    scores = logits.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
-        kth = scores.topk(sampling.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, index = scores.softmax(-1).sort(descending=True, stable=True)
-        # a token stays if those likelier than it do not reach top_p yet; the likeliest always does
-        removed = ordered.cumsum(-1) - ordered >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(removed).scatter(-1, index, removed), -torch.inf)
-    return scores.softmax(-1)
-
-
-def _uniforms(sampling: Sampling, rows: int, new_tokens: int) -> Tensor | None:
-    """A number in [0, 1) for every row and step, drawn before the rows are put into batches; None for greedy."""
-    if sampling.temperature == 0:
-        return None
-    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
-    return torch.rand(rows, new_tokens, dtype=torch.float64, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------------ around it

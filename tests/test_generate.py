@@ -1,4 +1,4 @@
-"""generate: the tokens are transformers', however the prompts are batched; sampling has the exact probabilities."""
+"""generate: the tokens are transformers', however the prompts are batched; sampling has the model's probabilities."""
 
 import importlib
 import math
@@ -9,25 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from minilora.adapters import add_adapter
 from minilora.checkpoint import load
 from minilora.errors import InputError
-from minilora.generate import Sampling, choose, encode_prompt, generate, generate_tokens, probabilities, stream
+from minilora.generate import encode_prompt, generate, generate_tokens, stream
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.model import ModelConfig, Transformer
+from minilora.sampling import Sampling
 from tests.chat_helpers import CHATML, tiny, user
 from tests.model_helpers import CONFIGS, SHAPE, our_model, transformers_model
+from tests.sampling_helpers import chi_square
 
 module = importlib.import_module("minilora.generate")  # `minilora.generate` itself is the function
 RAGGED = (1, 4, 4, 9, 13, 6)
@@ -145,6 +141,14 @@ def test_with_adapters_on_4_bit_layers_the_tokens_are_those_without_a_cache(llam
         assert new == tokens[len(prompt) :]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5, top_k=40, top_p=0.95, seed=3)])
+def test_a_gpu_gives_the_same_tokens(llama: Any, sampling: Sampling) -> None:
+    model, eos = our_model(llama), some_eos(llama)
+    expected = generate_tokens(model, prompts(), 20, eos, sampling)
+    assert generate_tokens(model.to("cuda"), prompts(), 20, eos, sampling) == expected
+
+
 # ------------------------------------------------------------------------------------------------ less work
 
 
@@ -232,10 +236,10 @@ def test_a_damaged_model_is_an_error(llama: Any, sampling: Sampling) -> None:
         generate_tokens(model, prompts(), 3, sampling=sampling)
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_sampling_refuses_what_makes_no_sense(values: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=next(iter(values))):
-        Sampling(**values)
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"batch_size": 0}])
+def test_no_tokens_and_no_rows_are_errors(llama: Any, values: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(values))} must be at least 1"):
+        generate_tokens(our_model(llama), [[1]], **values)
 
 
 def test_modes_are_as_before_and_no_gradient_is_kept(llama: Any) -> None:
@@ -253,21 +257,7 @@ def test_modes_are_as_before_and_no_gradient_is_kept(llama: Any) -> None:
     assert [m.training for m in model.modules()] == before
 
 
-# ------------------------------------------------------------------------------------------------ sampling
-
-
-def chi_square(counts: Counter[int], expected: Tensor, n: int) -> tuple[float, float]:
-    """Pearson's statistic over the tokens expected at least five times (the others as one), and its bound.
-
-    The bound is mean + 6 standard deviations of χ² (k and √2k for k degrees of freedom): beyond it lies less than
-    one draw in 10⁵, and the seed is fixed.
-    """
-    often = [(counts[i], float(p) * n) for i, p in enumerate(expected) if p * n >= 5]
-    rest = (n - sum(c for c, _ in often), n - sum(e for _, e in often))
-    cells = [*often, rest] if rest[1] >= 5 else often
-    k = len(cells) - 1
-    assert k > 3, "a distribution with so few tokens would test little"
-    return sum((c - e) ** 2 / e for c, e in cells), k + 6 * math.sqrt(2 * k)
+# ------------------------------------------------------------------------------------------------ sampled
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -281,40 +271,6 @@ def test_sampled_tokens_have_the_probabilities_of_the_softmax(llama: Any, temper
     rows = generate_tokens(model, [prompt] * n, 1, sampling=Sampling(temperature, seed=1))
     statistic, bound = chi_square(Counter(row[0] for row in rows), exact, n)
     assert statistic < bound
-
-
-def test_a_later_token_is_drawn_independently_of_the_first() -> None:
-    """Two tokens from the same fair distribution: all 16 pairs are equally likely."""
-    logits, n = torch.zeros(1, 4), 8000
-    uniforms = module._uniforms(Sampling(1.0, seed=2), n, 2)
-    first, second = (choose(logits.expand(n, 4), Sampling(1.0), uniforms[:, step]) for step in (0, 1))
-    statistic, bound = chi_square(Counter((4 * first + second).tolist()), torch.full((16,), 1 / 16), n)
-    assert statistic < bound
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**32),
-    temperature=st.floats(0.2, 3),
-    top_k=st.none() | st.integers(1, 40),
-    top_p=st.none() | st.floats(0.05, 1),
-)
-def test_top_k_and_top_p_keep_what_transformers_keeps(
-    seed: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(seed)) * 3
-    theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k is not None:
-        theirs.append(TopKLogitsWarper(top_k))
-    if top_p is not None:
-        # Where a sum of probabilities meets top_p to within rounding, either choice is right.
-        sums = theirs(None, logits).double().softmax(-1).sort(descending=True).values.cumsum(-1)
-        assume(float((sums - top_p).abs().min()) > 1e-5 or top_p == 1)
-        theirs.append(TopPLogitsWarper(top_p))
-    expected = theirs(None, logits).softmax(-1)
-    ours = probabilities(logits, Sampling(temperature, top_k, top_p))
-    assert torch.equal(ours > 0, expected > 0)
-    torch.testing.assert_close(ours, expected)
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch(llama: Any) -> None:
