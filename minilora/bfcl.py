@@ -35,7 +35,7 @@ JSON_TYPES = {
 
 
 def load_bfcl() -> dict[str, list[Row]]:
-    """Rows of BFCL's single-call categories as "train", "validation" and "test", split by a hash of their id.
+    """Rows of BFCL's single-call categories as "train", "validation" and "test", split and sorted by a hash of their id.
 
     A row's `meta` holds `id`, `function` (name and parameters) and `accepted` (argument -> accepted values).
     Left out are the few rows whose accepted answers contradict their own function, and every request that an
@@ -50,7 +50,7 @@ def load_bfcl() -> dict[str, list[Row]]:
             if request not in seen and accepts(row.meta, answer_of(row)):
                 splits[split_of(question["id"])].append(row)
             seen.add(request)
-    return splits
+    return {name: sorted(rows, key=lambda row: _percentile(row.source)) for name, rows in splits.items()}
 
 
 def _request(question: dict[str, Any]) -> str:
@@ -68,8 +68,13 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 def split_of(row_id: str) -> str:
     """ "test" (12%), "validation" (8%) or "train" (80%): stable whatever else is in the data."""
-    percent = int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 100
-    return "test" if percent < 12 else "validation" if percent < 20 else "train"
+    percentile = _percentile(row_id)
+    return "test" if percentile < 12 else "validation" if percentile < 20 else "train"
+
+
+def _percentile(row_id: str) -> float:
+    """A number from 0 to 100 that depends on the id alone, and mixes the categories."""
+    return 100 * int(hashlib.sha256(row_id.encode()).hexdigest(), 16) / 2**256
 
 
 def to_row(question: dict[str, Any], truth: dict[str, dict[str, list[Any]]]) -> Row:

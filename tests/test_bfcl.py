@@ -109,6 +109,11 @@ def test_splits_are_disjoint_and_nearly_everything_is_used(splits):
     assert all(split_of(row.meta["id"]) == name for name, split in splits.items() for row in split)
 
 
+def test_the_first_rows_of_a_split_are_of_every_category(splits):
+    categories = {row.source.rstrip("0123456789-").rstrip("_") for row in splits["test"][:128]}
+    assert categories == set(bfcl.CATEGORIES)
+
+
 def test_no_request_of_the_test_is_trained_on(splits):
     """BFCL asks some things twice under two ids (simple_python_100 and a row of "multiple"): that would be a leak."""
 
