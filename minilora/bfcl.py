@@ -35,7 +35,7 @@ JSON_TYPES = {
 
 
 def load_bfcl() -> dict[str, list[Row]]:
-    """Rows of BFCL's single-call categories as "train", "validation" and "test", split and sorted by a hash of their id.
+    """BFCL's single-call rows as "train", "validation" and "test", split and sorted by a hash of their id.
 
     A row's `meta` holds `id`, `function` (name and parameters) and `accepted` (argument -> accepted values).
     Left out are the few rows whose accepted answers contradict their own function, and every request that an
