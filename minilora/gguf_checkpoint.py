@@ -114,7 +114,7 @@ class GGUFCheckpoint:
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
             "rope_theta": value("rope.freq_base", 10000.0),
             "rope_scaling": rope_scaling,
-            "attention_bias": "blk.0.attn_q.bias" in tensors and architecture != "qwen2",
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
             "tie_word_embeddings": "output.weight" not in tensors,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

@@ -70,26 +70,41 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(pair: tuple[Transformer, An
 
 
 @torch.no_grad()
+def test_positions_count_the_real_tokens(pair: tuple[Transformer, Any]) -> None:
+    """As in transformers' generate: a row's rotary angles, rounded as they are, do not depend on its padding."""
+    ours, _ = pair
+    positions = torch.tensor([[0] * 4 + list(range(9)), list(range(T)), [0] * 11 + [0, 1]])
+    assert torch.equal(ours(IDS, MASKS["left"]), ours(IDS, MASKS["left"], position_ids=positions))
+    cache = KVCache(ours.config, 3, T)
+    ours(IDS[:, :-1], MASKS["left"][:, :-1], cache=cache)
+    again = copy.deepcopy(cache)
+    last = ours(IDS[:, -1:], MASKS["left"], cache=cache)
+    assert torch.equal(last, ours(IDS[:, -1:], MASKS["left"], position_ids=positions[:, -1:], cache=again))
+
+
+@torch.no_grad()
 def test_logits_at_chosen_positions(pair: tuple[Transformer, Any]) -> None:
     ours, _ = pair
     chosen = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     assert torch.allclose(ours(IDS, logits_at=chosen), ours(IDS)[chosen], rtol=FLOAT32, atol=FLOAT32)
 
 
+@pytest.mark.parametrize("start", [0, 3000])
 @torch.no_grad()
-def test_bfloat16_is_no_further_from_the_truth_than_transformers(pair: tuple[Transformer, Any]) -> None:
+def test_bfloat16_is_no_further_from_the_truth_than_transformers(pair: tuple[Transformer, Any], start: int) -> None:
     ours, theirs = pair
-    truth = copy.deepcopy(theirs).double()(IDS).logits
-    errors = [
+    positions = torch.arange(start, start + T)[None]
+    truth = copy.deepcopy(theirs).double()(IDS, position_ids=positions).logits
+    error, their_error = [
         (logits.double() - truth).pow(2).mean().sqrt()
         for logits in (
-            copy.deepcopy(ours).bfloat16()(IDS),
-            copy.deepcopy(theirs).bfloat16()(IDS).logits,
+            copy.deepcopy(ours).bfloat16()(IDS, position_ids=positions),
+            copy.deepcopy(theirs).bfloat16()(IDS, position_ids=positions).logits,
         )
     ]
-    # Both round some dozens of times on the way, at other places: over these configurations the two errors' ratio is
-    # 0.90 to 1.05. A rotary frequency or a norm's mean in bfloat16 would double the error.
-    assert errors[0] < 1.2 * errors[1]
+    # Both round some dozens of times on the way, at other places: over these configurations the ratio of the two
+    # errors is 0.90 to 1.05. Rotary angles in bfloat16 would be wrong by radians at position 3000.
+    assert error < 1.2 * their_error
 
 
 def test_gradients_equal_transformers_and_checkpointing_changes_nothing(pair: tuple[Transformer, Any]) -> None:
@@ -114,11 +129,13 @@ def test_gradients_equal_transformers_and_checkpointing_changes_nothing(pair: tu
     handle = ours.model.layers[0].register_forward_pre_hook(count)
     ours.gradient_checkpointing = True
     recomputed = gradients(ours, ours(IDS, mask))
+    assert calls == 2  # once forward, once again on the way back
+    ours.eval()
+    gradients(ours, ours(IDS, mask))
+    assert calls == 3  # in evaluation mode nothing is computed twice
     handle.remove()
     ours.gradient_checkpointing = False
-    ours.eval()
 
-    assert calls == 2  # once forward, once again on the way back
     assert plain.keys() == recomputed.keys() == expected.keys()
     for name in expected:
         assert torch.equal(plain[name], recomputed[name]), name

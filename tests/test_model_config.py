@@ -48,6 +48,13 @@ def test_old_and_new_ways_to_write_rope_are_the_same(scaling: dict[str, Any] | N
         assert ModelConfig.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": oldest}) == old
 
 
+@pytest.mark.parametrize("first", [0, 1, 3, 28])
+def test_qwens_earlier_way_to_name_the_layers_with_a_window(first: int) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": first}
+    expected = ModelConfig.from_hf(Qwen2Config(**SHAPE, **window).to_dict())  # transformers writes layer_types out
+    assert ModelConfig.from_hf({"model_type": "qwen2", **SHAPE, **window}).sliding_windows == expected.sliding_windows
+
+
 def test_several_end_tokens() -> None:
     config = ModelConfig.from_hf({**LLAMA, "eos_token_id": [2, 7]})
     assert config.eos_token_ids == (2, 7)
