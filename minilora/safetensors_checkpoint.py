@@ -107,20 +107,22 @@ def _sharded(folder: Path, index: Path) -> dict[str, Path]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(f"{index} names the file {shard!r}; only a safetensors file beside the index will do")
-    files: dict[str, Path] = {}
+    held: dict[str, set[str]] = {}
     for shard in dict.fromkeys(weight_map.values()):
         if not (folder / shard).is_file():
             raise InputError(f"{folder / shard} is missing; {index.name} lists it")
-        files |= dict.fromkeys(_keys(folder / shard), folder / shard)
+        held[shard] = _keys(folder / shard)
     for name, shard in weight_map.items():
-        if files.get(name) != folder / shard:
+        if name not in held[shard]:
             raise InputError(f"{folder / shard}: tensor {name} is missing; {index.name} lists it there")
-    return files
+    # what a shard holds beyond the index is kept in view, so that a tensor without a place is noticed
+    present = {name: folder / shard for shard, names in held.items() for name in names}
+    return present | {name: folder / shard for name, shard in weight_map.items()}
 
 
-def _keys(path: Path) -> list[str]:
+def _keys(path: Path) -> set[str]:
     with _open(path) as file:
-        return list(file.keys())
+        return set(file.keys())
 
 
 def _open(path: Path) -> Any:

@@ -79,7 +79,7 @@ def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str,
     base, adapters = _base_and_adapters(layer)
     W = base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.detach()
     for adapter in adapters:
-        W = W.float() + adapter.delta().detach()  # W' = W + Σ s·BA, in float32
+        W = W + adapter.delta().detach()  # W' = W + Σ s·BA, in float32 because delta() is
     W = W.to("cpu", dtype).contiguous()
     if not W.isfinite().all():
         raise InputError(f"{path}: the weight to save has NaN or infinity in {dtype}; nothing was saved")

@@ -224,6 +224,12 @@ def set_index(folder: Path, content: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
 
+def list_in_another_shard(folder: Path) -> None:
+    content = json.loads((folder / "model.safetensors.index.json").read_text())
+    content["weight_map"][GATE] = min(content["weight_map"].values())
+    set_index(folder, content)
+
+
 def set_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -267,6 +273,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not where the index says": (
         remove_tensor,
         rf"model-\S+\.safetensors: tensor {GATE} is missing; .*index.* lists it",
+    ),
+    "listed in another shard": (
+        list_in_another_shard,
+        rf"model-00001\S+\.safetensors: tensor {GATE} is missing; .*index.* lists it there",
     ),
     "too many": (
         lambda f: edit(shard_with(f, NORM), lambda t: t.update({"model.extra.weight": torch.ones(2)})),
