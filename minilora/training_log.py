@@ -132,7 +132,6 @@ class ProgressBar:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
-            MofNCompleteColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
@@ -144,7 +143,6 @@ class ProgressBar:
             SpinnerColumn(),  # it and the elapsed time move during a long step or evaluation too
             TextColumn("training"),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TextColumn("·"),
@@ -152,6 +150,7 @@ class ProgressBar:
             TextColumn("left"),
             console=Console(stderr=True),
         )
+        self.total_steps = total_steps
         self.task = self.progress.add_task("", total=total_steps, completed=first_step - 1, status="")
         self.smooth = Smoothed()
         self.progress.start()
@@ -159,8 +158,10 @@ class ProgressBar:
     def write(self, record: Record) -> None:
         if "eval_loss" in record:
             self.progress.console.print(_evaluation_line(record), highlight=False)
-        else:
-            self.progress.update(self.task, completed=record["step"], status=self.smooth.status(record))
+            return
+        status = f"{record['step']}/{self.total_steps} · {self.smooth.status(record)}"
+        # Not quite to the end: rich stops the clock of a finished task, and an evaluation may still follow.
+        self.progress.update(self.task, completed=min(record["step"], self.total_steps - 0.01), status=status)
 
     def close(self) -> None:
         self.progress.stop()
