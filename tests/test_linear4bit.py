@@ -140,7 +140,8 @@ def test_layers_in_one_graph_do_not_disturb_each_other():
 
 def test_only_inputs_get_a_gradient():
     layer = make(64, 32)
-    assert not any(p.requires_grad for p in layer.parameters())
+    for made in (layer, NF4Linear(64, 32, bias=True)):
+        assert [p.requires_grad for p in made.parameters()] == [False]  # the bias
     add = torch.randn(3, 32, requires_grad=True)
     layer(torch.randn(3, 64), add).sum().backward()
     assert torch.equal(add.grad, torch.ones(3, 32))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import Barrier
 
 import pytest
 import torch
@@ -34,9 +35,11 @@ def weights(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
         w[: n // 2] = 0
     elif kind == "constant":
         w = torch.full((n,), -0.3)  # every absmax equal: double quantization sees blocks of zeros
-    elif kind == "midpoints":  # every value on a tie, up to the dtype's own rounding
+    elif kind == "midpoints":  # every value on a tie
         w = MIDPOINTS[torch.randint(15, (n,), generator=g)]
         w[::32] = 1.0
+    elif kind == "near midpoints":  # on a tie but for the last bit, where x * (1 / c) and x / c differ
+        w = 0.37 * weights("midpoints", n, torch.float32, seed)
     elif kind == "wide":  # absmax from 1e-7 to 1e4: both ends of the dynamic map
         w *= 10 ** (torch.rand(n, generator=g) * 11 - 7)
     elif kind == "subnormal":
@@ -44,7 +47,7 @@ def weights(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return w.to(dtype)
 
 
-KINDS = ["normal", "zero blocks", "constant", "midpoints", "wide", "subnormal"]
+KINDS = ["normal", "zero blocks", "constant", "midpoints", "near midpoints", "wide", "subnormal"]
 
 
 def assert_same_bytes(w: Tensor, block_size: int, double_quant: bool) -> None:
@@ -220,11 +223,16 @@ def test_results_do_not_share_the_scratch_memory():
 
 
 def test_threads_do_not_share_the_scratch_memory():
-    qs = [nf4.quantize(torch.randn(256, 256)) for _ in range(8)]
-    expected = [nf4.dequantize(q) for q in qs]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            assert all(map(torch.equal, pool.map(nf4.dequantize, qs), expected))
+    both_at_work = Barrier(2, timeout=60)
+
+    def own_memory(_):
+        address = nf4.workspace("pairs", 64, torch.int64, torch.device("cpu")).data_ptr()
+        both_at_work.wait()
+        return address
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(own_memory, range(2))
+    assert first != second
 
 
 def test_scratch_memory_born_in_inference_mode_serves_outside_it():
@@ -263,7 +271,7 @@ def test_peak_memory_stays_under_a_quarter_of_the_tensor():
     quantize, dequantize = map(float, run.stdout.split())
     # the result itself is 4.127 / 32 = 0.13 of the float32 tensor, so far less would mean that nothing was measured
     assert 0.1 < quantize < 0.25
-    assert 0.4 < dequantize < 0.5 + 0.1  # the bfloat16 result, and 6 MiB of scratch memory
+    assert 0.4 < dequantize < 0.5 + 0.15  # the bfloat16 result, 6 MiB (0.09) of scratch memory, some pages rounded up
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
