@@ -94,6 +94,7 @@ def train(
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+    optimizer.zero_grad()  # whatever a backward pass before left there
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
 
@@ -240,9 +241,12 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
         return None
     if config.resume == "auto":
         return latest
-    if not Path(config.resume).is_dir():
-        raise InputError(f"resume: there is no checkpoint folder {config.resume}")
-    return Path(config.resume)
+    checkpoint = Path(config.resume)
+    if not checkpoint.is_dir():
+        raise InputError(f"resume: there is no checkpoint folder {checkpoint}")
+    if checkpoint.resolve().parent != Path(config.output_dir).resolve():
+        raise InputError(f"a run is resumed where its log is: set output_dir to {checkpoint.parent}")
+    return checkpoint
 
 
 # --- in the loop ------------------------------------------------------------------------------------------------------

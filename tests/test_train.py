@@ -189,6 +189,15 @@ def test_the_model_is_left_in_the_mode_it_had(tmp_path, training):
     assert {module.training for module in model.modules()} == {training}
 
 
+def test_gradients_from_before_do_not_count(tmp_path):
+    clean, used = tiny_model(), tiny_model()
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run(clean, random_rows(16), tmp_path / "clean", max_steps=2)
+    run(used, random_rows(16), tmp_path / "used", max_steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(trained(clean).values(), trained(used).values(), strict=True))
+
+
 def test_only_the_named_adapter_trains(tmp_path):
     model = tiny_model()
     add_adapter(model, LoRAConfig(r=2, target_modules=["q_proj"]), "second")
@@ -305,6 +314,12 @@ def test_resuming_a_finished_run_gives_its_result_again(tmp_path):
     again, repeated = hard_run(tmp_path, resume="auto")
     assert (repeated.steps, repeated.tokens, repeated.loss) == (result.steps, result.tokens, result.loss)
     assert all(torch.equal(a, b) for a, b in zip(trained(again).values(), trained(model).values(), strict=True))
+
+
+def test_resuming_stays_in_the_folder_of_the_run(tmp_path):
+    run(tiny_model(), random_rows(8), tmp_path / "first", max_steps=2)
+    with pytest.raises(InputError, match=r"set output_dir to .*first"):
+        run(tiny_model(), random_rows(8), tmp_path / "second", resume=str(tmp_path / "first" / "checkpoint-000002"))
 
 
 def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
