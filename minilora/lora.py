@@ -41,28 +41,33 @@ from minilora.linear4bit import NF4Linear
 class LoRAConfig:
     """Which layers to adapt and how, in the names and defaults of PEFT's `LoraConfig`.
 
-    target_modules: "all-linear" (all but the output head), a list of module names or ends of names, or one
-        regular expression for the whole name. None, PEFT's "look my architecture up", is refused by `add_adapter`.
-    rank_pattern, alpha_pattern: another r or lora_alpha for the layers whose name the pattern ends.
-    lora_dropout: probability with which an input of A is dropped in training.
-    use_rslora: scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
-    init_lora_weights: True for Kaiming-uniform A, "gaussian" for A ~ N(0, 1/r²), both with B = 0;
-        False for a random A and B, which changes the model at once (for tests).
     Raises InputError for a value out of range.
     """
 
     r: int = 8
-    lora_alpha: float = 8
+    """rank of the update"""
     target_modules: str | list[str] | None = None
+    """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
     exclude_modules: str | list[str] | None = None
+    """layers to leave alone, written like target_modules"""
+    lora_alpha: float = 8
+    """the update is scaled by lora_alpha / r"""
     lora_dropout: float = 0.0
+    """probability with which an input of A is dropped in training"""
     use_rslora: bool = False
+    """scale by lora_alpha / sqrt(r) instead"""
     init_lora_weights: bool | Literal["gaussian"] = True
+    """True: Kaiming-uniform A; "gaussian": A ~ N(0, 1/r²); both with B = 0. False: A and B random (for tests)"""
     bias: Literal["none"] = "none"
+    """biases stay frozen"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    """another r for the layers whose name a pattern ends"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """another lora_alpha for the layers whose name a pattern ends"""
     task_type: str | None = "CAUSAL_LM"
+    """written to adapter_config.json for PEFT"""
     base_model_name_or_path: str | None = None
+    """written to adapter_config.json for PEFT"""
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
