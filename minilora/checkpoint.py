@@ -9,10 +9,11 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
@@ -103,7 +104,7 @@ def assemble(
     device: torch.device,
 ) -> Transformer:
     """The checkpoint's model, frozen and in evaluation mode: linear layers inside the blocks in NF4 if asked for."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         model = Transformer(checkpoint.config)
     _check_names_and_shapes(checkpoint, model)
 
@@ -118,6 +119,13 @@ def assemble(
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, name, dtype, device), requires_grad=False))
     model.tie_weights()
     return model.eval()
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Inside the `with`, torch.nn.init does nothing: on the meta device it would import 800 modules for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def _check_names_and_shapes(checkpoint: Checkpoint, model: Transformer) -> None:
