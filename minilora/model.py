@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             for window in set(self.config.sliding_windows)
         }
 
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for window, block in zip(self.config.sliding_windows, self.model.layers, strict=True):
             if recompute:
                 x = checkpoint(block, x, rope, masks[window], None, use_reentrant=False)

@@ -160,6 +160,14 @@ def test_the_cache_says_when_it_is_full() -> None:
         model(torch.cat([IDS, IDS[:, :1]], 1), cache=KVCache(model.config, 3, 13))
 
 
+def test_a_cache_is_filled_in_training_mode_too() -> None:
+    model = our_model(transformers_model(CONFIGS["llama"])).train()
+    model.gradient_checkpointing = True
+    cache = KVCache(model.config, 3, T)
+    first, second = model(IDS[:, :6], cache=cache), model(IDS[:, 6:], cache=cache)
+    assert relative_error(torch.cat([first, second], 1), model(IDS)) < FLOAT32
+
+
 def test_the_frequencies_stay_float32_when_the_model_is_cast() -> None:
     model = our_model(transformers_model(CONFIGS["llama"]))
     before = model.inverse_frequencies.clone()
