@@ -255,3 +255,8 @@ def test_the_model_card_names_the_base_model(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.startswith('---\nbase_model: "org/a-model"\n')
     assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "org/a-model"
+    model = tiny_llama()
+    model.name_or_path = "org/from-the-model"  # where transformers keeps it
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "org/from-the-model"
