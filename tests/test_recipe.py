@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_named(tmp_path, text, message):
 
 def test_an_empty_recipe_is_the_default_and_a_missing_one_an_error(tmp_path):
     assert read(tmp_path, "# nothing yet\n") == Outer()
-    with pytest.raises(InputError, match="no.yaml: No such file"):
+    with pytest.raises(InputError, match=r"no\.yaml: No such file"):
         read_recipe(tmp_path / "no.yaml", Outer())
 
 

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+
+from minilora import demo
+from minilora.bfcl import load_bfcl
+from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
+from minilora.general_ability import GeneralAbility
+from minilora.train import TrainConfig, TrainingInterrupted
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 20)
+
+
+def config(folder, **settings):
+    return DemoConfig(
+        test_rows=4,
+        train=TrainConfig(output_dir=str(folder), learning_rate=2e-3, batch_size=4, max_length=100, **settings),
+    )
+
+
+@pytest.mark.model
+def test_the_demo_leaves_what_it_promises(tmp_path, short_answers, capsys):
+    report = run_demo(config(tmp_path, max_steps=4))
+    out = capsys.readouterr().out
+    assert list(report.scores) == [BASE, FEW_SHOT, TUNED, MERGED]
+    assert report.scores[TUNED].loss < 0.8 * report.scores[BASE].loss  # four steps teach the format already
+    assert all(label in out for label in report.scores)
+
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["scores"][TUNED]["loss"] == report.scores[TUNED].loss
+    assert len(metrics["scores"][BASE]["predictions"]) == 4
+    assert (tmp_path / "log.jsonl").read_text().count('"grad_norm"') == 4
+    assert "data:image/png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "adapter/adapter_config.json").exists()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import minilora as ml
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged").encode("One function call, please.")])
+    ours, _ = ml.load(str(tmp_path / "merged"), quantize=None, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        # float32 sums in another order: logits of magnitude 20 agree to some 1e-5 of it
+        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.model
+def test_an_interrupted_demo_says_how_to_go_on(tmp_path, short_answers, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise TrainingInterrupted(tmp_path / "checkpoint-000003", 3, 120)
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(demo, "scored", lambda *args, **kwargs: None)
+    monkeypatch.setattr(demo, "general_ability", lambda *args: GeneralAbility(1.0, 1.0, (0.0, 1.0), 1, []))
+    with pytest.raises(KeyboardInterrupt, match="--resume auto"):
+        run_demo(config(tmp_path, max_steps=120))
+
+
+@pytest.mark.model
+def test_short_rows_are_those_the_trainer_will_not_skip():
+    from minilora.checkpoint import load
+
+    _, tokenizer = load(demo.MODEL, quantize=None, dtype=torch.bfloat16)
+    rows = load_bfcl()["validation"]
+    kept = short_rows(rows, tokenizer, 100)
+    assert 0 < len(kept) < len(rows)
+    for row in rows:
+        length = len(tokenizer.encode(tokenizer.apply_chat_template(row.messages)))
+        # the training sequence ends with the turn-end token, without the newline that the template puts after it
+        assert (row in kept) == (length - 1 <= 100)
