@@ -65,11 +65,11 @@ def run(layer: nn.Module, x: Tensor, target: Tensor, name: str = "default") -> d
     return {"y": y.detach(), "loss": loss.detach(), **dict(zip(("x", "A", "B"), gradients, strict=True))}
 
 
-def losses_of_20_steps(layer: nn.Module, x: Tensor, target: Tensor) -> list[float]:
-    optimizer = torch.optim.AdamW(parameters_of(layer), lr=1e-2)
+def losses_of_20_steps(layer: nn.Module, x: Tensor, target: Tensor, lr: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters_of(layer), lr=lr)
     losses = []
     for _ in range(20):
-        loss = F.mse_loss(layer(x), target)
+        loss = F.mse_loss(layer(x).to(target.dtype), target)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -241,8 +241,10 @@ def test_scale_and_b_are_rounded_together() -> None:
     assert torch.equal(adapter(torch.eye(8).bfloat16()).T, exact)
 
 
-def errors_in_bfloat16(seed: int, scale: float, kind: str, bias: bool) -> dict[str, dict[str, float]]:
-    """Distance to float64 of the output and each gradient: ours, PEFT with float32 adapters, with bfloat16 ones."""
+def oracle_and_bfloat16_layers(
+    seed: int, scale: float, kind: str, bias: bool
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A float64 layer, and with the same weights ours, PEFT with float32 adapters, PEFT with bfloat16 adapters."""
     torch.manual_seed(seed)
     base = nn.Linear(256, 192, bias=bias).bfloat16()
     ours = base
@@ -256,6 +258,12 @@ def errors_in_bfloat16(seed: int, scale: float, kind: str, bias: bool) -> dict[s
     }
     oracle = lora_layer(copy.deepcopy(base), r=16, lora_alpha=32).double()
     fill([oracle, *layers.values()], scale=scale)
+    return oracle, layers
+
+
+def errors_in_bfloat16(seed: int, scale: float, kind: str, bias: bool) -> dict[str, dict[str, float]]:
+    """Distance to float64 of the output and of each gradient."""
+    oracle, layers = oracle_and_bfloat16_layers(seed, scale, kind, bias)
     x, upstream = torch.randn(200, 256).bfloat16(), torch.randn(200, 192).bfloat16()
 
     def outputs(layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -282,6 +290,20 @@ def test_bfloat16_is_no_further_from_float64_than_peft(bias: bool, kind: str, sc
         assert ours["y"] < min(theirs["y"], theirs_16["y"]), "one rounding of y instead of two"
         for key in ("x", "A", "B"):  # the same products in the same dtype; sums of 200 may be blocked differently
             assert ours[key] < theirs_16[key] * 1.02, key
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_bfloat16_losses_of_20_steps_are_no_further_from_float64_than_peft(kind: str) -> None:
+    errors = {"ours": 0.0, "peft": 0.0, "peft, bfloat16 adapters": 0.0}
+    for seed in range(8):
+        oracle, layers = oracle_and_bfloat16_layers(seed, 0.0, kind, bias=True)
+        x = torch.randn(200, 256).bfloat16()
+        target = (layers["ours"].base_layer(x).float() + 0.3 * torch.randn(200, 192)).detach()
+        exact = losses_of_20_steps(oracle, x.double(), target.double(), lr=1e-3)
+        for name, layer in layers.items():
+            losses = losses_of_20_steps(layer, x, target, lr=1e-3)
+            errors[name] += sum(abs(a - b) for a, b in zip(losses, exact, strict=True))
+    assert errors["ours"] < errors["peft"] < errors["peft, bfloat16 adapters"]
 
 
 def test_training_in_bfloat16_keeps_no_float32_activation() -> None:
