@@ -76,10 +76,8 @@ class Train:
         eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
         model, tokenizer = self.base.load()
         ml.add_adapter(model, self.lora)
-        ml.train(model, tokenizer, rows, self.train, eval_rows=eval_rows)
-        folder = Path(self.train.output_dir) / "adapter"
-        ml.save_adapter(model, folder)
-        print(f"adapter saved to {folder}")
+        result = ml.train(model, tokenizer, rows, self.train, eval_rows=eval_rows)
+        print(f"adapter saved to {result.adapter_dir}")
 
 
 @dataclass

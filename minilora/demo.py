@@ -24,7 +24,7 @@ from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
 from minilora.tokenizer import Tokenizer
-from minilora.train import TrainConfig, TrainResult, train
+from minilora.train import TrainConfig, TrainResult, checkpoint_to_resume, train
 
 MODEL = "smollm2-135m-instruct"
 EXAMPLES_IN_PROMPT = 4
@@ -46,7 +46,7 @@ class DemoConfig:
             output_dir="minilora-demo",
             learning_rate=2e-3,
             betas=(0.9, 0.95),
-            warmup=10,
+            warmup_steps=10,
             max_steps=160,
             batch_size=8,
             max_length=180,
@@ -61,6 +61,7 @@ def run_demo(config: DemoConfig) -> Report:
 
     console, clock = Console(), Clock()
     folder = Path(config.train.output_dir)
+    checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
     with clock.stage("load the model, quantize it to NF4"):
         model, tokenizer = load(MODEL, quantize="nf4", dtype=torch.bfloat16)
         rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}

@@ -76,7 +76,7 @@ def train(
     Raises InputError for unusable rows or settings, DivergedError for a loss or gradient that is not finite,
     TrainingInterrupted on Ctrl-C.
     """
-    output_dir, checkpoint = Path(config.output_dir), _checkpoint_to_resume(config)
+    output_dir, checkpoint = Path(config.output_dir), checkpoint_to_resume(config)
     examples, skipped = _encode(rows, tokenizer, config.max_length, "training")
     eval_examples: list[Example] = []
     if eval_rows is not None:
@@ -233,7 +233,8 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)  # of every GPU too
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint a run continues from, or None; InputError if output_dir holds a run that is not to be resumed."""
     latest = latest_checkpoint(Path(config.output_dir))
     if config.resume is None:
         if latest is not None:

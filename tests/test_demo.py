@@ -6,6 +6,7 @@ import torch
 from minilora import demo
 from minilora.bfcl import load_bfcl
 from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
+from minilora.errors import InputError
 from minilora.general_ability import GeneralAbility
 from minilora.train import TrainConfig, TrainingInterrupted
 
@@ -59,6 +60,13 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path, short_answers, monkeypa
     monkeypatch.setattr(demo, "scored", lambda *args, **kwargs: None)
     monkeypatch.setattr(demo, "general_ability", lambda *args: GeneralAbility(1.0, 1.0, (0.0, 1.0), 1, []))
     with pytest.raises(KeyboardInterrupt, match="--resume auto"):
+        run_demo(config(tmp_path, max_steps=120))
+
+
+def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-000003").mkdir()
+    monkeypatch.setattr(demo, "load", None)  # nothing is loaded
+    with pytest.raises(InputError, match="checkpoint-000003 is there already"):
         run_demo(config(tmp_path, max_steps=120))
 
 
