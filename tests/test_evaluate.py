@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from chat_helpers import CHATML, TOOL_CONVERSATION, assistant, system, tiny, user
 from hypothesis import given
 from hypothesis import strategies as st
+from model_helpers import CONFIGS, SHAPE, our_model, transformers_model
 
 from minilora.adapters import add_adapter
 from minilora.data import Row, as_rows, encode_rows, load_rows
@@ -34,8 +36,6 @@ from minilora.generate import generate
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
-from tests.chat_helpers import CHATML, TOOL_CONVERSATION, assistant, system, tiny, user
-from tests.model_helpers import CONFIGS, SHAPE, our_model, transformers_model
 
 CONVERSATIONS = [
     [user("a bee"), assistant("the weather")],

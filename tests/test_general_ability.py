@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from chat_helpers import CHATML, tiny
+from model_helpers import CONFIGS, SHAPE, our_model, transformers_model
 
 from minilora.checkpoint import load
 from minilora.general_ability import general_ability, is_right, normalized, passages, perplexity, questions
-from tests.chat_helpers import CHATML, tiny
-from tests.model_helpers import CONFIGS, SHAPE, our_model, transformers_model
 
 module = importlib.import_module("minilora.general_ability")  # the package may give the function this name
 

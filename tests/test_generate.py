@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from chat_helpers import CHATML, tiny, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_helpers import CONFIGS, SHAPE, our_model, transformers_model
+from sampling_helpers import chi_square
 from torch import Tensor
 
 from minilora.adapters import add_adapter
@@ -21,9 +24,6 @@ from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.model import ModelConfig, Transformer
 from minilora.sampling import Sampling
-from tests.chat_helpers import CHATML, tiny, user
-from tests.model_helpers import CONFIGS, SHAPE, our_model, transformers_model
-from tests.sampling_helpers import chi_square
 
 module = importlib.import_module("minilora.generate")  # `minilora.generate` itself is the function
 RAGGED = (1, 4, 4, 9, 13, 6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sampling_helpers import chi_square
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -17,7 +18,6 @@ from transformers.generation.logits_process import (
 
 from minilora.errors import InputError
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms, probabilities
-from tests.sampling_helpers import chi_square
 
 
 def test_a_later_token_is_drawn_independently_of_the_first() -> None:
