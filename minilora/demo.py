@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minilora.checkpoint import load, save_pretrained
 from minilora.data import Row, encode_rows
 from minilora.evaluate import Scores, difference, evaluate
 from minilora.general_ability import general_ability
+from minilora.generate import generate
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
@@ -31,7 +33,8 @@ EXAMPLES_IN_PROMPT = 4
 BASE, FEW_SHOT = "base", f"base, {EXAMPLES_IN_PROMPT} examples in its prompt"
 TUNED, MERGED = "tuned (QLoRA)", "tuned, merged, reloaded"
 VALIDATION_ROWS = 64  # for the curve's held-out points; settings were chosen on all of them
-MAX_NEW_TOKENS = 88  # the longest reference answer has 85
+REHEARSAL_TOKENS = 48
+MAX_NEW_TOKENS = 72  # the longest reference answer of a short test row has 67
 
 
 @dataclass
@@ -76,9 +79,13 @@ def run_demo(config: DemoConfig) -> Report:
     with clock.stage("check the base model's general ability"):
         general[BASE] = general_ability(model, tokenizer).summary()
 
+    with clock.stage("let the base model answer everyday questions, to rehearse while it learns"):
+        rehearsal = rehearsal_rows(model, tokenizer)
+
     with clock.stage("train"):
         add_adapter(model, config.lora)
-        result = train(model, tokenizer, rows["train"], config.train, eval_rows=rows["validation"][:VALIDATION_ROWS])
+        training_rows = rows["train"] + rehearsal
+        result = train(model, tokenizer, training_rows, config.train, eval_rows=rows["validation"][:VALIDATION_ROWS])
 
     with clock.stage("score the tuned model"):
         scores[TUNED] = scored(model, tokenizer, test)
@@ -135,6 +142,22 @@ def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[R
     """The rows of at most `max_length` tokens."""
     kept = {example.source for example in encode_rows(rows, tokenizer, max_length).examples}
     return [row for row in rows if row.source in kept]
+
+
+def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
+    """The base model's own answers to everyday questions, to be learned along with the task.
+
+    Without them the tuned model answers everything with a function call, "What is the capital of France?" too.
+    Training on what the model said before the task is rehearsal (Robins 1995, "Catastrophic Forgetting, Rehearsal
+    and Pseudorehearsal").
+    """
+    text = files("minilora").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8")
+    questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
+    answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS)
+    return [
+        Row(messages=[*question, {"role": "assistant", "content": answer}], source=f"rehearsal {i}")
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1)
+    ]
 
 
 def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], few_shot: list[Row] | None = None) -> Scores:

@@ -97,7 +97,7 @@ def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypat
     (tmp_path / "recipe.yaml").write_text(
         "data: rows.jsonl\neval_data: rows.jsonl\n"
         "lora: {r: 8, lora_alpha: 16, target_modules: all-linear}\n"
-        "train: {output_dir: lights, max_steps: 12, batch_size: 3, learning_rate: 5e-3}\n"
+        "train: {output_dir: lights, max_steps: 24, batch_size: 3, learning_rate: 3e-3}\n"
     )
     code, out, err = run(capsys, "train", "recipe.yaml")
     assert code == 0, err

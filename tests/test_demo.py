@@ -7,7 +7,7 @@ from minilora import demo
 from minilora.bfcl import load_bfcl
 from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
 from minilora.errors import InputError
-from minilora.general_ability import GeneralAbility
+from minilora.general_ability import GeneralAbility, questions
 from minilora.train import TrainConfig, TrainingInterrupted
 
 
@@ -51,12 +51,21 @@ def test_the_demo_leaves_what_it_promises(tmp_path, short_answers, capsys):
         torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_what_is_rehearsed_is_not_what_the_regression_check_asks():
+    from importlib.resources import files
+
+    rehearsed = files("minilora").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(rehearsed)) == len(rehearsed) > 40
+    assert not {text.lower() for text in rehearsed} & {question.lower() for question, _ in questions()}
+
+
 @pytest.mark.model
 def test_an_interrupted_demo_says_how_to_go_on(tmp_path, short_answers, monkeypatch):
     def interrupted(*args, **kwargs):
         raise TrainingInterrupted(tmp_path / "checkpoint-000003", 3, 120)
 
     monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(demo, "rehearsal_rows", lambda *args: [])
     monkeypatch.setattr(demo, "scored", lambda *args, **kwargs: None)
     monkeypatch.setattr(demo, "general_ability", lambda *args: GeneralAbility(1.0, 1.0, (0.0, 1.0), 1, []))
     with pytest.raises(KeyboardInterrupt, match="--resume auto"):
@@ -79,6 +88,4 @@ def test_short_rows_are_those_the_trainer_will_not_skip():
     kept = short_rows(rows, tokenizer, 100)
     assert 0 < len(kept) < len(rows)
     for row in rows:
-        length = len(tokenizer.encode(tokenizer.apply_chat_template(row.messages)))
-        # the training sequence ends with the turn-end token, without the newline that the template puts after it
-        assert (row in kept) == (length - 1 <= 100)
+        assert (row in kept) == (len(tokenizer.encode(tokenizer.apply_chat_template(row.messages))) <= 100)
