@@ -5,6 +5,7 @@ model in NF4 -> scores before -> adapters -> train -> scores after -> merge -> s
 
 import json
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,9 +155,12 @@ def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
     text = files("minilora").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8")
     questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
     answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS)
+    # Whole sentences only: what is cut off in the middle would teach the model to stop there.
+    whole = [re.match(r".*\w[.!?](?=\s|$)", answer, re.DOTALL) for answer in answers]
     return [
-        Row(messages=[*question, {"role": "assistant", "content": answer}], source=f"rehearsal {i}")
-        for i, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1)
+        Row(messages=[*question, {"role": "assistant", "content": answer[0]}], source=f"rehearsal {i}")
+        for i, (question, answer) in enumerate(zip(questions, whole, strict=True), start=1)
+        if answer is not None
     ]
 
 
