@@ -51,10 +51,10 @@ class DemoConfig:
             learning_rate=2e-3,
             betas=(0.9, 0.95),
             warmup_steps=10,
-            max_steps=160,
+            max_steps=128,
             batch_size=8,
             max_length=180,
-            eval_every=40,
+            eval_every=32,
         )
     )
 
@@ -156,7 +156,7 @@ def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
     questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
     answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS)
     # Whole sentences only: what is cut off in the middle would teach the model to stop there.
-    whole = [re.match(r".*\w[.!?](?=\s|$)", answer, re.DOTALL) for answer in answers]
+    whole = [re.match(r".*[^\W\d][.!?](?=\s|$)", answer, re.DOTALL) for answer in answers]
     return [
         Row(messages=[*question, {"role": "assistant", "content": answer[0]}], source=f"rehearsal {i}")
         for i, (question, answer) in enumerate(zip(questions, whole, strict=True), start=1)
