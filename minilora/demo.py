@@ -51,10 +51,10 @@ class DemoConfig:
             learning_rate=2e-3,
             betas=(0.9, 0.95),
             warmup_steps=10,
-            max_steps=140,
+            max_steps=128,
             batch_size=8,
             max_length=180,
-            eval_every=47,
+            eval_every=32,
         )
     )
 
