@@ -122,7 +122,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),  # near zero, or the numbers are of a busy machine
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "commit": _commit(),
     }
