@@ -43,7 +43,7 @@ class DemoConfig:
     """Teach SmolLM2-135M-Instruct to answer with one JSON function call, and show what it learned."""
 
     test_rows: int = 128
-    """held-out rows to score on; never trained on, never used to choose a setting"""
+    """held-out rows to score on; never trained on"""
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -148,9 +148,9 @@ def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[R
 def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
     """The base model's own answers to everyday questions, to be learned along with the task.
 
-    Without them the tuned model answers everything with a function call, "What is the capital of France?" too.
-    Training on what the model said before the task is rehearsal (Robins 1995, "Catastrophic Forgetting, Rehearsal
-    and Pseudorehearsal").
+    Without them the tuned model answered none of the 40 general questions, of which the base answers half. Training
+    on what the model said before the task is rehearsal (Robins 1995, "Catastrophic Forgetting, Rehearsal and
+    Pseudorehearsal").
     """
     text = files("minilora").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8")
     questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
