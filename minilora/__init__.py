@@ -1,6 +1,7 @@
 """LoRA and QLoRA from scratch: small enough to read, exact enough to trust, fast enough to use."""
 
-from minilora import nf4
+from minilora import nf4, variants
+from minilora.adapted_layer import LoRALinear
 from minilora.adapters import (
     adapter_names,
     add_adapter,
@@ -18,7 +19,7 @@ from minilora.evaluate import compare, evaluate
 from minilora.general_ability import general_ability
 from minilora.generate import generate
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.lora import LoRAConfig
 from minilora.peft_format import load_adapter, save_adapter
 from minilora.train import TrainConfig, train
 
@@ -30,6 +31,7 @@ __all__ = [
     "NF4Linear",
     "LoRAConfig",
     "LoRALinear",
+    "variants",
     # adapters on a model
     "add_adapter",
     "adapter_names",

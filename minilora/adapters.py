@@ -1,59 +1,65 @@
 """Adapters on a whole model: find the layers, attach, name, switch, merge, take off. Works on any nn.Module."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TypeVar, cast
+from typing import cast
 
+import torch
 from torch import nn
 
+from minilora.adapted_layer import AdaptedLayer, adapted
+from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
+from minilora.layer_kinds import kind_of
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRA, LoRAConfig, LoRALinear
-
-Value = TypeVar("Value")
 
 # --- which layers ----------------------------------------------------------------------------------------------------
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every LoRALinear of the model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Every AdaptedLayer of the model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
 
     "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`).
-    Raises InputError where nothing matches, naming the nearest names, or a match is not a linear layer.
+    Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
     """
     modules = _modules_before_adapters(model)
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear | NF4Linear | LoRALinear)]
+    kinds = {path: kind_of(getattr(module, "base_layer", module)) for path, module in modules.items()}
+    possible = [path for path, kind in kinds.items() if kind is not None]
     targets = config.target_modules
     if not targets:
-        raise InputError('LoRAConfig: name the layers to adapt in target_modules, or pass target_modules="all-linear"')
+        raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = _output_head(model)
+        linear = [path for path, kind in kinds.items() if kind is not None and kind.is_linear]
         matched = [path for path in linear if modules[path] is not head]
     else:
         matched = [path for path in modules if _matches(targets, path)]
     if not matched:
-        raise InputError(f"target_modules={targets!r} matches no layer; {_hint(targets, linear)}")
+        raise InputError(f"target_modules={targets!r} matches no layer; {_hint(targets, possible)}")
     found = [path for path in matched if not _matches(config.exclude_modules or [], path)]
     if not found:
         raise InputError(f"exclude_modules={config.exclude_modules!r} excludes every layer that target_modules matches")
     for path in found:
-        if path not in linear:
-            kind = type(modules[path]).__name__
-            raise InputError(f"target_modules matches {path}, a {kind}: only linear layers can take an adapter")
+        if path not in possible:
+            raise InputError(
+                f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
+                " convolutions can take an adapter"
+            )
     return found
 
 
 def _modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by path, without the root and without what is inside a LoRALinear."""
-    inside = tuple(path + "." for path in lora_layers(model))
+    """The modules by path, without the root and without what is inside an AdaptedLayer."""
+    inside = tuple(path + "." for path in adapted_layers(model))
     return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
 
 
@@ -72,7 +78,7 @@ def _matches(names: str | Iterable[str], path: str) -> bool:
         raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
 
 
-def _check_every_name_matches(model: nn.Module, config: LoRAConfig) -> None:
+def _check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
     """A list in which one name of several is misspelled would silently adapt less than was asked for."""
     modules = _modules_before_adapters(model)
     names = config.target_modules
@@ -92,49 +98,56 @@ def _hint(targets: str | Iterable[str], paths: list[str]) -> str:
     return hint
 
 
-def rank_and_alpha(config: LoRAConfig, path: str) -> tuple[int, float]:
-    """r and lora_alpha for the layer at `path`: the first pattern that matches its end, else the defaults."""
-    return (
-        _first_match(config.rank_pattern, path, config.r),
-        _first_match(config.alpha_pattern, path, config.lora_alpha),
-    )
-
-
-def _first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
-
 # --- on, off, and which one ------------------------------------------------------------------------------------------
 
 
-def add_adapter(model: nn.Module, config: LoRAConfig, name: str = "default") -> None:
-    """Put a new LoRA on every targeted layer and make it the active one; the first adapter freezes the model.
+def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> None:
+    """Put a new adapter on every targeted layer and make it the active one; the first adapter freezes the model.
 
     Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
     """
     _check_every_name_matches(model, config)
-    attach(model, config, find_targets(model, config), name)
+    _check_new_name(model, name)
+    attach(model, build_adapters(model, config, find_targets(model, config)), name)
 
 
-def attach(model: nn.Module, config: LoRAConfig, targets: list[str], name: str) -> None:
-    """Put a LoRA named `name` on the layers at these paths and make it the active one."""
-    existing = adapter_names(model)
-    if name in existing:
+def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
+    """An adapter for the layer at each of these paths, by path, on the layer's device and not yet on the model."""
+    variant = adapter_class(config)
+    layers = {path: model.get_submodule(path) for path in targets}
+    bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
+    shared = variant.share(config, bases)
+    return {
+        path: variant.build(base, config, path, shared).to(_device(base)).train(base.training)
+        for path, base in bases.items()
+    }
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight lies; a packed one is a buffer."""
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+    """Put these adapters on the layers at their paths under one name, and make it the active one."""
+    _check_new_name(model, name)
+    _refuse_merged(model)
+    if not adapter_names(model):
+        model.requires_grad_(False)
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            layer = adapted(layer)
+            _replace(model, path, layer)
+        layer.adapters[name] = adapter
+    set_adapter(model, name)
+
+
+def _check_new_name(model: nn.Module, name: str) -> None:
+    if name in adapter_names(model):
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
-    _refuse_merged(model)
-    if not existing:
-        model.requires_grad_(False)
-    for path in targets:
-        layer = model.get_submodule(path)
-        if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(cast(nn.Linear | NF4Linear, layer))
-            _replace(model, path, layer)
-        base = layer.base_layer
-        adapter = LoRA(base.in_features, base.out_features, config, *rank_and_alpha(config, path))
-        layer.adapters[name] = adapter.to(base.weight.device)
-    set_adapter(model, name)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -144,7 +157,17 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters on the model, sorted."""
-    return sorted({name for layer in lora_layers(model).values() for name in layer.adapters})
+    return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """The adapters of this name by the path of their layer, in the model's order.
+
+    Raises InputError where the model has none.
+    """
+    _check_names(model, [name])
+    layers = adapted_layers(model).items()
+    return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -155,7 +178,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     names = [names] if isinstance(names, str) else list(names)
     _check_names(model, names)
     _refuse_merged(model)
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
@@ -171,7 +194,7 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory."""
-    layers = list(lora_layers(model).values())
+    layers = list(adapted_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -185,14 +208,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 # --- merge and take off ----------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, safe: bool = True) -> None:
     """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
 
-    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was.
+    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
+    saves the time of looking.
     """
     try:
-        for path, layer in lora_layers(model).items():
-            layer.merge(path)
+        for path, layer in adapted_layers(model).items():
+            layer.merge(path, safe)
     except InputError:
         unmerge(model)
         raise
@@ -200,7 +224,7 @@ def merge(model: nn.Module) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Undo `merge`: every layer is what it was, bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.unmerge()
 
 
@@ -210,7 +234,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     The parameters stay frozen. Raises InputError as `merge` does.
     """
     (_merge if merge else unmerge)(model)
-    for path, layer in lora_layers(model).items():
+    for path, layer in adapted_layers(model).items():
         _replace(model, path, layer.base_layer)
     return model
 
@@ -219,7 +243,7 @@ _merge = merge  # under a name that unload's argument does not hide
 
 
 def _refuse_merged(model: nn.Module) -> None:
-    if any(layer.merged for layer in lora_layers(model).values()):
+    if any(layer.merged for layer in adapted_layers(model).values()):
         raise InputError("the adapters are merged into the weights: call unmerge(model) first")
 
 
@@ -227,16 +251,14 @@ def _refuse_merged(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The adapter's parameters by `<path of the layer>.lora_A` and `.lora_B`, in the model's order.
+    """The adapter's parameters by `<path of the layer>.lora_A`, `.lora_B` and so on, in the model's order.
 
     Raises InputError where the model has no such adapter.
     """
-    _check_names(model, [name])
     return {
         f"{path}.{key}": parameter
-        for path, layer in lora_layers(model).items()
-        if name in layer.adapters
-        for key, parameter in layer.adapters[name].named_parameters()
+        for path, adapter in adapters_named(model, name).items()
+        for key, parameter in adapter.named_parameters()
     }
 
 

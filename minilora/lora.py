@@ -1,4 +1,4 @@
-"""LoRA on one linear layer: the configuration, the low-rank update, and the layer that carries it.
+"""LoRA on one layer: the configuration, where A and B start, and the low-rank update.
 
                  x (…, in)
                  │
@@ -25,49 +25,49 @@ QLoRA, W kept in NF4 and dequantized to use it: Dettmers et al. 2023, arXiv 2305
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.adapter import Adapter, AdapterConfig, register
 from minilora.errors import InputError
-from minilora.linear4bit import NF4Linear
+from minilora.layer_kinds import ConvKind, EmbeddingKind, LayerKind
+
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
     """Which layers to adapt and how, in the names and defaults of PEFT's `LoraConfig`.
 
     Raises InputError for a value out of range.
     """
 
+    peft_type: ClassVar[str] = "LORA"
+
     r: int = 8
     """rank of the update"""
-    target_modules: str | list[str] | None = None
-    """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
-    exclude_modules: str | list[str] | None = None
-    """layers to leave alone, written like target_modules"""
     lora_alpha: float = 8
     """the update is scaled by lora_alpha / r"""
     lora_dropout: float = 0.0
     """probability with which an input of A is dropped in training"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) instead"""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """True: Kaiming-uniform A; "gaussian": A ~ N(0, 1/r²); both with B = 0. False: A and B random (for tests)"""
-    bias: Literal["none"] = "none"
-    """biases stay frozen"""
+    use_dora: bool = False
+    """learn the norm of each output's weights apart from their direction: minilora/variants/dora.py"""
+    init_lora_weights: bool | str = True
+    """True: Kaiming-uniform A; "gaussian": A ~ N(0, 1/r²); both with B = 0. False: A and B random (for tests). Or the
+    name of an initialisation in minilora/variants/"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """another r for the layers whose name a pattern ends"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """another lora_alpha for the layers whose name a pattern ends"""
-    task_type: str | None = "CAUSAL_LM"
-    """written to adapter_config.json for PEFT"""
-    base_model_name_or_path: str | None = None
-    """written to adapter_config.json for PEFT"""
+    fan_in_fan_out: bool = False
+    """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
@@ -78,156 +78,160 @@ class LoRAConfig:
                 raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"LoRAConfig: lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise InputError(
-                f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of True, False, 'gaussian'"
-            )
-        if self.bias != "none":
-            raise InputError(f"LoRAConfig: bias={self.bias!r} is not supported; biases stay frozen with 'none'")
+        if initialization(self.init_lora_weights) is None:
+            known = ", ".join(["True", "False", *sorted(repr(name) for name in _initializations)])
+            raise InputError(f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of {known}")
+
+    def rank_and_alpha(self, path: str) -> tuple[int, float]:
+        """r and lora_alpha for the layer at `path`: the first pattern that matches its end, else the defaults."""
+        return first_match(self.rank_pattern, path, self.r), first_match(self.alpha_pattern, path, self.lora_alpha)
 
 
-def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
-
-    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
-    """
-    if add is None or add.dim() == 1:
-        return F.linear(x, W, add)
-    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
-    return rows.view(add.shape)
+def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    """The value of the first pattern that matches the end of the path, by PEFT's rule."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-class LoRA(nn.Module):
-    """One adapter of one linear layer: x ↦ s·B A dropout(x).
+# --- where A and B start ---------------------------------------------------------------------------------------------
 
-    Parameters: lora_A (r, in_features) and lora_B (out_features, r), float32 masters whatever the model's dtype.
+Initialization = Callable[["LoRA", nn.Module], None]  # sets lora_A and lora_B, given the layer that they adapt
+_initializations: dict[str, Initialization] = {}
+
+
+def register_initialization(name: str) -> Callable[[Initialization], Initialization]:
+    """Decorator: `init_lora_weights=name` calls this; the name is a regular expression: "pissa_niter_[0-9]+"."""
+
+    def remember(function: Initialization) -> Initialization:
+        _initializations[name] = function
+        return function
+
+    return remember
+
+
+def initialization(name: bool | str) -> Initialization | None:
+    """The function for a value of init_lora_weights, or None where there is none."""
+    if isinstance(name, bool):
+        return kaiming if name else random_start
+    return next((function for key, function in _initializations.items() if re.fullmatch(key, name)), None)
+
+
+def kaiming(adapter: "LoRA", layer: nn.Module) -> None:
+    """A uniform in ±1/√in, B = 0: s·BA = 0, and training starts from the base model itself."""
+    nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
+    nn.init.zeros_(adapter.lora_B)
+
+
+def random_start(adapter: "LoRA", layer: nn.Module) -> None:
+    """A and B as they were drawn, so that the update is not zero: for tests."""
+
+
+@register_initialization("gaussian")
+def gaussian(adapter: "LoRA", layer: nn.Module) -> None:
+    """A ~ N(0, 1/r²), B = 0."""
+    nn.init.normal_(adapter.lora_A, std=1 / adapter.r)
+    nn.init.zeros_(adapter.lora_B)
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+@register
+class LoRA(Adapter):
+    """One adapter of one layer: x ↦ s·B A dropout(x).
+
+    Parameters, float32 masters whatever the model's dtype, for a linear layer: lora_A (r, in_features) and
+    lora_B (out_features, r). For a convolution: lora_A (r, in, *kernel), lora_B (out, r / groups, 1, …). For an
+    embedding the same as for a linear layer from one-hot vectors, with the roles changed: A = 0 and B normal.
+    Raises InputError for a rank that the groups of a convolution do not divide.
     Source: arXiv 2106.09685, section 4.1; the same seed draws the same A as PEFT does.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: LoRAConfig, r: int, lora_alpha: float) -> None:
-        super().__init__()
-        self.config, self.r, self.lora_alpha = config, r, lora_alpha
-        self.scaling = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        # nn.Linear draws a weight that reset_parameters replaces: this keeps the random stream that of PEFT.
-        self.lora_A = nn.Linear(in_features, r, bias=False, dtype=torch.float32).weight
-        self.lora_B = nn.Linear(r, out_features, bias=False, dtype=torch.float32).weight
-        self.reset_parameters()
+    config_class = LoRAConfig
+    start_A: Tensor | None  # noqa: N815
+    start_B: Tensor | None  # noqa: N815
 
-    def reset_parameters(self) -> None:
-        """Draw A and zero B, so that s·BA = 0 and training starts from the base model itself."""
-        if self.config.init_lora_weights is False:
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
+        self.r, self.lora_alpha = config.rank_and_alpha(path)
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.lora_A, self.lora_B = draw(self.kind, self.r)
+        # Set by an initialisation that starts from B₀A₀ ≠ 0, see `start_from`.
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.reset_parameters(layer)
+
+    @torch.no_grad()
+    def reset_parameters(self, layer: nn.Module) -> None:
+        """Set A and B as `init_lora_weights` says, given the layer that they adapt."""
+        initialize = initialization(self.config.init_lora_weights)
+        assert initialize is not None  # LoRAConfig has checked
+        if isinstance(self.kind, EmbeddingKind) and initialize in (kaiming, gaussian):
+            nn.init.zeros_(self.lora_A)  # a token's column of A is used for that token only; B is common to all
+            nn.init.normal_(self.lora_B)
             return
-        if self.config.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(−1/√in, 1/√in)
-        nn.init.zeros_(self.lora_B)
+        initialize(self, layer)
+
+    @torch.no_grad()
+    def start_from(self, A: Tensor, B: Tensor) -> None:
+        """Start training at A₀, B₀ with s·B₀A₀ ≠ 0, but from the base model itself: ΔW = s·(BA − B₀A₀).
+
+        PEFT subtracts s·B₀A₀ from W. Here W stays what it is, so that switching the adapter off, or to another one,
+        gives the base model, and a W in 4 bits need not be quantized again.
+        """
+        self.lora_A.copy_(A.view_as(self.lora_A))
+        self.lora_B.copy_(B.view_as(self.lora_B))
+        self.start_A, self.start_B = self.lora_A.clone(), self.lora_B.clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in, *kernel) and B (out, r, *1) with ΔW = s·BA: the parameters; of rank 2r after `start_from`."""
+        A, B, A0, B0 = self.lora_A, self.lora_B, self.start_A, self.start_B
+        if A0 is None or B0 is None:
+            return A, B
+        # BA − B₀A₀ = (B − B₀) A + B₀ (A − A₀): small from the start, where the difference of two large products
+        # would lose in bfloat16 what has been learnt.
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """s·B A dropout(x) (+ add): x (…, in), add (out,) or (…, out); the products run in the dtype of x."""
-        A = self.lora_A.to(x.dtype)
-        sB = (self.scaling * self.lora_B).to(x.dtype)  # s before the cast: one rounding, not two
-        return linear_onto(add, F.linear(self.dropout(x), A), sB)
+        """s·B A dropout(x) (+ add), the products in the dtype of x; float32 for token ids, which are not dropped."""
+        A, B = self.factors()
+        if x.is_floating_point():
+            x, dtype = self.dropout(x), x.dtype
+        else:
+            dtype = A.dtype
+        sB = (self.scaling * B).to(dtype)  # s before the cast: one rounding, not two
+        return self.kind.pointwise(self.kind.apply(x, A.to(dtype)), sB, add)
 
     def delta(self) -> Tensor:
-        """What a merge adds to W: s·BA (out, in), in float32 even where somebody made the masters bfloat16."""
-        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        """What a merge adds to W: s·BA (out, in, *kernel), in float32 even where the masters were made bfloat16."""
+        A, B = self.factors()
+        dtype = torch.promote_types(B.dtype, torch.float32)
+        BA = B.to(dtype).flatten(1) @ A.to(dtype).flatten(1)
+        return self.scaling * BA.view(self.kind.shape)
+
+    def peft_name(self, name: str) -> str:
+        if name not in ("lora_A", "lora_B"):
+            return name
+        return name.replace("lora_", "lora_embedding_") if isinstance(self.kind, EmbeddingKind) else f"{name}.weight"
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
 
 
-class LoRALinear(nn.Module):
-    """A linear layer and its adapters: y = W x + b + Σ s·B A x, summed over the active adapters.
-
-    base_layer: nn.Linear (or a subclass) or NF4Linear, kept frozen by `add_adapter`.
-    adapters: every adapter by name. active: the names that act, in the order in which they are added.
-    merged: the names folded into base_layer by `merge`. enabled: False makes this the base layer again.
-    """
-
-    def __init__(self, base_layer: nn.Linear | NF4Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.active: list[str] = []
-        self.merged: list[str] = []
-        self.enabled = True
-        self._unmerged: list[nn.Linear | NF4Linear] = []  # while merged: the layer as it was, hidden from state_dict
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) -> (…, out)."""
-        adapters = self.active_adapters()
-        if not self.enabled:
-            return (self._unmerged or [self.base_layer])[0](x)
-        if self.merged or not adapters:
-            return self.base_layer(x)
-
-        # y = ((b + s₁B₁A₁x) + s₂B₂A₂x + …) + Wx: the small terms first, so that the one large GEMM accumulates
-        # onto them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
-        base = self.base_layer
-        can_start_from_update = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
-        update = base.bias if can_start_from_update else None
-        for adapter in adapters:
-            update = adapter(x, add=update)
-        if can_start_from_update:
-            return linear_onto(update, x, base.weight)
-        if isinstance(base, NF4Linear):
-            return base(x, add=update)
-        return base(x) + update
-
-    def active_adapters(self) -> list[LoRA]:
-        """The adapters that act here; an active name may be on other layers only."""
-        return [cast(LoRA, self.adapters[name]) for name in self.active if name in self.adapters]
-
-    @torch.no_grad()
-    def merge(self, name: str = "the layer") -> None:
-        """Swap base_layer for a dense layer with weight W + Σ s·BA, summed in float32 and rounded once.
-
-        An NF4 layer becomes a dense one in its compute dtype (float32 if it has none): in 4 bits the update would be
-        lost. The layer as it was is kept aside for `unmerge`, so tied weights and W itself stay untouched.
-        Raises InputError naming the layer (`name`) where the sum is not finite or the base layer is not dense.
-        """
-        adapters, base = self.active_adapters(), self.base_layer
-        if self.merged or not adapters:
-            return
-        if isinstance(base, NF4Linear):
-            W, dtype = base.dequantize(torch.float32), base.compute_dtype or torch.float32
-        elif base.weight.is_floating_point():
-            W, dtype = base.weight, base.weight.dtype
-        else:
-            raise InputError(f"{name}: cannot merge into a {type(base).__name__}, whose weight is {base.weight.dtype}")
-        for adapter in adapters:
-            W = W + adapter.delta()  # W + s·BA, in float32 because delta() is
-        W = W.to(dtype)
-        if not torch.isfinite(W).all():
-            raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
-        dense = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-        dense.weight = nn.Parameter(W, requires_grad=False)
-        dense.register_parameter("bias", base.bias)
-        self._unmerged, self.base_layer, self.merged = [base], dense, list(self.active)
-
-    def unmerge(self) -> None:
-        """Put back the layer that `merge` set aside: the same object, bit for bit."""
-        if self.merged:
-            self.base_layer, self.merged = self._unmerged.pop(), []
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
-        for layer in self._unmerged:  # .to() and .cuda() reach the layer that is set aside too
-            layer._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        return self
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight: transformers' code looks at the dtype and device of a linear layer's weight."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    def extra_repr(self) -> str:
-        return f"active={self.active}, merged={self.merged}"
+def draw(kind: LayerKind, r: int) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the shapes that a layer of this kind needs, drawn as PEFT does: same seed, same numbers."""
+    if isinstance(kind, EmbeddingKind):
+        return nn.Parameter(torch.randn(r, kind.in_features)), nn.Parameter(torch.randn(kind.out_features, r))
+    # The layers are made for the numbers that their constructors draw, and dropped.
+    if isinstance(kind, ConvKind):
+        if r % kind.groups:
+            raise InputError(f"r={r} cannot be divided among the groups={kind.groups} of a convolution")
+        kernel = kind.shape[2:]
+        Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+        A = Conv(kind.in_features, r, kernel, bias=False, dtype=torch.float32)  # type: ignore[arg-type]
+        B = Conv(r, kind.out_features, 1, groups=kind.groups, bias=False, dtype=torch.float32)
+        return A.weight, B.weight
+    return (
+        nn.Linear(kind.in_features, r, bias=False, dtype=torch.float32).weight,
+        nn.Linear(r, kind.out_features, bias=False, dtype=torch.float32).weight,
+    )

@@ -10,23 +10,21 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.adapters import adapter_parameters, attach, find_targets, lora_layers, rank_and_alpha
+from minilora.adapter import Adapter, AdapterConfig, config_class
+from minilora.adapters import adapters_named, attach, build_adapters, find_targets
 from minilora.errors import InputError
-from minilora.lora import LoRA, LoRAConfig, LoRALinear
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-
-SHARED = [field.name for field in fields(LoRAConfig)]  # the same key, value and meaning in PEFT
 
 # PEFT's keys that do not change what an adapter computes, whatever their value.
 HARMLESS = {
@@ -34,11 +32,13 @@ HARMLESS = {
     "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
 
+# Values that stand for a feature which is not used, beside None, False and what is empty.
+NEUTRAL = {"bias": "none"}
+
 # Keys that tools which read the folder (servers, converters) expect beside the shared ones.
 WRITTEN = {
-    "auto_mapping": None, "fan_in_fan_out": False, "inference_mode": True, "layers_pattern": None,
-    "layers_to_transform": None, "lora_bias": False, "modules_to_save": None, "peft_type": "LORA", "revision": None,
-    "use_dora": False,
+    "auto_mapping": None, "bias": "none", "inference_mode": True, "layers_pattern": None,
+    "layers_to_transform": None, "lora_bias": False, "modules_to_save": None, "revision": None,
 }  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     adapter that was there as it was, and other files in the folder are not touched.
     Raises InputError where the model has no adapter of that name, or the folder cannot be written.
     """
-    parameters = adapter_parameters(model, name)
-    tensors = {_peft_key(key): parameter.detach().contiguous() for key, parameter in parameters.items()}
+    parameters = _by_peft_key(adapters_named(model, name))
+    tensors = {key: parameter.detach().contiguous() for key, parameter in parameters.items()}
     config = _peft_config(model, name)
     writers: dict[str, Callable[[Path], Any]] = {
         WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
@@ -75,29 +75,25 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         targets = find_targets(model, config)
     except InputError as error:
         raise InputError(f"{Path(folder) / CONFIG} does not fit the model: {error}") from None
-    _check_tensors(tensors, _expected_shapes(model, config, targets), Path(folder) / WEIGHTS)
-    attach(model, config, targets, name)
+    adapters = build_adapters(model, config, targets)
+    parameters = _by_peft_key(adapters)
+    _check_tensors(tensors, {key: tuple(p.shape) for key, p in parameters.items()}, Path(folder) / WEIGHTS)
     with torch.no_grad():
-        for key, parameter in adapter_parameters(model, name).items():
-            parameter.copy_(tensors[_peft_key(key)])
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    attach(model, adapters, name)
 
 
 # --- keys and tensors ------------------------------------------------------------------------------------------------
 
 
-def _peft_key(key: str) -> str:
-    return f"base_model.model.{key}.weight"
-
-
-def _expected_shapes(model: nn.Module, config: LoRAConfig, targets: list[str]) -> dict[str, tuple[int, int]]:
-    shapes = {}
-    for path in targets:
-        layer = model.get_submodule(path)
-        base = layer.base_layer if isinstance(layer, LoRALinear) else cast(nn.Linear, layer)
-        r, _ = rank_and_alpha(config, path)
-        shapes[_peft_key(f"{path}.lora_A")] = (r, base.in_features)
-        shapes[_peft_key(f"{path}.lora_B")] = (base.out_features, r)
-    return shapes
+def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
+    """The parameters of the adapters, given by the path of their layer, under the keys that PEFT gives them."""
+    return {
+        f"base_model.model.{path}.{adapter.peft_name(name)}": parameter
+        for path, adapter in adapters.items()
+        for name, parameter in adapter.named_parameters()
+    }
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -115,7 +111,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], path: Path) -> None:
+def _check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     if missing or unexpected:
         problems = [("lacks", missing), ("has the unexpected", unexpected)]
@@ -135,31 +131,36 @@ def _some(keys: set[str], most: int = 6) -> str:
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> LoRAConfig:
+def _read_config(path: Path) -> AdapterConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {path.parent} is not an adapter folder of PEFT's form") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        kind = values.get("peft_type") if isinstance(values, dict) else None
-        raise InputError(f"{path}: peft_type is {kind!r}, only 'LORA' is supported")
-    for key in sorted(values.keys() - set(SHARED) - HARMLESS):
-        unused = values[key] is None or values[key] is False or values[key] in ("", [], {})
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    try:
+        kind = config_class(str(values.get("peft_type")))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
+    for key in sorted(values.keys() - set(known) - HARMLESS):
+        value = values[key]
+        unused = value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key)
         if not unused:
             raise InputError(f"{path}: {key}={values[key]!r} is not supported")
     try:
-        return LoRAConfig(**{key: values[key] for key in SHARED if values.get(key) is not None})
+        return kind(**{key: values[key] for key in known if values.get(key) is not None})
     except (InputError, TypeError, AttributeError) as error:  # a value out of range, or of another kind
         raise InputError(f"{path}: {error}") from None
 
 
 def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
-    layers = lora_layers(model)
-    targets = [path for path, layer in layers.items() if name in layer.adapters]
-    config = cast(LoRA, layers[targets[0]].adapters[name]).config
-    values = {key: getattr(config, key) for key in SHARED}
+    adapters = adapters_named(model, name)
+    targets = list(adapters)
+    config = adapters[targets[0]].config
+    values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
     if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
         values["target_modules"] = _shortest_names(model, targets)
     if config.base_model_name_or_path is None:
@@ -171,7 +172,7 @@ def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
     """The last parts of the targets' paths where these match no other module, else the whole paths."""
     last_parts = sorted({path.rpartition(".")[2] for path in targets})
     try:
-        matched = find_targets(model, LoRAConfig(target_modules=last_parts))
+        matched = find_targets(model, AdapterConfig(target_modules=last_parts))
     except InputError:  # they match something that is not a linear layer
         matched = []
     return last_parts if matched == targets else targets

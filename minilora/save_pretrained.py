@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapter import Adapter
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRA, LoRALinear
 from minilora.model import Transformer
 
 if TYPE_CHECKING:
@@ -56,37 +57,41 @@ def _layers_with_weights(model: Transformer) -> dict[str, nn.Module]:
     """The modules that hold weights, by path; a head that is nothing but the embedding is left out."""
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        inside_lora = any(path.startswith(f"{p}.") for p, m in layers.items() if isinstance(m, LoRALinear))
-        if (isinstance(module, LoRALinear) or hasattr(module, "weight")) and not inside_lora:
+        inside_lora = any(path.startswith(f"{p}.") for p, m in layers.items() if isinstance(m, AdaptedLayer))
+        if (isinstance(module, AdaptedLayer) or hasattr(module, "weight")) and not inside_lora:
             layers[path] = module
-    head, adapters = _base_and_adapters(model.lm_head)
-    if head.weight is model.model.embed_tokens.weight and not adapters:
+    embedding, head = (_layer_and_acting(layer) for layer in (model.model.embed_tokens, model.lm_head))
+    if head[0].weight is embedding[0].weight and not head[1] and not embedding[1]:
         del layers["lm_head"]
     return layers
 
 
-def _base_and_adapters(layer: nn.Module) -> tuple[Any, list[LoRA]]:
-    """The layer without adapters, and those that act on it: what its forward computes now, merged or switched off."""
-    if not isinstance(layer, LoRALinear):
-        return layer, []
-    if not layer.enabled:
-        return (layer._unmerged or [layer.base_layer])[0], []
-    return layer.base_layer, [] if layer.merged else layer.active_adapters()
-
-
 def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """weight, and bias if there is one, merged and dense, on the CPU."""
-    base, adapters = _base_and_adapters(layer)
-    W = base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.detach()
-    for adapter in adapters:
-        W = W + adapter.delta().detach()  # W' = W + Σ s·BA, in float32 because delta() is
+    W, bias = _weight_and_bias(layer)
     W = W.to("cpu", dtype).contiguous()
     if not W.isfinite().all():
         raise InputError(f"{path}: the weight to save has NaN or infinity in {dtype}; nothing was saved")
     tensors = {f"{path}.weight": W}
-    if getattr(base, "bias", None) is not None:
-        tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
+    if bias is not None:
+        tensors[f"{path}.bias"] = bias.detach().to("cpu", dtype)
     return tensors
+
+
+def _layer_and_acting(layer: Any) -> tuple[Any, list[Adapter]]:
+    """The layer without adapters, and those that its forward applies to it now."""
+    return (layer.layer_in_use(), layer.acting_adapters()) if isinstance(layer, AdaptedLayer) else (layer, [])
+
+
+@torch.no_grad()
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """What the layer's forward computes with now, in the layer's own orientation: W' = W + Σ s·BA, in float32."""
+    base, adapters = _layer_and_acting(layer)
+    if adapters:
+        W, bias = layer.merged_weight()
+        return layer.kind.stored(W), bias
+    W = base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight
+    return W, getattr(base, "bias", None)
 
 
 def _write_weights(layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -117,7 +122,7 @@ def _write_weights(layers: dict[str, nn.Module], folder: Path, dtype: torch.dtyp
 
 def _numel(layer: nn.Module) -> int:
     """Number of weights and biases of a layer, dense."""
-    base, _ = _base_and_adapters(layer)
+    base, _ = _layer_and_acting(layer)
     weight = base.out_features * base.in_features if isinstance(base, NF4Linear) else base.weight.numel()
     return weight + (base.bias.numel() if getattr(base, "bias", None) is not None else 0)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.adapters import lora_layers
+from minilora.adapters import adapters_named
 from minilora.data import Example
 from minilora.errors import InputError
-from minilora.lora import LoRA
 from minilora.peft_format import save_adapter
 
 __all__ = [
@@ -204,8 +203,7 @@ def fingerprint(
     eval_examples: Sequence[Example],
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to continue the first one, as JSON."""
-    loras = [layer.adapters[adapter] for layer in lora_layers(model).values() if adapter in layer.adapters]
-    config = cast(LoRA, loras[0]).config
+    config = next(iter(adapters_named(model, adapter).values())).config
     frozen = [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in parameters]
     return {
         "adapter": dataclasses.asdict(config),

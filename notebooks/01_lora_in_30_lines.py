@@ -173,11 +173,11 @@ assert worst < 1e-6
 # less in bfloat16. Its formula is still this one:
 
 # %%
+from minilora.adapted_layer import LoRALinear as MiniloraLinear  # noqa: E402
 from minilora.lora import LoRA, LoRAConfig  # noqa: E402
-from minilora.lora import LoRALinear as MiniloraLinear  # noqa: E402
 
 grown_up = MiniloraLinear(base)
-grown_up.adapters["default"] = LoRA(64, 48, LoRAConfig(), r=4, lora_alpha=8)
+grown_up.adapters["default"] = LoRA(base, LoRAConfig(r=4, lora_alpha=8))
 grown_up.active = ["default"]
 with torch.no_grad():
     grown_up.adapters["default"].lora_A.copy_(ours.A)

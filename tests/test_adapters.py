@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from minilora.adapted_layer import LoRALinear
 from minilora.adapters import (
     ParameterCount,
+    adapted_layers,
     adapter_names,
     adapter_parameters,
     add_adapter,
     count_parameters,
     disable_adapters,
     find_targets,
-    lora_layers,
     merge,
     set_adapter,
     trainable_parameters,
@@ -29,7 +30,7 @@ from minilora.adapters import (
 )
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRAConfig, LoRALinear
+from minilora.lora import LoRAConfig
 from minilora.model import ModelConfig, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(did not match|no modules were excluded)")  # PEFT's
@@ -95,7 +96,7 @@ def test_targets_ranks_and_scalings_are_those_of_peft(
     }
     found = {
         path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
-        for path, layer in lora_layers(ours).items()
+        for path, layer in adapted_layers(ours).items()
     }
     assert found == expected
 
@@ -119,7 +120,7 @@ def test_all_linear_leaves_out_the_output_head() -> None:
         ({"target_modules": ["q_proj", "c_attn"]}, r"'c_attn' matches no layer"),
         ({"target_modules": "q_proj"}, r"nearest names are \['q_proj'.*regular expression"),
         ({"target_modules": "(q_proj"}, "not a regular expression"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding"),
+        ({"target_modules": ["input_layernorm"]}, "input_layernorm, a LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excludes every layer"),
     ],
 )
@@ -128,7 +129,7 @@ def test_targets_that_cannot_be_are_explained_and_leave_the_model_alone(config: 
     before = logits(model)
     with pytest.raises(InputError, match=message):
         add_adapter(model, LoRAConfig(**config))
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model), before)
 
@@ -190,7 +191,7 @@ def test_freezing_and_the_parameters_that_train() -> None:
     model = adapted_llama()
     assert list(trainable_parameters(model)) == [key for key, _ in model.named_parameters() if ".adapters." in key]
     assert list(adapter_parameters(model)) == [
-        f"{path}.{matrix}" for path in lora_layers(model) for matrix in ("lora_A", "lora_B")
+        f"{path}.{matrix}" for path in adapted_layers(model) for matrix in ("lora_A", "lora_B")
     ]
     theirs = peft_model(tiny_llama(), r=4, target_modules=ALL)
     count = count_parameters(model)
@@ -243,17 +244,17 @@ def test_adapters_by_name_equal_peft() -> None:
 def test_a_second_adapter_goes_beside_the_first_and_not_inside_it(targets: str) -> None:
     model = tiny_llama()
     add_adapter(model, LoRAConfig(target_modules=targets), "one")
-    layers = list(lora_layers(model))
+    layers = list(adapted_layers(model))
     add_adapter(model, LoRAConfig(target_modules=targets), "two")
-    assert list(lora_layers(model)) == layers
-    assert all(set(layer.adapters) == {"one", "two"} for layer in lora_layers(model).values())
+    assert list(adapted_layers(model)) == layers
+    assert all(set(layer.adapters) == {"one", "two"} for layer in adapted_layers(model).values())
 
 
 def test_the_last_adapter_added_is_the_active_one_and_the_first_freezes() -> None:
     model = adapted_llama()
     model.model.norm.weight.requires_grad_(True)  # somebody wants to train this too
     add_adapter(model, LoRAConfig(target_modules=["q_proj"]), "second")
-    assert all(layer.active == ["second"] for layer in lora_layers(model).values())
+    assert all(layer.active == ["second"] for layer in adapted_layers(model).values())
     assert "model.norm.weight" in trainable_parameters(model)
 
 
@@ -313,13 +314,13 @@ def test_merge_and_unmerge() -> None:
 def test_a_merge_that_fails_leaves_the_whole_model_unmerged() -> None:
     model = adapted_llama()
     before = logits(model)
-    broken = lora_layers(model)["model.layers.1.mlp.up_proj"].adapters["default"].lora_A.data
+    broken = adapted_layers(model)["model.layers.1.mlp.up_proj"].adapters["default"].lora_A.data
     was = broken[0, 0].item()
     broken[0, 0] = float("nan")
     for change in (merge, lambda model: unload(model, merge=True)):
         with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj.*NaN"):
             change(model)
-        assert not any(layer.merged for layer in lora_layers(model).values())
+        assert not any(layer.merged for layer in adapted_layers(model).values())
     broken[0, 0] = was
     assert torch.equal(logits(model), before)
 
@@ -341,7 +342,7 @@ def test_unload_with_merge_gives_plain_layers_that_answer_as_tuned_and_as_peft()
     randomize(theirs)
     tuned = logits(model)
     unload(model, merge=True)
-    assert not lora_layers(model)
+    assert not adapted_layers(model)
     assert close(logits(model), tuned)
     assert close(logits(model), logits(theirs.merge_and_unload()))
     assert model.state_dict().keys() == tiny_llama().state_dict().keys()

@@ -1,0 +1,163 @@
+"""A layer with adapters on it: which of them act, what they compute together, merged and unmerged.
+
+y = W x + b + Σ ΔW x                      over the active adapters, where all of them are additive
+y = (… ((W, b) → W′, b′) → W″, b″ …) x    where one is not: each changes the layer that those before it left
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter, Below
+from minilora.errors import InputError
+from minilora.layer_kinds import LayerKind, kind_of, linear_onto
+from minilora.linear4bit import NF4Linear
+
+
+class AdaptedLayer(nn.Module):
+    """A layer and its adapters; attributes that it lacks are those of the layer.
+
+    base_layer: any layer that `kind_of` knows, kept frozen by `add_adapter`.
+    adapters: every adapter by name. active: the names that act, in the order in which they are applied.
+    merged: the names folded into base_layer by `merge`. enabled: False makes this the base layer again.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        kind = kind_of(base_layer)
+        if kind is None:
+            raise InputError(f"a {type(base_layer).__name__} cannot take an adapter")
+        self.kind: LayerKind = kind
+        self.base_layer: Any = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: list[str] = []
+        self.merged: list[str] = []
+        self.enabled = True
+        self._unmerged: list[nn.Module] = []  # while merged: the layer as it was, hidden from state_dict
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x as the base layer takes it -> what the base layer gives, changed by the active adapters."""
+        adapters = self.acting_adapters()
+        if not adapters:
+            return self.layer_in_use()(x)
+        if all(adapter.additive for adapter in adapters):
+            update = self.start()
+            for adapter in adapters:
+                update = adapter(x, add=update)
+            return self.onto(update, x)
+        below = Below(self.base_layer, self._base, self.kind, adapters)
+        return below(x)
+
+    def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """W x + b (+ add)."""
+        y = self.base_layer(x)
+        return y if add is None else y + add.to(y.dtype)
+
+    def start(self) -> Tensor | None:
+        """What the first update is added to, where `onto` will not add it: the bias, or None."""
+        return None
+
+    def onto(self, update: Tensor | None, x: Tensor) -> Tensor:
+        """What `start` left out of y, + W x: the sum of all."""
+        return self._base(x, update)
+
+    def active_adapters(self) -> list[Adapter]:
+        """The adapters that act here; an active name may be on other layers only."""
+        return [cast(Adapter, self.adapters[name]) for name in self.active if name in self.adapters]
+
+    def acting_adapters(self) -> list[Adapter]:
+        """The adapters that forward applies: none where they are switched off, or already in the weight."""
+        return [] if self.merged or not self.enabled else self.active_adapters()
+
+    def layer_in_use(self) -> Any:
+        """What the acting adapters are applied to: base_layer, or while switched off the layer as it was."""
+        return self.base_layer if self.enabled or not self._unmerged else self._unmerged[0]
+
+    # --- merge
+
+    def merged_weight(self) -> tuple[Tensor, Tensor | None]:
+        """W′ (out, in, *kernel) and b′ with the active adapters folded in, in float32 or better; nothing is changed."""
+        below = Below(self.base_layer, self._base, self.kind, self.active_adapters())
+        return below.weight(), below.bias()
+
+    @torch.no_grad()
+    def merge(self, name: str = "the layer", safe: bool = True) -> None:
+        """Swap base_layer for a dense layer with weight W + Σ ΔW, summed in float32 and rounded once.
+
+        An NF4 layer becomes a dense one in its compute dtype (float32 if it has none): in 4 bits the update would be
+        lost. The layer as it was is kept aside for `unmerge`, so tied weights and W itself stay untouched.
+        Raises InputError naming the layer (`name`) where the base layer is not dense, or where the sum is not finite;
+        safe=False does not look at the sum.
+        """
+        if self.merged or not self.active_adapters():
+            return
+        base = self.base_layer
+        try:
+            W, bias = self.merged_weight()
+        except InputError as error:
+            raise InputError(f"{name}: cannot merge into a {type(base).__name__}: {error}") from None
+        dtype = (base.compute_dtype or torch.float32) if isinstance(base, NF4Linear) else base.weight.dtype
+        W = W.to(dtype)
+        if safe and not torch.isfinite(W).all():
+            raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
+        dense = self.kind.with_weight(base, W, bias)
+        self._unmerged, self.base_layer, self.merged = [base], dense, list(self.active)
+
+    def unmerge(self) -> None:
+        """Put back the layer that `merge` set aside: the same object, bit for bit."""
+        if self.merged:
+            self.base_layer, self.merged = self._unmerged.pop(), []
+
+    # --- as a module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedLayer":
+        for layer in self._unmerged:  # .to() and .cuda() reach the layer that is set aside too
+            layer._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """weight, bias, in_features, …: models look at their layers' attributes, so give the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet
+                raise
+            return getattr(self.base_layer, name)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}, merged={self.merged}"
+
+
+class LoRALinear(AdaptedLayer):
+    """A linear layer (nn.Linear, NF4Linear, transformers' Conv1D) and its adapters: y = W x + b + Σ s·B A x.
+
+    y = ((b + s₁B₁A₁x) + s₂B₂A₂x + …) + Wx: the small terms first, so that the one large product accumulates onto
+    them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
+    """
+
+    def start(self) -> Tensor | None:
+        return self.base_layer.bias if self._is_plain() else None
+
+    def onto(self, update: Tensor | None, x: Tensor) -> Tensor:
+        if self._is_plain():
+            return linear_onto(update, x, self.base_layer.weight)
+        return self._base(x, update)
+
+    def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if isinstance(self.base_layer, NF4Linear):
+            return self.base_layer(x, add)
+        return super()._base(x, add)
+
+    def _is_plain(self) -> bool:
+        """True if nothing but W x + b happens in the base layer, so that its product can be made here."""
+        base = self.base_layer
+        return type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+
+
+def adapted(layer: nn.Module) -> AdaptedLayer:
+    """The layer, ready to take adapters."""
+    kind = kind_of(layer)
+    return LoRALinear(layer) if kind is not None and kind.is_linear else AdaptedLayer(layer)

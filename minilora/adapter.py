@@ -1,0 +1,166 @@
+"""What an adapter is: the configuration that all variants share, the contract that each fulfils, and the registry.
+
+An adapter changes one layer, y = W x + b, into y = W' x + b. There are two ways to write one:
+
+    additive          W' = W + ΔW.  Implement `delta` (what a merge adds to W); and `forward`, if ΔW x has a
+                      cheaper form than multiplying by ΔW. LoRA: ΔW = s·BA, ΔW x = s·B(A x).
+    anything else     Set `additive = False`; implement `transform` (W' x + b, given the layer below) and
+                      `merged_weight` (W'). DoRA: W' = m (W + s·BA) / ‖W + s·BA‖.
+
+`@register` makes it known: `add_adapter` builds the registered class that handles the given configuration.
+`minilora.testing.check_variant` tries everything that a user of the variant will.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import InputError
+from minilora.layer_kinds import LayerKind, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every variant's configuration has: which layers to adapt, and what else to train. PEFT's names."""
+
+    peft_type: ClassVar[str] = ""  # PEFT's name of the method, written to adapter_config.json
+
+    target_modules: str | list[str] | None = None
+    """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
+    exclude_modules: str | list[str] | None = None
+    """layers to leave alone, written like target_modules"""
+    task_type: str | None = "CAUSAL_LM"
+    """written to adapter_config.json for PEFT"""
+    base_model_name_or_path: str | None = None
+    """written to adapter_config.json for PEFT"""
+
+
+class Adapter(nn.Module):
+    """One adapter of one layer, y = W x + b: the contract of every variant.
+
+    The constructor takes the layer to adapt, the configuration and the layer's path in the model, and keeps of the
+    layer only its `kind`: how it multiplies, not its weight. Parameters are float32, whatever the model's dtype.
+    """
+
+    config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
+    additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
+
+    def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:
+        super().__init__()
+        kind = kind_of(layer)
+        if kind is None:
+            raise InputError(f"{path or 'the layer'} is a {type(layer).__name__}: it cannot take an adapter")
+        self.kind: LayerKind = kind
+        self.config: Any = config
+
+    @classmethod
+    def handles(cls, config: AdapterConfig) -> bool:
+        """True if `add_adapter` should build this class for the configuration."""
+        return type(config) is cls.config_class
+
+    @classmethod
+    def share(cls, config: Any, layers: Mapping[str, nn.Module]) -> Any:
+        """What all adapters of this name on one model have in common, made once from the layers to adapt, by path."""
+        return None
+
+    @classmethod
+    def build(cls, layer: nn.Module, config: Any, path: str, shared: Any) -> "Adapter":
+        """The adapter of one layer; a variant that overrides `share` overrides this too, to receive it."""
+        return cls(layer, config, path)
+
+    # --- what an additive variant implements
+
+    def delta(self) -> Tensor:
+        """What a merge adds to W: ΔW (out, in, *kernel), in float32 or better."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """ΔW x (+ add), in the dtype of x (float32 for token ids). By default a product with all of ΔW."""
+        y = self.kind.apply(x, self.delta().to(x.dtype if x.is_floating_point() else torch.float32))
+        return y if add is None else add + y
+
+    # --- what any other variant implements
+
+    def transform(self, x: Tensor, below: "Below", add: Tensor | None = None) -> Tensor:
+        """y = W' x + b (+ add), where `below` is the layer, or the layer with the adapters before this one."""
+        return below(x, self(x, add))
+
+    def merged_weight(self, W: Tensor) -> Tensor:
+        """W' (out, in, *kernel) for the W of the layer below, in float32 or better."""
+        return W + self.delta()
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """b' for the bias b of the layer below."""
+        return bias
+
+    # --- what a variant may want
+
+    def regularization(self) -> Tensor | None:
+        """A term that training adds to the loss, if any."""
+        return None
+
+    def peft_name(self, name: str) -> str:
+        """The end of the key under which PEFT stores the parameter `name`."""
+        return name
+
+
+class Below:
+    """The layer under an adapter as that adapter sees it: the base layer, with the adapters before it applied."""
+
+    def __init__(self, layer: nn.Module, base: Any, kind: LayerKind, adapters: list[Adapter]) -> None:
+        self._layer, self._base, self._kind, self._adapters = layer, base, kind, adapters
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """W x + b (+ add)."""
+        if not self._adapters:
+            return self._base(x, add)
+        below = Below(self._layer, self._base, self._kind, self._adapters[:-1])
+        return self._adapters[-1].transform(x, below, add)
+
+    def weight(self) -> Tensor:
+        """W (out, in, *kernel): dequantized and with what the adapters before have done to it; no gradient."""
+        with torch.no_grad():
+            W = self._kind.weight(self._layer)
+            for adapter in self._adapters:
+                W = adapter.merged_weight(W)
+        return W
+
+    def bias(self) -> Tensor | None:
+        """b, with what the adapters before have done to it."""
+        bias: Tensor | None = getattr(self._layer, "bias", None)
+        for adapter in self._adapters:
+            bias = adapter.merged_bias(bias)
+        return bias
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+_variants: list[type[Adapter]] = []
+
+
+def register(variant: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make `add_adapter` and `load_adapter` know this variant."""
+    _variants.append(variant)
+    return variant
+
+
+def adapter_class(config: AdapterConfig) -> type[Adapter]:
+    """The variant for a configuration: of those that handle it, the one registered last.
+
+    Raises InputError where none does.
+    """
+    for variant in reversed(_variants):
+        if variant.handles(config):
+            return variant
+    raise InputError(f"no adapter is registered for a {type(config).__name__}; decorate its class with @register")
+
+
+def config_class(peft_type: str) -> type[AdapterConfig]:
+    """The configuration class for PEFT's name of a method. Raises InputError where no variant has that name."""
+    classes = {variant.config_class.peft_type: variant.config_class for variant in _variants}
+    if peft_type not in classes:
+        raise InputError(f"peft_type is {peft_type!r}, which is not one of {sorted(classes)}")
+    return classes[peft_type]

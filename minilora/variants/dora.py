@@ -1,0 +1,58 @@
+"""DoRA: the weight split into its magnitude, which is learnt freely, and its direction, which LoRA changes.
+
+    V  = W + s·BA                     (out, in)
+    W' = m · V / ‖V‖                  ‖V‖ (out,): the norm of each output's weights; m starts as ‖W‖
+    y  = (m / ‖V‖) · (W x + s·BA x) + b
+
+‖V‖ follows V but takes no gradient: the gradient of y flows through m, A and B alone, which costs no extra memory.
+
+Liu et al. 2024, arXiv 2402.09353: equation 5, and section 4.3 for the norm held constant.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import AdapterConfig, Below, register
+from minilora.layer_kinds import ConvKind
+from minilora.lora import LoRA, LoRAConfig
+
+
+@register
+class DoRA(LoRA):
+    """LoRA with a learnt magnitude: lora_magnitude_vector (out_features,), for a convolution (1, out, 1, …)."""
+
+    additive = False
+
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
+        with torch.no_grad():
+            V = super().merged_weight(self.kind.weight(layer))
+            self.lora_magnitude_vector = nn.Parameter(self._norm(V))
+
+    @classmethod
+    def handles(cls, config: AdapterConfig) -> bool:
+        return super().handles(config) and isinstance(config, LoRAConfig) and config.use_dora
+
+    def _norm(self, V: Tensor) -> Tensor:
+        """‖V‖ over all that feeds one output, in the shape in which it multiplies y."""
+        norm = torch.linalg.vector_norm(V.flatten(1), dim=1)
+        return norm.view(1, -1, *[1] * (V.dim() - 2)) if isinstance(self.kind, ConvKind) else norm
+
+    def transform(self, x: Tensor, below: Below, add: Tensor | None = None) -> Tensor:
+        """(m / ‖V‖) (W x + s·BA x) + b (+ add)."""
+        with torch.no_grad():
+            norm = self._norm(super().merged_weight(below.weight()))
+        y = below(x, self(x))
+        scale = (self.lora_magnitude_vector / norm).to(y.dtype)
+        bias = below.bias()
+        if bias is not None:
+            bias = bias.view(1, -1, *[1] * (y.dim() - 2)) if isinstance(self.kind, ConvKind) else bias
+            y = scale * (y - bias) + bias
+        else:
+            y = scale * y
+        return y if add is None else y + add
+
+    def merged_weight(self, W: Tensor) -> Tensor:
+        V = super().merged_weight(W)
+        m = self.lora_magnitude_vector.flatten()
+        return V * (m / torch.linalg.vector_norm(V.flatten(1), dim=1)).view(-1, *[1] * (V.dim() - 1))
