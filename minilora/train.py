@@ -33,6 +33,8 @@ from minilora.training_checkpoint import (
 from minilora.training_config import TrainConfig
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
+from minilora.variants.lora_fa import LoRAFA
+from minilora.variants.lora_plus import parameter_groups
 
 __all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "learning_rate_factor", "train"]
 
@@ -87,13 +89,7 @@ def train(
 
     set_adapter(model, adapter)
     parameters = _master_parameters(model, adapter)
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = _optimizer(model, adapter, config)
     optimizer.zero_grad()  # whatever a backward pass before left there
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
@@ -128,9 +124,9 @@ def train(
                 optimizer.zero_grad()  # the parameters stay those of the step before
                 raise DivergedError(_divergence(step, pass_losses, grad_norm, passes, checkpoint))
 
-            learning_rate = config.learning_rate * learning_rate_factor(config, step - 1, total_steps)
+            factor = learning_rate_factor(config, step - 1, total_steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = factor * group["initial_lr"]
             optimizer.step()
             optimizer.zero_grad()
 
@@ -142,7 +138,7 @@ def train(
                     "step": step,
                     "epoch": step / steps_per_epoch,
                     "loss": sum(pass_losses),
-                    "learning_rate": learning_rate,
+                    "learning_rate": factor * config.learning_rate,
                     "grad_norm": grad_norm,
                     "tokens": tokens,
                     "label_tokens": n,
@@ -225,6 +221,25 @@ def _master_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return parameters
+
+
+def _optimizer(model: nn.Module, adapter: str, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or what LoRA+ or LoRA-FA make of it; every group keeps its highest learning rate as `initial_lr`."""
+    settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    parameters = [p for p in adapter_parameters(model, adapter).values() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if config.lora_fa:
+        optimizer = LoRAFA(model, adapter, lr=config.learning_rate, **settings)
+    elif config.loraplus_lr_ratio is None:
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
+    else:
+        rates = {"lr": config.learning_rate, "lr_ratio": config.loraplus_lr_ratio}
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, adapter, weight_decay=config.weight_decay, **rates), **settings
+        )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def _seed_everything(seed: int) -> None:

@@ -7,7 +7,7 @@ from minilora.errors import InputError
 
 __all__ = ["TrainConfig"]
 
-_OPTIONAL = ("max_steps", "max_grad_norm", "eval_every", "early_stopping_patience", "save_every")
+_OPTIONAL = ("loraplus_lr_ratio", "max_steps", "max_grad_norm", "eval_every", "early_stopping_patience", "save_every")
 _POSITIVE = (
     "learning_rate",
     "epochs",
@@ -48,6 +48,10 @@ class TrainConfig:
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
     """AdamW's term in the denominator."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: B's learning rate is this times that of A; 16 is usual."""
+    lora_fa: bool = False
+    """LoRA-FA: A stays as it was drawn, B's gradient makes up for it; fewer activations are kept."""
     max_grad_norm: float | None = 1.0
     """Scale the gradient down to this norm where it is longer."""
     gradient_checkpointing: bool = False
@@ -86,6 +90,8 @@ class TrainConfig:
                 raise InputError(f"{name} must be {least}, not {value}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
+        if self.lora_fa and self.loraplus_lr_ratio is not None:
+            raise InputError("lora_fa leaves A as it is, so that loraplus_lr_ratio has no meaning: choose one of them")
         if self.early_stopping_patience is not None and self.eval_every is None:
             raise InputError("early_stopping_patience counts evaluations: set eval_every too")
 
