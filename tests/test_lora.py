@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from minilora.adapted_layer import LoRALinear
 from minilora.errors import InputError
-from minilora.layer_kinds import linear_onto
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
 
@@ -223,16 +222,6 @@ def test_a_new_adapter_changes_nothing() -> None:
 
 
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
-
-
-def test_linear_onto_rounds_once_in_bfloat16() -> None:
-    x, W, add = torch.randn(64, 256), torch.randn(96, 256) / 16, torch.randn(64, 96)
-    x, W, add = x.bfloat16(), W.bfloat16(), add.bfloat16()
-    exact = (add.double() + x.double() @ W.double().T).bfloat16()
-    wrong = (linear_onto(add, x, W) != exact).float().mean()
-    wrong_two_steps = (add + x @ W.T != exact).float().mean()
-    assert wrong < 1e-3, "float32 accumulation may turn a rounding only where the sum is almost at a midpoint"
-    assert wrong_two_steps > 0.1, "or this test cannot tell one rounding from two"
 
 
 def test_scale_and_b_are_rounded_together() -> None:
