@@ -22,6 +22,7 @@ from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.peft_format import load_adapter, save_adapter
 from minilora.train import TrainConfig, train
+from minilora.variants.ia3 import IA3Config
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "nf4",
     "NF4Linear",
     "LoRAConfig",
+    "IA3Config",
     "LoRALinear",
     "variants",
     # adapters on a model

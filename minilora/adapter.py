@@ -27,6 +27,7 @@ class AdapterConfig:
     """What every variant's configuration has: which layers to adapt, and what else to train. PEFT's names."""
 
     peft_type: ClassVar[str] = ""  # PEFT's name of the method, written to adapter_config.json
+    peft_lacks: ClassVar[frozenset[str]] = frozenset()  # keys that PEFT's configuration of this method does not have
 
     target_modules: str | list[str] | None = None
     """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
@@ -105,6 +106,15 @@ class Adapter(nn.Module):
     def peft_name(self, name: str) -> str:
         """The end of the key under which PEFT stores the parameter `name`."""
         return name
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What `share` made and an adapter's file holds once, by the key in PEFT's file: base_model.<key>."""
+        return {}
+
+    @classmethod
+    def peft_values(cls, values: dict[str, Any], adapters: Mapping[str, "Adapter"]) -> dict[str, Any]:
+        """What adapter_config.json holds, given the configuration's values and the adapters by their layers' paths."""
+        return values
 
 
 class Below:

@@ -146,14 +146,17 @@ def _read_config(path: Path) -> AdapterConfig:
         raise InputError(f"{path}: {error}") from None
     known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
     for key in sorted(values.keys() - set(known) - HARMLESS):
-        value = values[key]
-        unused = value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key)
-        if not unused:
+        if _is_used(key, values[key]):
             raise InputError(f"{path}: {key}={values[key]!r} is not supported")
     try:
         return kind(**{key: values[key] for key in known if values.get(key) is not None})
     except (InputError, TypeError, AttributeError) as error:  # a value out of range, or of another kind
         raise InputError(f"{path}: {error}") from None
+
+
+def _is_used(key: str, value: Any) -> bool:
+    """True if a value of PEFT's configuration asks for something."""
+    return not (value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key))
 
 
 def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
@@ -165,7 +168,11 @@ def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
         values["target_modules"] = _shortest_names(model, targets)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    return WRITTEN | values
+    values = WRITTEN | values
+    lacking = {key: values.pop(key) for key in config.peft_lacks if key in values}
+    if any(_is_used(key, value) for key, value in lacking.items()):
+        values["target_modules"] = targets  # PEFT cannot be told which layers in the words of this configuration
+    return type(adapters[targets[0]]).peft_values(values, adapters)
 
 
 def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
@@ -181,12 +188,14 @@ def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
 def _model_card(config: dict[str, Any]) -> str:
     base = config["base_model_name_or_path"]
     header = [f"base_model: {json.dumps(base)}"] if base else []
-    header += ["library_name: peft", "tags:", "- lora", "- minilora"]
+    method = config["peft_type"]
+    settings = [f"{key} {config[key]}, " for key in ("r", "lora_alpha", "alpha") if key in config]
+    header += ["library_name: peft", "tags:", f"- {method.lower()}", "- minilora"]
     return "\n".join(
         [
             "---", *header, "---", "",
-            f"# LoRA adapter{f' for {base}' if base else ''}", "",
-            f"Rank {config['r']}, alpha {config['lora_alpha']}, on {config['target_modules']}. "
+            f"# Adapter{f' for {base}' if base else ''}", "",
+            f"{method}: {''.join(settings)}on {config['target_modules']}. "
             "Trained with minilora, saved in PEFT's format:", "",
             "```python",
             "from peft import PeftModel",
