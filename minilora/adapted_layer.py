@@ -2,10 +2,11 @@
 
 y = W x + b + Σ ΔW x                      over the active adapters, where all of them are additive
 y = (… ((W, b) → W′, b′) → W″, b″ …) x    where one is not: each changes the layer that those before it left
+y_i = W x_i + b + ΔW_i x_i                in a mixed batch, where row i has an adapter of its own
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from minilora.errors import InputError
 from minilora.layer_kinds import LayerKind, kind_of, linear_onto
 from minilora.linear4bit import NF4Linear
 
+if TYPE_CHECKING:
+    from minilora.mixed_batch import RowNames
+
 
 class AdaptedLayer(nn.Module):
     """A layer and its adapters; attributes that it lacks are those of the layer.
@@ -22,6 +26,7 @@ class AdaptedLayer(nn.Module):
     base_layer: any layer that `kind_of` knows, kept frozen by `add_adapter`.
     adapters: every adapter by name. active: the names that act, in the order in which they are applied.
     merged: the names folded into base_layer by `merge`. enabled: False makes this the base layer again.
+    row_names: inside `adapters_for_rows`, the name of the adapter that each row of x takes instead of the active ones.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -35,10 +40,13 @@ class AdaptedLayer(nn.Module):
         self.active: list[str] = []
         self.merged: list[str] = []
         self.enabled = True
+        self.row_names: RowNames | None = None
         self._unmerged: list[nn.Module] = []  # while merged: the layer as it was, hidden from state_dict
 
     def forward(self, x: Tensor) -> Tensor:
         """x as the base layer takes it -> what the base layer gives, changed by the active adapters."""
+        if self.row_names is not None and self.enabled:
+            return self.row_by_row(x, self.row_names.rows(x, self))
         adapters = self.acting_adapters()
         if not adapters:
             return self.layer_in_use()(x)
@@ -49,6 +57,28 @@ class AdaptedLayer(nn.Module):
             return self.onto(update, x)
         below = Below(self.base_layer, self._base, self.kind, adapters)
         return below(x)
+
+    def row_by_row(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Each row of x (rows, …) with the adapter of its own: `rows` gives the numbers of the rows of each name.
+
+        W x is one product for all rows, accumulated onto each row's own ΔW x; a 4-bit W is dequantized once. The rows
+        of an adapter that is not additive are computed apart. The rows of a name without an adapter here are W x + b.
+        """
+        adapters = [(cast(Adapter, self.adapters[name]), i) for name, i in rows.items() if name in self.adapters]
+        update = start = self.start()
+        parts = [(adapter(x.index_select(0, i), add=start), i) for adapter, i in adapters if adapter.additive]
+        if parts:
+            some = parts[0][0]
+            update = some.new_zeros(len(x), *some.shape[1:])
+            update = update if start is None else update + start.to(update.dtype)
+            for part, i in parts:
+                update.index_copy_(0, i, part)
+        y = self.onto(update, x)
+        for adapter, i in adapters:
+            if not adapter.additive:
+                below = Below(self.base_layer, self._base, self.kind, [adapter])
+                y = y.index_copy(0, i, below(x.index_select(0, i)).to(y.dtype))
+        return y
 
     def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """W x + b (+ add)."""
