@@ -33,10 +33,29 @@ class AdapterConfig:
     """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
     exclude_modules: str | list[str] | None = None
     """layers to leave alone, written like target_modules"""
+    layers_to_transform: int | list[int] | None = None
+    """adapt only in blocks of these numbers what a name in target_modules is the end of"""
+    layers_pattern: str | list[str] | None = None
+    """the names that stand before a block's number, such as "layers", where it is not the first number in a path"""
+    modules_to_save: list[str] | None = None
+    """modules of which the adapter has a copy of its own, trained in full: names or ends of names"""
     task_type: str | None = "CAUSAL_LM"
     """written to adapter_config.json for PEFT"""
     base_model_name_or_path: str | None = None
     """written to adapter_config.json for PEFT"""
+
+    def __post_init__(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise InputError(
+                "layers_pattern says where a block's number stands: give the numbers in layers_to_transform"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise InputError(
+                f"layers_to_transform chooses among layers that are named: make target_modules={self.target_modules!r}"
+                " a list of names, or write the blocks' numbers into the regular expression"
+            )
+        if isinstance(self.modules_to_save, str):
+            raise InputError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
 
 
 class Adapter(nn.Module):
@@ -48,6 +67,7 @@ class Adapter(nn.Module):
 
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
     additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
+    held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:
         super().__init__()
@@ -98,6 +118,10 @@ class Adapter(nn.Module):
         return bias
 
     # --- what a variant may want
+
+    def base_for(self, layer: nn.Module) -> nn.Module:
+        """The layer to put in the place of `layer`, under this adapter, when it is attached: by default the same."""
+        return layer
 
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, if any."""

@@ -1,11 +1,9 @@
-"""Adapters on a whole model: find the layers, attach, name, switch, merge, take off. Works on any nn.Module."""
+"""Adapters on a whole model: attach, name, switch, merge, take off. Works on any nn.Module."""
 
 import itertools
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import cast
 
 import torch
@@ -14,89 +12,10 @@ from torch import nn
 from minilora.adapted_layer import AdaptedLayer, adapted
 from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
-from minilora.layer_kinds import kind_of
 from minilora.linear4bit import NF4Linear
+from minilora.targets import adapted_layers, check_every_name_matches, find_targets
 
-# --- which layers ----------------------------------------------------------------------------------------------------
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Every AdaptedLayer of the model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
-
-
-def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
-
-    "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`).
-    Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
-    """
-    modules = _modules_before_adapters(model)
-    kinds = {path: kind_of(getattr(module, "base_layer", module)) for path, module in modules.items()}
-    possible = [path for path, kind in kinds.items() if kind is not None]
-    targets = config.target_modules
-    if not targets:
-        raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        head = _output_head(model)
-        linear = [path for path, kind in kinds.items() if kind is not None and kind.is_linear]
-        matched = [path for path in linear if modules[path] is not head]
-    else:
-        matched = [path for path in modules if _matches(targets, path)]
-    if not matched:
-        raise InputError(f"target_modules={targets!r} matches no layer; {_hint(targets, possible)}")
-    found = [path for path in matched if not _matches(config.exclude_modules or [], path)]
-    if not found:
-        raise InputError(f"exclude_modules={config.exclude_modules!r} excludes every layer that target_modules matches")
-    for path in found:
-        if path not in possible:
-            raise InputError(
-                f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
-                " convolutions can take an adapter"
-            )
-    return found
-
-
-def _modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by path, without the root and without what is inside an AdaptedLayer."""
-    inside = tuple(path + "." for path in adapted_layers(model))
-    return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)  # every transformers model has it
-    return get() if get else getattr(model, "lm_head", None)
-
-
-def _matches(names: str | Iterable[str], path: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
-    if not isinstance(names, str):
-        return any(path == name or path.endswith(f".{name}") for name in names)
-    try:
-        return re.fullmatch(names, path) is not None
-    except re.error as error:
-        raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
-
-
-def _check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
-    """A list in which one name of several is misspelled would silently adapt less than was asked for."""
-    modules = _modules_before_adapters(model)
-    names = config.target_modules
-    for name in [] if names is None or isinstance(names, str) else names:
-        if not any(_matches([name], path) for path in modules):
-            raise InputError(f"target_modules: {name!r} matches no layer; {_hint([name], list(modules))}")
-
-
-def _hint(targets: str | Iterable[str], paths: list[str]) -> str:
-    """The existing names nearest to the wanted ones."""
-    names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = [name for want in wanted for name in get_close_matches(want, names, n=3)]
-    hint = f"the nearest names are {near}" if near else f"the layers' names are {names[:12]}"
-    if isinstance(targets, str):
-        hint += "; a string is a regular expression for the whole name, a list holds names or ends of names"
-    return hint
-
+BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 
 # --- on, off, and which one ------------------------------------------------------------------------------------------
 
@@ -106,7 +25,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
     Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
     """
-    _check_every_name_matches(model, config)
+    check_every_name_matches(model, config)
     _check_new_name(model, name)
     attach(model, build_adapters(model, config, find_targets(model, config)), name)
 
@@ -131,13 +50,19 @@ def _device(layer: nn.Module) -> torch.device:
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
     """Put these adapters on the layers at their paths under one name, and make it the active one."""
     _check_new_name(model, name)
-    _refuse_merged(model)
+    refuse_merged(model)
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if isinstance(layer, AdaptedLayer) and adapter.base_for(layer.base_layer) is not layer.base_layer:
+            raise InputError(
+                f"{path} has an adapter, and {name!r} would change the layer under it: unload(model) first"
+            )
     if not adapter_names(model):
         model.requires_grad_(False)
     for path, adapter in adapters.items():
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
-            layer = adapted(layer)
+            layer = adapted(adapter.base_for(layer))
             _replace(model, path, layer)
         layer.adapters[name] = adapter
     set_adapter(model, name)
@@ -146,7 +71,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
 def _check_new_name(model: nn.Module, name: str) -> None:
     if name in adapter_names(model):
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
 
 
@@ -165,7 +90,7 @@ def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
 
     Raises InputError where the model has none.
     """
-    _check_names(model, [name])
+    check_names(model, [name])
     layers = adapted_layers(model).items()
     return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
 
@@ -176,15 +101,15 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     Raises InputError for a name that the model does not have, and on a merged model.
     """
     names = [names] if isinstance(names, str) else list(names)
-    _check_names(model, names)
-    _refuse_merged(model)
+    check_names(model, names)
+    refuse_merged(model)
     for layer in adapted_layers(model).values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
 
 
-def _check_names(model: nn.Module, names: list[str]) -> None:
+def check_names(model: nn.Module, names: list[str]) -> None:
     existing = adapter_names(model)
     for name in names:
         if name not in existing:
@@ -242,7 +167,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 _merge = merge  # under a name that unload's argument does not hide
 
 
-def _refuse_merged(model: nn.Module) -> None:
+def refuse_merged(model: nn.Module) -> None:
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise InputError("the adapters are merged into the weights: call unmerge(model) first")
 

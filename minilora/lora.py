@@ -24,11 +24,12 @@ rsLoRA, α/√r: Kalajdzievski 2023, arXiv 2312.03732, section 3.
 QLoRA, W kept in NF4 and dequantized to use it: Dettmers et al. 2023, arXiv 2305.14314, section 3, equations 5 and 6.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,23 @@ class LoRAConfig(AdapterConfig):
     """another r for the layers whose name a pattern ends"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """another lora_alpha for the layers whose name a pattern ends"""
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    """options of init_lora_weights="loftq", see LoftQOptions; as those below, PEFT's keys and defaults"""
+    eva_config: dict[str, Any] | None = None
+    """options of init_lora_weights="eva", see EVAOptions"""
+    lora_ga_config: dict[str, Any] | None = None
+    """options of init_lora_weights="lora_ga", see LoRAGAOptions"""
     fan_in_fan_out: bool = False
     """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
+    bias: str = "none"
+    """biases that train, each adapter's own: "none", "lora_only" (of the layers with LoRA) or "all" (of the model)"""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """rows of the embedding that train, by token id; or {name of an embedding: ids}. A tied head follows."""
+    ensure_weight_tying: bool = False
+    """what is trained of a tied embedding or head, by target_modules or modules_to_save, is trained of both as one"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:
                 raise InputError(f"LoRAConfig: a rank must be a whole number of at least 1, not {r!r}")
@@ -78,9 +92,36 @@ class LoRAConfig(AdapterConfig):
                 raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"LoRAConfig: lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if self.bias not in ("none", "lora_only", "all"):
+            raise InputError(f"LoRAConfig: bias={self.bias!r} is not one of 'none', 'lora_only', 'all'")
         if initialization(self.init_lora_weights) is None:
             known = ", ".join(["True", "False", *sorted(repr(name) for name in _initializations)])
             raise InputError(f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of {known}")
+        for key, options in _options.items():
+            checked = _read_options(key, options, getattr(self, key) or {})
+            if key == f"{self.init_lora_weights}_config":
+                object.__setattr__(self, key, asdict(checked))  # the defaults are written to PEFT's file too
+
+    @property
+    def init_options(self) -> Any:
+        """The options of init_lora_weights: an EVAOptions for "eva", and so on."""
+        key = f"{self.init_lora_weights}_config"
+        return _read_options(key, _options[key], getattr(self, key))
+
+    def as_plain(self, times: int) -> "LoRAConfig":
+        """The configuration of an adapter of `times` the rank, the same scaling and no special start."""
+        alpha = math.sqrt(times) if self.use_rslora else times  # s = α/√r or α/r stays
+        return replace(
+            self,
+            init_lora_weights=True,
+            r=times * self.r,
+            lora_alpha=alpha * self.lora_alpha,
+            rank_pattern={key: times * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * value for key, value in self.alpha_pattern.items()},
+            loftq_config={},
+            eva_config=None,
+            lora_ga_config=None,
+        )
 
     def rank_and_alpha(self, path: str) -> tuple[int, float]:
         """r and lora_alpha for the layer at `path`: the first pattern that matches its end, else the defaults."""
@@ -98,11 +139,19 @@ Initialization = Callable[["LoRA", nn.Module], None]  # sets lora_A and lora_B, 
 _initializations: dict[str, Initialization] = {}
 
 
-def register_initialization(name: str) -> Callable[[Initialization], Initialization]:
-    """Decorator: `init_lora_weights=name` calls this; the name is a regular expression: "pissa_niter_[0-9]+"."""
+_options: dict[str, type] = {}  # of an initialisation, by the key of LoRAConfig that holds them
+
+
+def register_initialization(name: str, options: type | None = None) -> Callable[[Initialization], Initialization]:
+    """Decorator: `init_lora_weights=name` calls this; the name is a regular expression: "pissa_niter_[0-9]+".
+
+    options: a dataclass for what stands in `<name>_config` of LoRAConfig.
+    """
 
     def remember(function: Initialization) -> Initialization:
         _initializations[name] = function
+        if options is not None:
+            _options[f"{name}_config"] = options
         return function
 
     return remember
@@ -113,6 +162,31 @@ def initialization(name: bool | str) -> Initialization | None:
     if isinstance(name, bool):
         return kaiming if name else random_start
     return next((function for key, function in _initializations.items() if re.fullmatch(key, name)), None)
+
+
+def _read_options(key: str, options: type, values: Any) -> Any:
+    known = [field.name for field in fields(options)]
+    if not isinstance(values, Mapping) or not set(values) <= set(known):
+        raise InputError(f"LoRAConfig: {key} must be a dict with keys among {', '.join(known)}, not {values!r}")
+    try:
+        return options(**values)
+    except (InputError, TypeError) as error:  # TypeError: a value that cannot be compared with the limits
+        raise InputError(f"LoRAConfig: {key}: {error}") from None
+
+
+def weight_to_decompose(adapter: "LoRA", layer: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
+
+    Raises InputError for another layer, for a rank that W cannot have and for a scaling that is not positive.
+    """
+    if not adapter.kind.is_linear:
+        raise InputError(f"needs a linear layer, not {type(layer).__name__}: exclude it, or initialize with True")
+    W = adapter.kind.weight(layer).detach().float()
+    if adapter.r > min(W.shape):
+        raise InputError(f"needs r of at most {min(W.shape)}, the rank of its weight {tuple(W.shape)}, not {adapter.r}")
+    if not adapter.scaling > 0:
+        raise InputError(f"needs lora_alpha above 0, not {adapter.lora_alpha:g}")
+    return W
 
 
 def kaiming(adapter: "LoRA", layer: nn.Module) -> None:
@@ -159,7 +233,12 @@ class LoRA(Adapter):
         # Set by an initialisation that starts from B₀A₀ ≠ 0, see `start_from`.
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
-        self.reset_parameters(layer)
+        self.new_base: list[nn.Module] = []  # see base_for; a list, so that the layer is no part of the adapter's state
+        try:
+            self.reset_parameters(layer)
+        except InputError as error:
+            where = path or "the layer"
+            raise InputError(f"{where}: init_lora_weights={config.init_lora_weights!r} {error}") from None
 
     @torch.no_grad()
     def reset_parameters(self, layer: nn.Module) -> None:
@@ -183,6 +262,10 @@ class LoRA(Adapter):
         self.lora_B.copy_(B.view_as(self.lora_B))
         self.start_A, self.start_B = self.lora_A.clone(), self.lora_B.clone()
 
+    def base_for(self, layer: nn.Module) -> nn.Module:
+        """What LoftQ made to take the place of `layer`, or else `layer` itself."""
+        return self.new_base[0] if self.new_base else layer
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in, *kernel) and B (out, r, *1) with ΔW = s·BA: the parameters; of rank 2r after `start_from`."""
         A, B, A0, B0 = self.lora_A, self.lora_B, self.start_A, self.start_B
@@ -192,13 +275,35 @@ class LoRA(Adapter):
         # would lose in bfloat16 what has been learnt.
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
+    def as_plain(self) -> "LoRA":
+        """A copy with the same update that starts where LoRA always does: its factors are its parameters.
+
+        Raises InputError for an adapter of LoftQ, whose update is meant for the base that LoftQ made.
+        """
+        if self.config.init_lora_weights == "loftq":
+            raise InputError(
+                "an adapter that LoftQ initialized belongs on the 4-bit base that LoftQ made, and is no LoRA for another:"
+                " merge it, unload(model, merge=True), and save the whole model with save_pretrained"
+            )
+        plain, A, B = copy.copy(self), *self.factors()
+        plain._parameters, plain._buffers = dict(self._parameters), self._buffers | {"start_A": None, "start_B": None}
+        plain.lora_A, plain.lora_B = nn.Parameter(A.detach()), nn.Parameter(B.detach())
+        plain.config = self.config.as_plain(times=len(A) // self.r)
+        plain.r = len(A)
+        return plain
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """s·B A dropout(x) (+ add), the products in the dtype of x; float32 for token ids, which are not dropped."""
         A, B = self.factors()
-        if x.is_floating_point():
-            x, dtype = self.dropout(x), x.dtype
-        else:
-            dtype = A.dtype
+        if not x.is_floating_point():
+            return self._product(x, A, B, A.dtype, add)
+        kept = self.dropout(x)
+        if self.start_A is not None and self.training and self.config.lora_dropout:
+            # s·(B A dropout(x) − B₀A₀ x): what PEFT takes out of W sees all of x
+            add = self._product(x - kept, self.start_A, -self.start_B, x.dtype, add)
+        return self._product(kept, A, B, x.dtype, add)
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, add: Tensor | None) -> Tensor:
         sB = (self.scaling * B).to(dtype)  # s before the cast: one rounding, not two
         return self.kind.pointwise(self.kind.apply(x, A.to(dtype)), sB, add)
 

@@ -30,7 +30,7 @@ from minilora.adapters import (
 )
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRAConfig
+from minilora.lora import LoRA, LoRAConfig
 from minilora.model import ModelConfig, Transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(did not match|no modules were excluded)")  # PEFT's
@@ -59,18 +59,36 @@ PATTERNS = st.dictionaries(
     st.integers(1, 6),
 )
 
+BLOCKS = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {"layers_to_transform": st.sampled_from([0, 1, [], [0], [1, 0]])},
+        optional={"layers_pattern": st.sampled_from(["layers", ["h", "layers"], "lay", "h", [], "lay.*"])},
+    ),
+)
+
 
 @given(
     targets=st.one_of(st.lists(NAMES, min_size=1, max_size=4, unique=True), REGEXES, st.just("all-linear")),
     exclude=st.one_of(st.none(), st.lists(NAMES, min_size=1, max_size=2, unique=True), REGEXES),
     rank_pattern=PATTERNS,
     alpha_pattern=PATTERNS,
+    blocks=BLOCKS,
+    modules_to_save=st.sampled_from([None, None, ["up_proj"], ["lm_head", "self_attn"]]),
 )
-@settings(deadline=None, max_examples=40, report_multiple_bugs=False)
+@settings(deadline=None, max_examples=60, report_multiple_bugs=False)
 def test_targets_ranks_and_scalings_are_those_of_peft(
-    targets: Any, exclude: Any, rank_pattern: dict[str, int], alpha_pattern: dict[str, int]
+    targets: Any,
+    exclude: Any,
+    rank_pattern: dict[str, int],
+    alpha_pattern: dict[str, int],
+    blocks: dict[str, Any],
+    modules_to_save: list[str] | None,
 ) -> None:
+    blocks = {} if isinstance(targets, str) else blocks  # both refuse the two together, see below
     config = {
+        **blocks,
+        "modules_to_save": modules_to_save,
         "target_modules": targets,
         "exclude_modules": exclude,
         "rank_pattern": rank_pattern,
@@ -88,6 +106,12 @@ def test_targets_ranks_and_scalings_are_those_of_peft(
         with pytest.raises(InputError, match="'proj' matches no layer"):
             add_adapter(ours, LoRAConfig(**config))
         config["target_modules"] = [name for name in targets if name != "proj"]
+    if (
+        blocks.get("layers_pattern") in ("h", "lay") and blocks["layers_to_transform"] != []
+    ):  # nor are there such blocks
+        with pytest.raises(InputError, match="there is no block"):
+            add_adapter(ours, LoRAConfig(**config))
+        return
     add_adapter(ours, LoRAConfig(r=3, lora_alpha=5, **config))
     expected = {
         path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
@@ -97,6 +121,7 @@ def test_targets_ranks_and_scalings_are_those_of_peft(
     found = {
         path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
         for path, layer in adapted_layers(ours).items()
+        if isinstance(layer.adapters["default"], LoRA)
     }
     assert found == expected
 
@@ -121,7 +146,14 @@ def test_all_linear_leaves_out_the_output_head() -> None:
         ({"target_modules": "q_proj"}, r"nearest names are \['q_proj'.*regular expression"),
         ({"target_modules": "(q_proj"}, "not a regular expression"),
         ({"target_modules": ["input_layernorm"]}, "input_layernorm, a LlamaRMSNorm"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "excludes every layer"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules=.* excludes every layer"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, "modules_to_save=.* excludes every layer"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, r"'lm_haed' matches no module.*'lm_head'"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, r"no block 2; the blocks are \[0, 1\]"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+            r"no block 0; the blocks after 'h' are \[\]",
+        ),
     ],
 )
 def test_targets_that_cannot_be_are_explained_and_leave_the_model_alone(config: dict[str, Any], message: str) -> None:
@@ -132,6 +164,21 @@ def test_targets_that_cannot_be_are_explained_and_leave_the_model_alone(config: 
     assert not adapted_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers_pattern": "layers"}, "give the numbers in layers_to_transform"),
+        ({"target_modules": "all-linear", "layers_to_transform": 0}, "make target_modules='all-linear' a list"),
+        ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "blocks' numbers into the regular expression"),
+        ({"modules_to_save": "lm_head"}, r"such as \['lm_head'\]"),
+        ({"bias": "some"}, "bias='some' is not one of"),
+    ],
+)
+def test_settings_that_exclude_one_another_are_refused_at_once(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LoRAConfig(**config)
 
 
 # --- what they compute -----------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class IA3Config(AdapterConfig):
     """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.feedforward_modules is None:
             raise InputError(
                 'IA3Config: name the layers whose inputs are scaled in feedforward_modules, such as ["down_proj"],'
@@ -57,7 +58,8 @@ class IA3Config(AdapterConfig):
 class IA3(Adapter):
     """ia3_l: (out, 1), or (1, in) in a feed-forward layer; for a convolution (1, channels, 1, …).
 
-    Raises InputError for an embedding, and for a name in feedforward_modules that no target has. Source: arXiv 2205.05638, section 3.3.
+    Raises InputError for an embedding, and for a name in feedforward_modules that no target has.
+    Source: arXiv 2205.05638, section 3.3.
     """
 
     config_class = IA3Config

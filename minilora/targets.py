@@ -1,0 +1,197 @@
+"""Which layers of a model a configuration means, matched by PEFT's rules."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import nn
+
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapter import AdapterConfig
+from minilora.errors import InputError
+from minilora.layer_kinds import kind_of
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Every AdaptedLayer of the model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
+def modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by path, without the root, adapted layers as the layers that they were, nothing from inside them."""
+    inside = tuple(path + "." for path in adapted_layers(model))
+    return {
+        path: module.base_layer if isinstance(module, AdaptedLayer) else module
+        for path, module in model.named_modules()
+        if path and not path.startswith(inside)
+    }
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """The path of the layer that the token ids go into, where the model can tell."""
+    get = getattr(model, "get_input_embeddings", None)  # every transformers model has it
+    if get is not None:
+        return _path_of(model, get())
+    paths = [path for path in modules_before_adapters(model) if _matches(["embed_tokens"], path)]
+    return paths[0] if paths else None
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The path of the layer that gives the logits, where the model can tell."""
+    get = getattr(model, "get_output_embeddings", None)
+    return _path_of(model, get() if get is not None else getattr(model, "lm_head", None))
+
+
+def _path_of(model: nn.Module, layer: nn.Module | None) -> str | None:
+    return next((path for path, module in model.named_modules() if module is layer), None)
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The path of the output head if its weight is the input embedding's."""
+    modules, embedding, head = modules_before_adapters(model), input_embedding(model), output_head(model)
+    if not embedding or not head or embedding == head or not {embedding, head} <= modules.keys():
+        return None
+    tied = getattr(modules[head], "weight", None) is getattr(modules[embedding], "weight", modules)
+    return head if tied else None
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
+
+    "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`; for task_type
+    "SEQ_CLS" without one, `score` or `classifier`), and but a MultiheadAttention's out_proj, whose forward is never
+    called. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
+    """
+    modules = modules_before_adapters(model)
+    kinds = {path: kind_of(module) for path, module in modules.items()}
+    possible = [path for path, kind in kinds.items() if kind is not None]
+    targets = config.target_modules
+    if not targets:
+        raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        left_out = _heads(model, config)
+        linear = [path for path, kind in kinds.items() if kind is not None and kind.is_linear]
+        matched = [path for path in linear if path not in left_out and not _is_never_called(modules, path)]
+    else:
+        matched = [path for path in modules if _is_targeted(config, path)]
+    if not matched:
+        raise InputError(f"target_modules={targets!r} matches no layer{_in_blocks(config)}; {_hint(targets, possible)}")
+    excluded = config.exclude_modules or []
+    saved = config.modules_to_save or []
+    found = [path for path in matched if not _matches(excluded, path) and not _is_or_is_inside(saved, path)]
+    if not found:
+        keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
+        named = " and ".join(f"{key}={getattr(config, key)!r}" for key in keys)
+        raise InputError(f"{named} excludes every layer that target_modules matches")
+    for path in found:
+        if path not in possible:
+            raise InputError(
+                f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
+                " convolutions can take an adapter"
+            )
+        if _is_never_called(modules, path):
+            raise InputError(
+                f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer,"
+                " so that an adapter would do nothing; train a copy of the attention with modules_to_save"
+            )
+    return found
+
+
+def _is_targeted(config: AdapterConfig, path: str) -> bool:
+    """PEFT's rule: a whole path in the list is meant in any block, the end of one in layers_to_transform only."""
+    targets, blocks = config.target_modules or [], config.layers_to_transform
+    if not _matches(targets, path):
+        return False
+    if isinstance(targets, str) or path in targets or blocks is None or blocks == []:
+        return True
+    return block_number(config, path) in ([blocks] if isinstance(blocks, int) else blocks)
+
+
+def block_number(config: AdapterConfig, path: str) -> int | None:
+    """The number of the block that the path lies in: the first one after a name of layers_pattern, or after any."""
+    names = config.layers_pattern or []
+    for name in [names] if isinstance(names, str) else names:
+        if match := re.search(rf"(?:^|\.){name}\.(\d+)\.", path):
+            return int(match[1])
+    match = None if names else re.search(r"\.[^.]*\.(\d+)\.", path)
+    return int(match[1]) if match else None
+
+
+def _matches(names: str | Iterable[str], path: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
+    if not isinstance(names, str):
+        return any(path == name or path.endswith(f".{name}") for name in names)
+    try:
+        return re.fullmatch(names, path) is not None
+    except re.error as error:
+        raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
+
+
+def _is_or_is_inside(names: Iterable[str], path: str) -> bool:
+    return any(f".{name}." in f".{path}." for name in names)
+
+
+def _heads(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """What "all-linear" leaves out."""
+    head = output_head(model)
+    if head is None and config.task_type == "SEQ_CLS":
+        return [name for name in ("score", "classifier") if hasattr(model, name)][:1]
+    return [head] if head else []
+
+
+def _is_never_called(modules: dict[str, nn.Module], path: str) -> bool:
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that modules_to_save names, in the model's order.
+
+    Raises InputError where one has adapters inside, or is inside another.
+    """
+    found = [path for path in modules_before_adapters(model) if _matches(config.modules_to_save or [], path)]
+    for path in found:
+        for other in [*found, *adapted_layers(model)]:
+            if other.startswith(f"{path}."):
+                raise InputError(
+                    f"modules_to_save matches {path}, and {other} inside it has an adapter or is named too"
+                )
+    return found
+
+
+# --- misspelled names ------------------------------------------------------------------------------------------------
+
+
+def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
+    """A list in which one name of several is misspelled would silently train less than was asked for.
+
+    Raises InputError for a name in target_modules or modules_to_save, or a number in layers_to_transform, that matches
+    nothing in the model.
+    """
+    paths = list(modules_before_adapters(model))
+    for key in ("target_modules", "modules_to_save"):
+        names = getattr(config, key)
+        for name in [] if names is None or isinstance(names, str) else names:
+            if not any(_matches([name], path) for path in paths):
+                what = "layer" if key == "target_modules" else "module"
+                raise InputError(f"{key}: {name!r} matches no {what}; {_hint([name], paths)}")
+    blocks = config.layers_to_transform
+    existing = sorted({number for path in paths if (number := block_number(config, path)) is not None})
+    for number in [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks:
+        if number not in existing:
+            pattern = f" after {config.layers_pattern!r}" if config.layers_pattern else ""
+            raise InputError(f"layers_to_transform: there is no block {number}; the blocks{pattern} are {existing}")
+
+
+def _in_blocks(config: AdapterConfig) -> str:
+    return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
+
+
+def _hint(targets: str | Iterable[str], paths: list[str]) -> str:
+    """The existing names nearest to the wanted ones."""
+    names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = [name for want in wanted for name in get_close_matches(want, names, n=3)]
+    hint = f"the nearest names are {near}" if near else f"the layers' names are {names[:12]}"
+    if isinstance(targets, str):
+        hint += "; a string is a regular expression for the whole name, a list holds names or ends of names"
+    return hint
