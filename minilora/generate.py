@@ -6,6 +6,7 @@
 
 The prefix that all prompts share (a system prompt, few-shot examples) is computed once; its keys and values are
 copied into every batch's cache. Prompts are batched by length, and rows that have ended leave the batch.
+Each row may have an adapter of its own; keys and values depend on it, so that no prefix is shared then.
 """
 
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
+from minilora.mixed_batch import adapters_for_rows
 from minilora.model import KVCache, Transformer
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
@@ -46,13 +48,13 @@ SECONDS_UNTIL_PROGRESS = 2.0
 def generate(
     model: Transformer, tokenizer: Tokenizer, messages: str | Conversation, max_new_tokens: int = ...,
     temperature: float = ..., top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ...,
-    batch_size: int | None = ..., progress: str | None = ...,
+    batch_size: int | None = ..., progress: str | None = ..., adapter_names: Sequence[str] | None = ...,
 ) -> str: ...  # fmt: skip
 @overload
 def generate(
     model: Transformer, tokenizer: Tokenizer, messages: list[str] | list[Conversation], max_new_tokens: int = ...,
     temperature: float = ..., top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ...,
-    batch_size: int | None = ..., progress: str | None = ...,
+    batch_size: int | None = ..., progress: str | None = ..., adapter_names: Sequence[str] | None = ...,
 ) -> list[str]: ...  # fmt: skip
 def generate(
     model: Transformer,
@@ -65,12 +67,15 @@ def generate(
     seed: int | None = None,
     batch_size: int | None = None,
     progress: str | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> str | list[str]:
     """Answer one conversation, or continue one text: a str for one, a list of them for a list, in the given order.
 
     A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
     `progress` labels a progress bar, shown once the call has taken two seconds.
-    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`.
+    `adapter_names` names for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
+    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, and for adapter names that are
+    not the model's or not one for each prompt.
     """
     one = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
     prompts = cast(list[str | Conversation], [messages] if one else messages)
@@ -82,6 +87,7 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, seed),
         batch_size=batch_size,
         progress=progress,
+        adapter_names=adapter_names,
     )
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     return texts[0] if one else texts
@@ -142,6 +148,7 @@ def generate_tokens(
     sampling: Sampling = GREEDY,
     batch_size: int | None = None,
     progress: str | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the given order, up to and with the first of `eos_token_ids`.
 
@@ -150,7 +157,7 @@ def generate_tokens(
     """
     new: list[list[int]] = [[] for _ in prompts]
     with progress_bar(progress, len(prompts) * max_new_tokens) as advance:
-        for step in _decode(model, prompts, max_new_tokens, eos_token_ids, sampling, batch_size):
+        for step in _decode(model, prompts, max_new_tokens, eos_token_ids, sampling, batch_size, adapter_names):
             for row, token in step:
                 new[row].append(token)
                 advance(max_new_tokens - len(new[row]) + 1 if token in eos_token_ids else 1)
@@ -165,6 +172,7 @@ def _decode(
     eos_token_ids: Sequence[int] | set[int],
     sampling: Sampling,
     batch_size: int | None,
+    adapter_names: Sequence[str] | None = None,
 ) -> Iterator[Step]:
     """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -172,10 +180,12 @@ def _decode(
             raise InputError(f"{name} must be at least 1, not {value}")
     limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
-    with evaluating(model):
-        prefix = shared_prefix(model, prompts)
+    if adapter_names is not None and len(adapter_names) != len(prompts):
+        raise InputError(f"adapter_names has {len(adapter_names)} names for {len(prompts)} prompts: give one for each")
+    with evaluating(model), _naming_rows(model, adapter_names) as name_rows:
+        prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
         for rows in _batches(model, prompts, limits, batch_size):
-            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows))
+            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows)
             for n in range(max_new_tokens):
                 chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
                 tokens = chosen.tolist()
@@ -188,7 +198,18 @@ def _decode(
                     break
                 if sum(state.live) <= WORTH_DROPPING * len(state.live):
                     chosen = state.drop_finished(chosen)
+                name_rows(state.rows)
                 logits = state.forward(model, chosen)
+
+
+@contextmanager
+def _naming_rows(model: Transformer, adapter_names: Sequence[str] | None) -> Iterator[Callable[[list[int]], None]]:
+    """A function that says which prompts the next batch holds, so that each goes through the adapter named for it."""
+    if adapter_names is None:  # all go through the active ones
+        yield lambda rows: None
+        return
+    with adapters_for_rows(model, adapter_names) as row_names:
+        yield lambda rows: row_names.use([adapter_names[row] for row in rows])
 
 
 def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int) -> int:
@@ -247,7 +268,12 @@ class _State:
 
 
 def _prefill(
-    model: Transformer, prefix: KVCache, prompts: Sequence[Sequence[int]], rows: list[int], new_tokens: int
+    model: Transformer,
+    prefix: KVCache,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    new_tokens: int,
+    name_rows: Callable[[list[int]], None],
 ) -> tuple[_State, Tensor]:
     """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token.
 
@@ -268,6 +294,7 @@ def _prefill(
         input_ids = torch.tensor([[*prompts[rows[i]][past:], *[0] * (T - lengths[i])] for i in batch])
         last = place[:T] == torch.tensor([lengths[i] - 1 for i in batch])[:, None]
         part = _rows_of(cache, slice(batch[0], batch[-1] + 1))
+        name_rows([rows[i] for i in batch])
         logits.append(model(input_ids.to(device), cache=part, logits_at=last.to(device)))
     cache.length = past + longest
     positions = torch.tensor([past + length for length in lengths])

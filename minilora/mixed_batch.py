@@ -23,12 +23,13 @@ class RowNames:
 
     def __init__(self, names: Sequence[str], layers: dict[str, AdaptedLayer]) -> None:
         self._layers = layers
-        self.use(names)
-
-    def use(self, names: Sequence[str]) -> None:
-        """From now on the batch has these rows, in this order."""
         self.names = list(names)
         self._rows: dict[torch.device, dict[str, Tensor]] = {}  # made once for all layers on a device
+
+    def use(self, names: Sequence[str]) -> None:
+        """From now on the batch has these rows, in this order; the names must be among those given at first."""
+        if list(names) != self.names:
+            self.names, self._rows = list(names), {}
 
     def rows(self, x: Tensor, layer: AdaptedLayer) -> dict[str, Tensor]:
         """{name: numbers of its rows, int64 on the device of x}.

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from adapter_helpers import IDS, SHAPE, logits, peft_parameters, randomize, tiny_llama
+from chat_helpers import CHATML, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from minilora.adapters import (
     trainable_parameters,
 )
 from minilora.errors import InputError
+from minilora.generate import generate, generate_tokens
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.mixed_batch import adapters_for_rows
+from minilora.model import ModelConfig, Transformer
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order
@@ -303,6 +306,56 @@ def test_beam_search_takes_a_name_for_every_beam() -> None:
     with adapters_for_rows(ours, [name for name in NAMES for _ in range(3)]):
         tokens = ours.generate(ROWS, **options)
     assert torch.equal(tokens, theirs.generate(input_ids=ROWS, adapter_names=NAMES, **options))
+
+
+def our_llama() -> Transformer:
+    model = Transformer(ModelConfig.from_hf(tiny_llama().config.to_dict()))
+    model.load_state_dict(tiny_llama().state_dict())
+    return with_adapters(model, CONFIGS, scale=4)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_our_generate_answers_each_prompt_through_its_adapter(batch_size: int | None) -> None:
+    model = our_llama()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(SHAPE["vocab_size"], (n,), generator=generator).tolist() for n in (40, 3, 9, 1, 9, 5)]
+    prompts = [drawn[0] + rest for rest in drawn[1:]]  # a prefix worth sharing, were it not for the adapters
+    expected = []
+    for prompt, name in zip(prompts, NAMES, strict=True):
+        with adapters_for_rows(model, [name]):
+            tokens = [*prompt]
+            for _ in range(12):
+                with torch.no_grad():
+                    tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    eos = {expected[1][3], expected[4][7]}  # two rows end before the others and leave the batch
+    ends = [next((i + 1 for i, token in enumerate(row) if token in eos), 12) for row in expected]
+    assert len(set(ends)) > 1
+    tokens = generate_tokens(model, prompts, 12, eos, batch_size=batch_size, adapter_names=NAMES)
+    assert tokens == [row[:end] for row, end in zip(expected, ends, strict=True)]
+    assert len({tuple(row) for row in generate_tokens(model, [prompts[0]] * 4, 12, adapter_names=NAMES[:4])}) == 4
+
+
+def test_our_generate_through_an_adapted_output_head() -> None:
+    model = our_llama()
+    add_adapter(model, LoRAConfig(r=4, target_modules=["lm_head"]), "head")
+    randomize(model, "head")
+    prompts, names = [[5, 6, 7], [5, 6, 7, 8], [5, 6, 7, 8]], ["head", "__base__", "head"]
+    expected = []
+    for prompt, name in zip(prompts, names, strict=True):
+        with disable_adapters(model) if name == "__base__" else nullcontext():
+            expected += generate_tokens(model, [prompt], 6)
+    assert generate_tokens(model, prompts, 6, adapter_names=names) == expected
+    assert expected[1] != expected[2]
+
+
+def test_our_generate_takes_a_name_for_every_prompt() -> None:
+    model, tokenizer = our_llama(), tiny(CHATML)
+    for messages, names in (("hi", ["fr", "de"]), (["hi", "you"], ["fr"])):
+        with pytest.raises(InputError, match=r"adapter_names has .* give one for each"):
+            generate(model, tokenizer, messages, adapter_names=names)
+    with pytest.raises(InputError, match="no adapter named 'it'"):
+        generate(model, tokenizer, "hi", adapter_names=["it"])
 
 
 # --- states and errors -----------------------------------------------------------------------------------------------
