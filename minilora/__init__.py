@@ -20,9 +20,12 @@ from minilora.general_ability import general_ability
 from minilora.generate import generate
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
+from minilora.mixed_batch import adapters_for_rows
 from minilora.peft_format import load_adapter, save_adapter
 from minilora.train import TrainConfig, train
 from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
 
 __version__ = "0.1.0"
 
@@ -32,12 +35,15 @@ __all__ = [
     "NF4Linear",
     "LoRAConfig",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoRALinear",
     "variants",
     # adapters on a model
     "add_adapter",
     "adapter_names",
     "set_adapter",
+    "adapters_for_rows",
     "disable_adapters",
     "trainable_parameters",
     "merge",

@@ -1,0 +1,72 @@
+"""LoHa: the elementwise product of two low-rank matrices, whose rank can be r² for the parameters of rank 2r.
+
+    ΔW = (A₁ B₁) ⊙ (A₂ B₂)                           A (out, r), B (r, in·kernel)
+    ΔW = (T₁ ×₁ A₁ᵀ ×₂ B₁ᵀ) ⊙ (T₂ ×₁ A₂ᵀ ×₂ B₂ᵀ)     use_effective_conv2d: T (r, r, *kernel), A (r, out), B (r, in)
+
+Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098: propositions 1 and 3; for fine-tuning: Yeh et al. 2023 (LyCORIS),
+arXiv 2309.14859, section 3.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import register
+from minilora.variants.lycoris import Lycoris, LycorisConfig, empty, wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(LycorisConfig):
+    """PEFT's `LoHaConfig`."""
+
+    peft_type: ClassVar[str] = "LOHA"
+
+
+@register
+class LoHa(Lycoris):
+    """hada_w1_a, hada_w2_a (out, r) and hada_w1_b, hada_w2_b (r, in·kernel), which starts at zero in the second pair.
+
+    With use_effective_conv2d: (r, out), (r, in), and hada_t1, hada_t2 (r, r, *kernel), as PEFT stores them: a 1d kernel
+    as (kernel, 1).
+    """
+
+    config_class = LoHaConfig
+
+    def __init__(self, layer: nn.Module, config: LoHaConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
+        r, (out_features, in_features, *kernel) = self.r, self.kind.shape
+        if self.factors_kernel:
+            self.hada_t1 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
+            self.hada_w1_a, self.hada_w1_b = empty(r, out_features), empty(r, in_features)
+            self.hada_t2 = empty(*self.hada_t1.shape)
+            self.hada_w2_a, self.hada_w2_b = empty(r, out_features), empty(r, in_features)
+        else:
+            self.hada_w1_a, self.hada_w1_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
+            self.hada_w2_a, self.hada_w2_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform all but the last factor, in the order in which PEFT draws."""
+        for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        if self.config.init_weights:
+            nn.init.zeros_(self.hada_w2_b)
+        else:
+            nn.init.kaiming_uniform_(self.hada_w2_b, a=math.sqrt(5))
+        if self.factors_kernel:
+            nn.init.kaiming_uniform_(self.hada_t1, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.hada_t2, a=math.sqrt(5))
+
+    def update(self) -> Tensor:
+        A1, B1, A2, B2 = (wide(p) for p in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+        if self.factors_kernel:
+            return tucker(wide(self.hada_t1), A1, B1) * tucker(wide(self.hada_t2), A2, B2)
+        return (A1 @ B1) * (A2 @ B2)
+
+
+def tucker(T: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """T ×₁ Aᵀ ×₂ Bᵀ (out, in, k, l) for T (r, r, k, l), A (r, out), B (r, in)."""
+    return torch.einsum("ijkl,io,jn->onkl", T, A, B)
