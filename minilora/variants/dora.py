@@ -22,11 +22,12 @@ class DoRA(LoRA):
     """LoRA with a learnt magnitude: lora_magnitude_vector (out_features,), for a convolution (1, out, 1, …)."""
 
     additive = False
+    held_constant = ("_norm",)
 
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
         with torch.no_grad():
-            V = super().merged_weight(self.kind.weight(layer))
+            V = super().merged_weight(self.kind.weight(self.base_for(layer)))
             self.lora_magnitude_vector = nn.Parameter(self._norm(V))
 
     @classmethod

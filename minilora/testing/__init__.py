@@ -1,0 +1,50 @@
+"""The conformance suite: everything that a user of a variant will do with it, tried on tiny models in a second or two.
+
+    import minilora.testing
+
+    minilora.testing.check_variant(MyConfig(r=4))
+
+or one test for each check:
+
+    @pytest.mark.parametrize("check", minilora.testing.CHECKS, ids=lambda check: check.__name__)
+    def test_my_variant(check):
+        check(MyConfig(r=4))
+
+Needs nothing but what minilora needs. The guide is docs/write_your_own_variant.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from minilora.adapter import AdapterConfig
+from minilora.adapters import add_adapter
+from minilora.testing import arithmetic, life
+from minilora.testing.trial import CHECKS, Check, example_input
+
+__all__ = ["CHECKS", "Check", "arithmetic", "check_variant", "example_input", "life"]
+
+
+def check_variant(
+    config: AdapterConfig,
+    *,
+    add: Callable[[nn.Module, AdapterConfig, str], Any] = add_adapter,
+    starts_at_zero: bool = True,
+    shares: tuple[str, ...] = (),
+) -> None:
+    """Try every check on the variant that is registered for this configuration.
+
+    The models have two layers named "first" (16 features to 12) and "second" (12 to 8), for options that take names;
+    `target_modules` is set to both. Choose small ranks.
+
+    add: puts an adapter on a model, for a variant that needs more than `add_adapter(model, config, name)`, such as
+    data; `example_input(model)` is what the model takes.
+    starts_at_zero: False for a variant that by design changes the model as soon as it is added.
+    shares: names of trained parameters that several layers or adapters have in common by design.
+    A method that takes no gradient by design is declared in the class: `held_constant`.
+
+    Raises AssertionError at the first check that fails: what was expected, what was found, and where to look.
+    """
+    for check in CHECKS:
+        check(config, add=add, starts_at_zero=starts_at_zero, shares=shares)

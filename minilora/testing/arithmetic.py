@@ -1,0 +1,278 @@
+"""Checks of what a variant computes: where it starts, its gradients, merging, dropout, shapes and half precision."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError, gradcheck
+
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapter import Adapter, Below
+from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
+from minilora.lora import LoRAConfig
+from minilora.testing.trial import (
+    LAYERS,
+    NAMES,
+    Trial,
+    adapters_of,
+    bits,
+    changed_bits,
+    check,
+    distance,
+    example_input,
+    expect,
+    expect_equal,
+    shake,
+    tokens,
+    trained,
+)
+
+
+@check(*LAYERS)
+def starts_as_the_base_model(trial: Trial, layer: str) -> None:
+    """A new adapter changes nothing (not checked where `starts_at_zero=False` declares that it does)."""
+    model = trial.base(layer)
+    x = example_input(model)
+    before = model(x)
+    trial.put_on(model, "default")
+    if trial.starts_at_zero:
+        expect_equal(model(x), before, trial, "the base model's output after add_adapter", "__init__ (where it starts)")
+
+
+@check(*LAYERS)
+def gradients_equal_finite_differences(trial: Trial, layer: str) -> None:
+    """In float64, of every parameter and of the input. What `held_constant` names is held constant in both.
+
+    A declaration of what takes no gradient must be true: without holding anything, some gradient has to differ.
+    """
+    model = trial.model(layer).double()
+    x = example_input(model)
+    leaves = trained(model)
+    if x.is_floating_point():
+        x = x.double().requires_grad_()
+        leaves["the input"] = x
+    with _held_constant(model, x):
+        wrong = {name: problem for name, leaf in leaves.items() if (problem := _wrong_gradient(model, x, leaf))}
+    for name, problem in wrong.items():
+        expect(False, trial, f"the gradient of {name} that finite differences give", problem, _computes(trial))
+    if trial.variant.held_constant:
+        honest = any(_wrong_gradient(model, x, leaf) for leaf in leaves.values())
+        names = ", ".join(trial.variant.held_constant)
+        expect(honest, trial, f"no gradient through {names}", "the whole gradient", "held_constant")
+
+
+def _wrong_gradient(model: nn.Module, x: Tensor, leaf: Tensor) -> str | None:
+    """Where the gradient of `leaf` is not the finite difference, what the two are."""
+    try:  # float64 with steps of 1e-6: the differences are right to about 1e-9
+        gradcheck(lambda _: model(x), (leaf,), eps=1e-6, atol=1e-7, rtol=1e-5)
+    except GradcheckError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@contextmanager
+def _held_constant(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Inside the `with`, the methods that `held_constant` names return what they return now for x."""
+    held = [(adapter, name) for adapter in adapters_of(model) for name in adapter.held_constant]
+    recorded: dict[tuple[Adapter, str], list[Tensor]] = {key: [] for key in held}
+    for adapter, name in held:
+        _record(adapter, name, recorded[adapter, name])
+    model(x)
+    for (adapter, name), values in recorded.items():
+        _replay(adapter, name, values)
+    yield
+    for adapter, name in held:
+        delattr(adapter, name)  # the class's own method again
+
+
+def _record(adapter: Adapter, name: str, values: list[Tensor]) -> None:
+    method = getattr(adapter, name)
+
+    def recording(*args: object, **keywords: object) -> Tensor:
+        values.append(method(*args, **keywords))
+        return values[-1]
+
+    setattr(adapter, name, recording)
+
+
+def _replay(adapter: Adapter, name: str, values: list[Tensor]) -> None:
+    calls = itertools.cycle(values)
+    setattr(adapter, name, lambda *args, **keywords: next(calls))
+
+
+def _computes(trial: Trial) -> str:
+    return "forward" if trial.additive else "transform"
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+def _merges(trial: Trial) -> str:
+    return "delta (or forward, which must agree with it)" if trial.additive else "merged_weight and merged_bias"
+
+
+@check(*LAYERS)
+def merge_equals_forward(trial: Trial, layer: str) -> None:
+    """The merged model, and the plain model that `unload(merge=True)` gives, compute what the adapted one does."""
+    model = trial.model(layer)
+    x = example_input(model)
+    wanted = model(x)
+    merge(model)
+    expect_equal(model(x), wanted, trial, "the adapted model's output after merge", _merges(trial))
+    unload(model, merge=True)
+    left = [type(module).__name__ for module in model.modules() if isinstance(module, AdaptedLayer | Adapter)]
+    expect(
+        not left, trial, "plain layers after unload(merge=True)", f"{left}", "__init__ (it must not change the layer)"
+    )
+    expect_equal(model(x), wanted, trial, "the adapted model's output after unload(merge=True)", _merges(trial))
+
+
+@check(*LAYERS)
+def unmerge_restores_the_bits(trial: Trial, layer: str) -> None:
+    """After merge and unmerge, the state dict and the output are bit for bit what they were."""
+    model = trial.model(layer)
+    x = example_input(model)
+    before, wanted = bits(model), model(x)
+    merge(model)
+    unmerge(model)
+    changed = changed_bits(before, bits(model))
+    look_at = "delta" if trial.additive else "merged_weight (it must not change the W that it is given)"
+    expect(not changed, trial, "every bit as before merge and unmerge", f"other bits in {changed}", look_at)
+    expect(torch.equal(model(x), wanted), trial, "the output as before, bit for bit", "another one", look_at)
+
+
+@check(*LAYERS)
+def merges_among_other_adapters(trial: Trial, layer: str) -> None:
+    """With two of its kind active, and with a LoRA before or after it, merging still equals forward."""
+    for order in (["one", "two"], ["one", "lora"], ["lora", "one"]):
+        model = trial.model(layer, "one", "two")
+        add_adapter(model, LoRAConfig(r=2, target_modules=list(NAMES)), "lora")
+        shake(model, "lora", seed=5)
+        set_adapter(model, order)
+        x = example_input(model)
+        wanted = model(x)
+        merge(model)
+        names = " and then ".join("the LoRA" if name == "lora" else "one of these" for name in order)
+        expect_equal(model(x), wanted, trial, f"with {names} active, merged as unmerged", _merges(trial))
+
+
+@check(*LAYERS)
+def adds_onto_what_it_is_given(trial: Trial, layer: str) -> None:
+    """With `add`, the result is the result without it, + add; alone, `forward` is the product with `delta`."""
+    model = trial.model(layer)
+    x = example_input(model)
+    first = model.get_submodule("first")
+    assert isinstance(first, AdaptedLayer)
+    (adapter,) = first.active_adapters()
+    add = torch.randn_like(first.base_layer(x))
+    if trial.additive:
+        alone, onto = adapter(x), adapter(x, add=add)
+        expect_equal(alone, adapter.kind.apply(x, adapter.delta()), trial, "the product of x with delta()", "forward")
+    else:
+        below = Below(first.base_layer, first._base, first.kind, [])
+        alone, onto = adapter.transform(x, below), adapter.transform(x, below, add)
+    expect_equal(onto, alone + add, trial, "the result without `add`, + add", _computes(trial))
+
+
+# --- dropout, shapes, dtypes -----------------------------------------------------------------------------------------
+
+
+@check("linear")
+def drops_in_training_only(trial: Trial, layer: str) -> None:
+    """Every *_dropout of the configuration acts in training, not in evaluation; lora_dropout keeps the expectation."""
+    for name in [field.name for field in fields(trial.config) if field.name.endswith("_dropout")]:
+        model, without = trial.model(layer, **{name: 0.5}), trial.model(layer, **{name: 0.0})
+        x = example_input(model)
+        expect_equal(model(x), without(x), trial, f"in evaluation no effect of {name}=0.5", _computes(trial))
+        model.train()
+        outputs = [model(x) for _ in range(20)]
+        drops = any(not torch.equal(y, outputs[0]) for y in outputs)
+        expect(drops, trial, f"in training with {name}=0.5 another output each time", "the same", _computes(trial))
+        if name == "lora_dropout":
+            _check_expectation(trial, model)
+
+
+def _check_expectation(trial: Trial, model: nn.Sequential) -> None:
+    """Over many rows, each with a mask of its own, the first layer gives on average what it gives in evaluation."""
+    layer = model.get_submodule("first")
+    x = tokens(1).expand(4096, -1)
+    y = layer.train()(x).double()
+    error = (y.mean(0) - layer.eval()(x[:1]).double()).abs() / (y.std(0) / len(y) ** 0.5).clamp_min(1e-6)
+    worst = float(error.detach().max())  # normally distributed: 5 deviations happen once in a million
+    found = f"{worst:.0f} standard errors from it"
+    expect(worst < 5, trial, "in training, on average, the output without dropout", found, "forward (divide by 1 - p)")
+
+
+@check("linear", "nf4")
+def takes_any_batch_shape(trial: Trial, layer: str) -> None:
+    """No batch dimension, several, and a batch of nothing: (…, in) gives (…, out), row by row the same."""
+    model = trial.model(layer)
+    for shape in ((), (1,), (0,), (2, 0, 3), (2, 1, 3, 2)):
+        x = tokens(*shape)
+        rows = model(x.reshape(-1, 16)) if x.numel() else torch.empty(0, 8)
+        expected = f"for an input {tuple(x.shape)} what its rows give one by one"
+        expect_equal(model(x), rows.view(*shape, 8), trial, expected, _computes(trial))
+
+
+# A half-precision number is within one unit of the exact one; each layer rounds x, W x, A x, the update and the sum, at
+# random and mostly by less than a unit.
+UNITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@check("linear", "nf4")
+def keeps_float32_on_a_half_precision_base(trial: Trial, layer: str) -> None:
+    """On a bfloat16 or float16 model: float32 parameters and gradients; outputs in the input's dtype, near float64's.
+
+    Whatever torch's default dtype is while the adapter is made.
+    """
+    for dtype, unit in UNITS.items():
+        model = trial.base(layer).to(dtype)
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            trial.put_on(model, "default")
+        finally:
+            torch.set_default_dtype(default)
+        shake(model)
+        parameters = {key: p for adapter in adapters_of(model) for key, p in adapter.named_parameters()}
+        for name, parameter in parameters.items():
+            found = f"{name} in {parameter.dtype}"
+            expect(parameter.dtype == torch.float32, trial, f"float32 parameters on a {dtype} base", found, "__init__")
+        x = example_input(model).to(dtype)
+        y = model(x)
+        expect(y.dtype == dtype, trial, f"an output in the input's {dtype}", f"{y.dtype}", _computes(trial))
+        exact = copy.deepcopy(model).double()(x.double())
+        expect_equal(y, exact, trial, f"in {dtype} nearly what float64 gives", _computes(trial), tolerance=4 * unit)
+        y.float().pow(2).sum().backward()
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                finite = gradient is not None and bool(gradient.isfinite().all())
+                expect(finite, trial, f"a finite gradient of {name} on a {dtype} base", f"{gradient}", _computes(trial))
+
+
+@check(*LAYERS)
+def disabled_is_the_base_bit_for_bit(trial: Trial, layer: str) -> None:
+    """Inside `disable_adapters`, merged or not, and after `unload`, the model is the base model to the last bit."""
+    base, model = trial.base(layer), trial.model(layer)
+    x = example_input(base)
+    wanted, acting = base(x), model(x)
+    look_at = "__init__ (it must leave the layer as it is)"
+    for merged in (False, True):
+        if merged:
+            merge(model)
+        with disable_adapters(model):
+            found = distance(model(x), wanted)
+            state = "merged and disabled" if merged else "disabled"
+            expect(torch.equal(model(x), wanted), trial, f"{state}: the base", f"an error of {found:.1e}", look_at)
+    unmerge(model)
+    expect(
+        torch.equal(model(x), acting), trial, "enabled again, the same output as before", "another", _computes(trial)
+    )
+    unload(model)
+    changed = changed_bits(bits(base), bits(model))
+    expect(not changed, trial, "after unload, the base layers", f"other bits in {changed}", look_at)

@@ -1,0 +1,274 @@
+"""Checks of what happens to a variant in use: added, trained, named, copied, moved, compiled, saved and loaded."""
+
+import copy
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapter import Adapter
+from minilora.adapters import BASE, disable_adapters, set_adapter
+from minilora.errors import InputError
+from minilora.mixed_batch import adapters_for_rows
+from minilora.peft_format import load_adapter, save_adapter
+from minilora.testing.trial import (
+    LAYERS,
+    NAMES,
+    Trial,
+    adapters_of,
+    bits,
+    changed_bits,
+    check,
+    distance,
+    example_input,
+    expect,
+    expect_equal,
+    shake,
+    trained,
+)
+
+
+@check("linear")
+def refuses_a_kind_of_layer_clearly(trial: Trial, layer: str) -> None:
+    """A kind that the variant does not take is one InputError that names the layer, and the model stays as it was."""
+    for kind in LAYERS:
+        model = trial.base(kind)
+        before = bits(model)
+        try:
+            trial.put_on(model, "default")
+        except InputError as error:
+            message = str(error)
+            named = NAMES[0] in message or NAMES[1] in message
+            expected = f"on {kind} layers, one line that names the layer (its path is an argument)"
+            expect(named and "\n" not in message, trial, expected, repr(message), "__init__")
+            changed = changed_bits(before, bits(model))
+            expect(not changed, trial, f"an unchanged {kind} model after the InputError", f"{changed}", "__init__")
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            expect(False, trial, f"an adapter on {kind} layers, or an InputError", found, "__init__")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(trial: Trial, model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list[float]:
+    """The losses of so many steps of Adam on the trainable parameters, with the regularization of the variant."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = F.mse_loss(model(x), target)
+        losses.append(loss.item())
+        for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
+            term = adapter.regularization()
+            loss = loss if term is None else loss + term
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@check("linear", "nf4")
+def trains(trial: Trial, layer: str) -> None:
+    """In 50 steps towards what another adapter of its kind computes, the loss falls and every parameter moves."""
+    model, teacher = trial.base(layer), trial.model(layer)
+    trial.put_on(model, "default")
+    x = example_input(model)
+    parameters = trained(model)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    expect(bool(before), trial, "parameters that require a gradient", "none", "__init__")
+    losses = _train(trial, model, x, teacher(x).detach(), steps=50)
+    found = f"{losses[0]:.3g} at the start and {losses[-1]:.3g} at the end"
+    expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, "forward or transform")
+    idle = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
+    expect(not idle, trial, "every trained parameter to move", f"no change in {idle}", "forward (it takes no part)")
+
+
+@check("linear", "nf4", "embedding")
+def leaves_the_base_frozen(trial: Trial, layer: str) -> None:
+    """Adding two adapters and training one changes no bit of the base model and gives it no gradient."""
+    base, model = trial.base(layer), trial.model(layer, "one", "two")
+    x = example_input(base)
+    _train(trial, model, x, torch.zeros_like(base(x)), steps=2)
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            trained = [key for key, p in module.base_layer.named_parameters() if p.requires_grad or p.grad is not None]
+            look_at = "__init__ (it must not keep the layer as a submodule)"
+            expect(not trained, trial, f"a frozen base layer {name}", f"{trained} in training", look_at)
+    own = {key.replace("base_layer.", ""): value for key, value in bits(model).items() if ".adapters." not in key}
+    changed = changed_bits(bits(base), own)
+    expect(not changed, trial, "the bits of the base model", f"others in {changed}", "__init__")
+
+
+@check("linear")
+def shares_no_parameter(trial: Trial, layer: str) -> None:
+    """What one adapter trains is nobody else's memory: not the base's, and not another adapter's unless `shares`."""
+    model = trial.model(layer, "one", "two")
+    owners = {_place(p): f"the base's {key}" for key, p in model.named_parameters() if ".adapters." not in key}
+    for adapter_name in ("one", "two"):
+        for path, adapter in zip(NAMES, adapters_of(model, adapter_name), strict=True):
+            for key, parameter in adapter.named_parameters():
+                if key in trial.shares:
+                    continue
+                place, owner = _place(parameter), f"{path}.{key} of adapter {adapter_name!r}"
+                found = f"{owner} in the memory of {owners.get(place)}"
+                expect(place not in owners, trial, "memory of its own for each parameter", found, "__init__ or share")
+                owners[place] = owner
+
+
+def _place(parameter: Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+@check("linear", "nf4")
+def works_under_gradient_checkpointing(trial: Trial, layer: str) -> None:
+    """Recomputed in backward, with the dropout of the configuration, every gradient is bit for bit the same."""
+    for use_reentrant in (False, True):
+        model = trial.model(layer).train()
+        plain, recomputed = (_gradients(model, reentrant) for reentrant in (None, use_reentrant))
+        for name, gradient in plain.items():
+            found = f"another gradient of {name} (use_reentrant={use_reentrant})"
+            same, look_at = torch.equal(gradient, recomputed[name]), "forward (does it give the same twice?)"
+            expect(same, trial, "the gradients that are found without checkpointing", found, look_at)
+
+
+def _gradients(model: nn.Module, use_reentrant: bool | None) -> dict[str, Tensor]:
+    """Of the trained parameters, from the same random numbers; None means without checkpointing."""
+    x = example_input(model).requires_grad_()
+    torch.manual_seed(1)
+    y = model(x) if use_reentrant is None else checkpoint(model, x, use_reentrant=use_reentrant)
+    model.zero_grad()
+    y.pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- several on one base ---------------------------------------------------------------------------------------------
+
+
+@check(*LAYERS)
+def several_live_on_one_base(trial: Trial, layer: str) -> None:
+    """Each of two acts as if it were alone, whatever was active before; both at once add up where they are additive."""
+    both = trial.model(layer, "one", "two")
+    x = example_input(both)
+    alone = {name: _alone(trial, layer, both, name)(x) for name in ("one", "two")}
+    for name in ("one", "two", "one"):
+        set_adapter(both, name)
+        found = f"an error of {distance(both(x), alone[name]):.1e}"
+        expected = f"after set_adapter({name!r}) what this adapter gives when it is alone"
+        expect(torch.equal(both(x), alone[name]), trial, expected, found, "__init__ (is something kept in the class?)")
+    if trial.additive:
+        first = both.get_submodule("first")
+        assert isinstance(first, AdaptedLayer)
+        wanted = first.base_layer(x) + sum(adapter(x) for adapter in (first.adapters["one"], first.adapters["two"]))
+        set_adapter(both, ["one", "two"])
+        expect_equal(first(x), wanted, trial, "with both active, the sum of their updates", "forward")
+
+
+def _alone(trial: Trial, layer: str, model: nn.Module, name: str) -> nn.Module:
+    """A model with a copy of this one adapter."""
+    alone = trial.model(layer, name)
+    for mine, other in zip(adapters_of(alone, name), adapters_of(model, name), strict=True):
+        mine.load_state_dict(other.state_dict())
+    return alone
+
+
+@check(*LAYERS)
+def serves_each_row_its_own_adapter(trial: Trial, layer: str) -> None:
+    """Inside `adapters_for_rows`, each row of the batch is what its adapter, or the base, gives alone."""
+    model = trial.model(layer, "one", "two")
+    x = example_input(model)
+    x = torch.cat([x, x])
+    with disable_adapters(model):
+        alone = {BASE: model(x)}
+    for name in ("one", "two"):
+        set_adapter(model, name)
+        alone[name] = model(x)
+    names = ["one", BASE, "two", "one"]
+    with adapters_for_rows(model, names):
+        y = model(x)
+    for row, name in enumerate(names):
+        expect_equal(y[row], alone[name][row], trial, f"row {row} of a mixed batch as {name!r} alone", "forward")
+
+
+# --- as a module -----------------------------------------------------------------------------------------------------
+
+
+@check("linear", "nf4")
+def deepcopies(trial: Trial, layer: str) -> None:
+    """A copy computes the same, from parameters of its own: to change the copy leaves the original alone."""
+    model = trial.model(layer)
+    x = example_input(model)
+    wanted, twin = model(x), copy.deepcopy(model)
+    expect(torch.equal(twin(x), wanted), trial, "a copy that computes the same", "another output", "__init__")
+    shake(twin, seed=7)
+    look_at = "__init__ (a closure or a list that holds the original's parameters?)"
+    expect(torch.equal(model(x), wanted), trial, "the original as it was", "that changing the copy changed it", look_at)
+    follows = not torch.equal(twin(x), wanted)
+    expect(follows, trial, "a copy that follows its own parameters", "the same output with others", look_at)
+
+
+@check(*LAYERS)
+def state_dict_holds_everything(trial: Trial, layer: str) -> None:
+    """The state dict of one model, loaded into another with other weights and a new adapter, gives the same output."""
+    model = trial.model(layer)
+    x = example_input(model)
+    other = trial.base(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    trial.put_on(other, "default")
+    other.load_state_dict(model.state_dict())
+    look_at = "__init__ (is all that forward uses a parameter or a registered buffer?)"
+    expect_equal(other(x), model(x), trial, "the same output after load_state_dict", look_at, tolerance=1e-6)
+
+
+@check("linear")
+def moves_to_dtypes_and_devices(trial: Trial, layer: str) -> None:
+    """All of it follows .to(): in float64 it computes the same, and on another device ("meta") nothing stays behind."""
+    model = trial.model(layer)
+    x = example_input(model)
+    wanted = model(x)
+    double = copy.deepcopy(model).double()(x.double())
+    expect(double.dtype == torch.float64, trial, "float64 from .double()", f"{double.dtype}", "forward or transform")
+    expect_equal(double, wanted, trial, "the same output in float64", "forward or transform")
+    devices = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
+    for device in devices:
+        y = copy.deepcopy(model).to(device)(x.to(device))
+        expect(y.device.type == device, trial, f"an output on {device}", f"one on {y.device}", "__init__")
+        if device != "meta":
+            expect_equal(y.cpu(), wanted, trial, f"the same output on {device}", "forward or transform")
+
+
+@check("linear")
+def compiles_without_a_graph_break(trial: Trial, layer: str) -> None:
+    """torch.compile(fullgraph=True) of an adapted layer gives the same output and gradients.
+
+    The "eager" backend traces only: what it takes, a compiling one can.
+    """
+    model = trial.model(layer)
+    first, x = model.get_submodule("first"), example_input(model)
+    torch._dynamo.reset()  # earlier layers count against the limit of recompilations
+    compiled = torch.compile(first, backend="eager", fullgraph=True)
+    wanted, y = first(x), compiled(x)
+    expect_equal(y, wanted, trial, "the same output compiled", "forward or transform")
+    parameters = [parameter for parameter in first.parameters() if parameter.requires_grad]
+    eager, traced = (torch.autograd.grad(output.pow(2).sum(), parameters) for output in (wanted, y))
+    for mine, other in zip(traced, eager, strict=True):
+        expect_equal(mine, other, trial, "the same gradients compiled", "forward or transform")
+
+
+@check(*LAYERS)
+def saves_and_loads(trial: Trial, layer: str) -> None:
+    """`save_adapter`, then `load_adapter` on a plain model: the same output, and it trains on."""
+    model, other = trial.model(layer), trial.base(layer)
+    x = example_input(model)
+    wanted = model(x)
+    look_at = "peft_name (one key for each parameter) and the config's fields"
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        expect(torch.equal(model(x), wanted), trial, "a model that saving leaves alone", "another output", look_at)
+        load_adapter(other, folder)
+    expect_equal(other(x), wanted, trial, "the saved adapter's output after load_adapter", look_at)
+    expect(bool(trained(other)), trial, "a loaded adapter that trains on", "nothing requires a gradient", "__init__")

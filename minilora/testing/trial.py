@@ -1,0 +1,241 @@
+"""What a variant is tried on: a tiny model for every kind of layer, its adapters on it, and how a check fails."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapter import Adapter, AdapterConfig, adapter_class
+from minilora.adapters import adapters_named, add_adapter
+from minilora.errors import InputError
+from minilora.linear4bit import NF4Linear
+
+NAMES = ("first", "second")  # the two layers of every model here, and so the target_modules
+
+# A few dozen float32 roundings of 6e-8 each, with room for sums in another order.
+FLOAT32 = 1e-5
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its weight as (in, out), as the one in transformers that GPT-2 is made of."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def _nf4(in_features: int, out_features: int, bias: bool) -> NF4Linear:
+    return NF4Linear.from_linear(nn.Linear(in_features, out_features, bias=bias))
+
+
+# The layers called "first" and "second", of different shapes and the second without a bias where that is possible.
+LAYERS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "linear": lambda: (nn.Linear(16, 12), nn.Linear(12, 8, bias=False)),
+    "nf4": lambda: (_nf4(16, 12, True), _nf4(12, 8, False)),
+    "transposed": lambda: (Conv1D(12, 16), Conv1D(8, 12)),
+    "embedding": lambda: (nn.Embedding(16, 12), nn.Linear(12, 8, bias=False)),
+    "convolution": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, bias=False)),
+}
+
+
+def example_input(model: nn.Module) -> Tensor:
+    """What a model of `LAYERS` takes: (2, 3, 16), token ids (2, 3) or images (2, 3, 5, 5); always the same numbers."""
+    first = cast(nn.Module, model.first)
+    layer = first.base_layer if isinstance(first, AdaptedLayer) else first
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(layer.num_embeddings, (2, 3), generator=generator)
+    return torch.randn(2, 3, 5, 5, generator=generator) if isinstance(layer, nn.Conv2d) else tokens(2, 3)
+
+
+def tokens(*shape: int) -> Tensor:
+    """Inputs (*shape, 16) for a model of linear layers, always the same numbers."""
+    return torch.randn(*shape, 16, generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from this seed; outside, the generator goes on as if nothing had happened."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A variant on trial. The keywords of `check_variant` are these fields; see there."""
+
+    config: AdapterConfig
+    add: Callable[[nn.Module, AdapterConfig, str], None] = add_adapter
+    starts_at_zero: bool = True
+    shares: tuple[str, ...] = ()
+
+    @property
+    def variant(self) -> type[Adapter]:
+        return adapter_class(self.config)
+
+    @property
+    def additive(self) -> bool:
+        return self.variant.additive
+
+    def base(self, layer: str) -> nn.Sequential:
+        """The model without adapters, in evaluation mode; the same weights every time."""
+        with seeded(0):
+            first, second = LAYERS[layer]()
+        return nn.Sequential(OrderedDict(first=first, bend=nn.Tanh(), second=second)).eval()
+
+    def put_on(self, model: nn.Module, *names: str, **changed: Any) -> None:
+        """Add an adapter for each name, with some fields of the configuration changed."""
+        for name in names:
+            self.add(model, replace(self.config, target_modules=list(NAMES), **changed), name)
+
+    def model(self, layer: str, *names: str, **changed: Any) -> nn.Sequential:
+        """The model with an adapter for each name ("default"), away from where it starts; the last one is active.
+
+        The same numbers every time, and not those of an adapter that `put_on` makes.
+        """
+        model = self.base(layer)
+        for seed, name in enumerate(names or ("default",)):
+            with seeded(100 + seed):
+                self.put_on(model, name, **changed)
+            shake(model, name, seed)
+        return model
+
+    def takes(self, layer: str) -> bool:
+        """True if the variant can adapt this kind of layer; an nn.Linear it must."""
+        try:
+            self.put_on(self.base(layer), "default")
+        except InputError:
+            if layer == "linear":
+                raise
+            return False
+        return True
+
+
+@torch.no_grad()
+def shake(model: nn.Module, name: str = "default", seed: int = 0) -> None:
+    """Move every trained number of an adapter away from where it starts, so that it changes the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in adapters_named(model, name).values():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def adapters_of(model: nn.Module, name: str = "default") -> list[Adapter]:
+    """The adapters of the first and the second layer."""
+    return list(adapters_named(model, name).values())
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What the active adapters train, by the layer's and the parameter's name."""
+    adapted = {name: layer for name, layer in model.named_children() if isinstance(layer, AdaptedLayer)}
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in adapted.items()
+        for adapter in layer.active_adapters()
+        for key, parameter in adapter.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a − b| / |b| in float64, Frobenius norms; infinite where the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in the model's state dict."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def changed_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Which entries are not bit for bit what they were."""
+    same = {key for key in before.keys() & after.keys() if torch.equal(before[key], after[key])}
+    return sorted((before.keys() | after.keys()) - same)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+class Check(Protocol):
+    """`check(config, **declared)` raises AssertionError where the variant fails; `check_variant` has the keywords."""
+
+    __name__: str
+
+    def __call__(self, config: AdapterConfig, **declared: Any) -> None: ...
+
+
+CHECKS: list[Check] = []
+
+
+def check(*layers: str) -> Callable[[Callable[[Trial, str], None]], Check]:
+    """Decorator: make `function(trial, layer)` a check, run on each of these kinds of layer that the variant takes.
+
+    Random numbers are the same in every run. A failure, and any other error, becomes an AssertionError that names the
+    check, the variant, the kind of layer and the method to look at.
+    """
+
+    def decorate(function: Callable[[Trial, str], None]) -> Check:
+        @functools.wraps(function)
+        def run(config: AdapterConfig, **declared: Any) -> None:
+            trial = Trial(config, **declared)
+            name = getattr(function, "__name__", "check")
+            for layer in layers:
+                where = f"{name}: {trial.variant.__name__} on {layer}"
+                try:
+                    with seeded(0):
+                        if trial.takes(layer):
+                            function(trial, layer)
+                except AssertionError as failure:
+                    raise AssertionError(f"{where}: {failure}") from failure
+                except Exception as error:
+                    found = f"{type(error).__name__}: {error}"
+                    raise AssertionError(
+                        f"{where}: expected no error; found {found}; look at {_method_that_raised(error, trial)}"
+                    ) from error
+
+        CHECKS.append(cast(Check, run))
+        return cast(Check, run)
+
+    return decorate
+
+
+def expect(holds: bool, trial: Trial, expected: str, found: str, look_at: str) -> None:
+    """Fail where the condition does not hold, saying what to look at: the name of a method or attribute."""
+    if not holds:
+        raise AssertionError(f"expected {expected}; found {found}; look at {trial.variant.__name__}.{look_at}")
+
+
+def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
+    """Fail where |a − b| / |b| is not below the tolerance."""
+    error = distance(a, b)
+    found = (
+        f"shapes {tuple(a.shape)} and {tuple(b.shape)}" if a.shape != b.shape else f"a relative error of {error:.1e}"
+    )
+    expect(error < tolerance, trial, f"{expected} (within {tolerance:.0e})", found, look_at)
+
+
+def _method_that_raised(error: Exception, trial: Trial) -> str:
+    """The innermost method of an adapter that was running."""
+    found, frame = f"{trial.variant.__name__}.__init__", error.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        if isinstance(owner, Adapter):
+            found = f"{type(owner).__name__}.{frame.tb_frame.f_code.co_name}"
+        frame = frame.tb_next
+    return found
