@@ -44,13 +44,13 @@ class DoRA(LoRA):
         with torch.no_grad():
             norm = self._norm(super().merged_weight(below.weight()))
         y = below(x, self(x))
-        scale = (self.lora_magnitude_vector / norm).to(y.dtype)
-        bias = below.bias()
+        scale = self.lora_magnitude_vector / norm  # float32, as is all until y is rounded once, in its dtype
+        scaled = scale * y
+        bias = below.bias()  # y holds it, and it is not to be scaled
         if bias is not None:
             bias = bias.view(1, -1, *[1] * (y.dim() - 2)) if isinstance(self.kind, ConvKind) else bias
-            y = scale * (y - bias) + bias
-        else:
-            y = scale * y
+            scaled = scaled + (1 - scale) * bias
+        y = scaled.to(y.dtype)
         return y if add is None else y + add
 
     def merged_weight(self, W: Tensor) -> Tensor:
