@@ -26,6 +26,7 @@ from minilora.train import TrainConfig, train
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
 from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
+    "VeRAConfig",
     "LoRALinear",
     "variants",
     # adapters on a model

@@ -87,9 +87,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 # --- keys and tensors ------------------------------------------------------------------------------------------------
 
 
-def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, nn.Parameter]:
-    """The parameters of the adapters, given by the path of their layer, under the keys that PEFT gives them."""
-    return {
+def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of the adapters, given by the path of their layer, under the keys that PEFT gives them."""
+    shared = (adapter.shared_tensors() for adapter in adapters.values())  # the same ones from each
+    tensors = {f"base_model.{key}": tensor for of_adapter in shared for key, tensor in of_adapter.items()}
+    return tensors | {
         f"base_model.model.{path}.{adapter.peft_name(name)}": parameter
         for path, adapter in adapters.items()
         for name, parameter in adapter.named_parameters()

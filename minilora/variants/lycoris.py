@@ -43,6 +43,7 @@ class LycorisConfig(AdapterConfig):
     """another alpha for the layers whose name a pattern ends"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:

@@ -1,0 +1,132 @@
+"""VeRA: one frozen random pair A, B for all layers, and two learnt vectors for each.
+
+    y = W x + b + Λ_b B Λ_d A x      A (r, in), B (out, r): cut from the shared pair; Λ = diag(λ), λ_b (out,), λ_d (r,)
+
+λ_b = 0 at the start, so that the update is zero; λ_d is a small constant.
+
+Kopiczko, Blankevoort and Asano 2024, arXiv 2310.11454, equation 2 and section 3.3.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter, AdapterConfig, register
+from minilora.errors import InputError
+from minilora.layer_kinds import kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAConfig(AdapterConfig):
+    """The settings of VeRA, in the names and defaults of PEFT's `VeraConfig`.
+
+    Raises InputError for a value out of range.
+    """
+
+    peft_type: ClassVar[str] = "VERA"
+    peft_lacks: ClassVar[frozenset[str]] = frozenset({"exclude_modules", "lora_bias"})
+
+    r: int = 256
+    """rank of the update, at a cost of one number for each: larger than LoRA's"""
+    projection_prng_key: int = 0
+    """seed from which A and B are drawn"""
+    save_projection: bool = True
+    """write A and B into the adapter's file; False draws them again on loading"""
+    vera_dropout: float = 0.0
+    """probability with which an input of A is dropped in training"""
+    d_initial: float = 0.1
+    """where λ_d starts"""
+    init_weights: bool = True
+    """False starts at λ_b = 1 and a random λ_d, for tests"""
+    fan_in_fan_out: bool = False
+    """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.r, int) or self.r < 1:
+            raise InputError(f"VeRAConfig: r must be a whole number of at least 1, not {self.r!r}")
+        if not 0 <= self.vera_dropout < 1:
+            raise InputError(f"VeRAConfig: vera_dropout must be at least 0 and below 1, not {self.vera_dropout!r}")
+
+
+class Projections(nn.Module):
+    """The frozen pair that all layers share: A (r, largest in_features), B (largest out_features, r).
+
+    The same key draws the same numbers as in PEFT.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, config: VeRAConfig, in_features: int, out_features: int) -> None:
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+        self.register_buffer("A", kaiming(config.r, in_features, generator), config.save_projection)
+        self.register_buffer("B", kaiming(out_features, config.r, generator), config.save_projection)
+
+
+def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """(rows, columns), uniform with variance 2 / columns."""
+    bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(columns)
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+@register
+class VeRA(Adapter):
+    """vera_lambda_b (out_features,) and vera_lambda_d (r,) of one linear layer, and the pair that all layers share.
+
+    Raises InputError for any other layer.
+    """
+
+    config_class = VeRAConfig
+
+    def __init__(self, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> None:
+        super().__init__(layer, config, path)
+        self.shared = shared
+        self.dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
+        self.vera_lambda_b = nn.Parameter(torch.ones(self.kind.out_features, dtype=torch.float32))
+        self.vera_lambda_d = nn.Parameter(torch.randn(config.r, dtype=torch.float32))
+        if config.init_weights:
+            nn.init.zeros_(self.vera_lambda_b)
+            nn.init.constant_(self.vera_lambda_d, config.d_initial)
+
+    @classmethod
+    def share(cls, config: VeRAConfig, layers: Mapping[str, nn.Module]) -> Projections:
+        kinds = {path: kind_of(layer) for path, layer in layers.items()}
+        linear = [kind for kind in kinds.values() if kind is not None and kind.is_linear]
+        if len(linear) < len(kinds):
+            path = next(path for path, kind in kinds.items() if kind is None or not kind.is_linear)
+            raise InputError(f"{path} is a {type(layers[path]).__name__}: VeRA adapts linear layers only")
+        return Projections(config, max(k.in_features for k in linear), max(k.out_features for k in linear))
+
+    @classmethod
+    def build(cls, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> "VeRA":
+        return cls(layer, config, path, shared)
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of this layer: the first columns and rows of the shared ones, in its own dtype."""
+        A, B = self.shared.A[:, : self.kind.in_features], self.shared.B[: self.kind.out_features]
+        return A.to(self.vera_lambda_b), B.to(self.vera_lambda_b)
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Λ_b B Λ_d A dropout(x) (+ add), the products in the dtype of x."""
+        A, B = self.projections()
+        h = self.kind.apply(self.dropout(x), A.to(x.dtype))
+        h = (self.vera_lambda_d * h).to(x.dtype)
+        return self.kind.pointwise(h, (self.vera_lambda_b[:, None] * B).to(x.dtype), add)
+
+    def delta(self) -> Tensor:
+        """Λ_b B Λ_d A (out, in)."""
+        dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
+        A, B = (projection.to(dtype) for projection in self.projections())
+        return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        return {"vera_A": self.shared.A, "vera_B": self.shared.B} if self.config.save_projection else {}
+
+    def extra_repr(self) -> str:
+        return f"r={self.config.r}"
