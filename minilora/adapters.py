@@ -26,7 +26,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
     """
     check_every_name_matches(model, config)
-    _check_new_name(model, name)
+    check_new_name(model, name)
     attach(model, build_adapters(model, config, find_targets(model, config)), name)
 
 
@@ -49,7 +49,7 @@ def _device(layer: nn.Module) -> torch.device:
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
     """Put these adapters on the layers at their paths under one name, and make it the active one."""
-    _check_new_name(model, name)
+    check_new_name(model, name)
     refuse_merged(model)
     for path, adapter in adapters.items():
         layer = model.get_submodule(path)
@@ -68,7 +68,19 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
     set_adapter(model, name)
 
 
-def _check_new_name(model: nn.Module, name: str) -> None:
+def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+    """Put these adapters in the place of those of this name; a layer left without any adapter is plain again."""
+    refuse_merged(model)
+    for path, layer in adapted_layers(model).items():
+        if path in adapters:
+            layer.adapters[name] = adapters[path].requires_grad_(name in layer.active)
+        elif name in layer.adapters:
+            del layer.adapters[name]
+            if not layer.adapters:
+                _replace(model, path, layer.base_layer)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
     if name in adapter_names(model):
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
     if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):

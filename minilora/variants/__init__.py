@@ -1,6 +1,20 @@
 """The variants of LoRA, one file each; importing this package registers them all."""
 
-from minilora.variants import dora, eva, ia3, loftq, loha, lokr, lora_fa, lora_plus, olora, orthogonal, pissa, vera
+from minilora.variants import (
+    dora,
+    eva,
+    ia3,
+    loftq,
+    loha,
+    lokr,
+    lora_fa,
+    lora_ga,
+    lora_plus,
+    olora,
+    orthogonal,
+    pissa,
+    vera,
+)
 
 __all__ = [
     "dora",
@@ -10,6 +24,7 @@ __all__ = [
     "loha",
     "lokr",
     "lora_fa",
+    "lora_ga",
     "lora_plus",
     "olora",
     "orthogonal",

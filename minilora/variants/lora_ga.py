@@ -1,0 +1,183 @@
+"""LoRA-GA: start A and B along the gradient of W, so that the first steps go where full fine-tuning would.
+
+    G = dL/dW = U S Vᵀ                               over batches of the data to train on
+    A₀ = V[r:2r]ᵀ or V[:r]ᵀ, …                       which vectors: `direction`
+    B₀ = the other r columns of U S, times a factor  which factor: `scale`
+    ΔW = s·(BA − B₀A₀)                               W stays as it is
+
+    add_adapter(model, LoRAConfig(init_lora_weights="lora_ga", …));  lora_ga.initialize(model, batches)
+
+Wang et al. 2024, arXiv 2407.05000: section 3, algorithm 1. Numbers as PEFT's, which multiplies B₀ by S; its
+G, for a transformers Conv1D, is scaled by the number of inputs, here by that of outputs as for any other layer.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from minilora.adapters import adapters_named, disable_adapters, refuse_merged
+from minilora.calibration import Forward, as_list, language_model_loss
+from minilora.errors import InputError
+from minilora.generate import progress_bar
+from minilora.lora import LoRA, kaiming, register_initialization, weight_to_decompose
+from minilora.low_rank import randomized_svd
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+@dataclass(frozen=True)
+class LoRAGAOptions:
+    """lora_ga_config of LoRAConfig."""
+
+    direction: str = "ArB2r"
+    """which of the first 2r singular vectors A and B get: A the first r and B the second ("ArB2r"), the other way
+    round ("A2rBr"), A the odd and B the even ones ("ArBr"), or both the same r at random ("random")"""
+    scale: str = "stable"
+    """what B₀ is multiplied by: out_features^¼ / √stable_gamma ("stable"), the ratio of W's largest singular value to
+    that of B₀ ("weight_svd"), 1/s for A₀ and B₀ ("gd_scale"), or 1 ("unit")"""
+    stable_gamma: float = 16
+    """γ of the scale named so"""
+
+    def __post_init__(self) -> None:
+        for value, values in ((self.direction, DIRECTIONS), (self.scale, SCALES)):
+            if value not in values:
+                raise InputError(f"{value!r} is not one of {values}")
+        if not self.stable_gamma > 0:
+            raise InputError(f"stable_gamma must be above 0, not {self.stable_gamma!r}")
+
+
+@register_initialization("lora_ga", options=LoRAGAOptions)
+def lora_ga(adapter: LoRA, layer: nn.Module) -> None:
+    """A random, B = 0, as without LoRA-GA: what stands until `initialize`."""
+    W = weight_to_decompose(adapter, layer)
+    if 2 * adapter.r > min(W.shape):
+        raise InputError(f"needs 2r singular vectors, and the weight {tuple(W.shape)} has too few for r={adapter.r}")
+    kaiming(adapter, layer)
+
+
+def initialize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    name: str = "default",
+    forward: Forward = language_model_loss,
+    layers_at_once: int | None = None,
+) -> None:
+    """Start the adapter from the gradients of the weights over these batches. Before the optimizer is made.
+
+    batches, forward: see minilora.calibration. The gradient is that of the mean loss of a batch, averaged over the
+    batches, of the base model in the mode (train or eval) in which it is. It is computed from the inputs and the
+    gradients of the outputs of each layer, so that a base in 4 bits has one too, in float32 whatever the model's dtype.
+    A layer through which no gradient flows (an expert that no token chose) starts as without LoRA-GA.
+    Memory: what training of these layers in full would take without an optimizer, 4 bytes a weight; with
+    layers_at_once=n, for n layers at a time, at the price of going through the batches as many times more.
+    Raises InputError for another adapter's name or initialisation, and a loss that is not finite or does not depend on
+    the layers; the model is then unchanged.
+    """
+    adapters = cast(Mapping[str, LoRA], adapters_named(model, name))
+    config = next(iter(adapters.values())).config
+    if config.init_lora_weights != "lora_ga":
+        raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "lora_ga"')
+    refuse_merged(model)
+    kept, layers = as_list(batches), {path: model.get_submodule(path) for path in adapters}
+    n = layers_at_once or len(layers)
+    parts = [dict(islice(layers.items(), i, i + n)) for i in range(0, len(layers), n)]
+    starts: dict[str, tuple[Tensor, Tensor]] = {}
+    with disable_adapters(model), progress_bar("LoRA-GA", len(parts) * len(kept)) as advance:
+        for part in parts:
+            gradients = WeightGradients(part)
+            for batch in kept:
+                gradients.add(model, batch, forward)
+                advance(1)
+            for path, G in gradients.mean():
+                starts[path] = start(adapters[path], part[path].base_layer, G)
+    if not starts:
+        raise InputError("the loss depends on none of the adapter's layers")
+    for path, adapter in adapters.items():
+        adapter.start_from(*starts.get(path, (adapter.lora_A, torch.zeros_like(adapter.lora_B))))
+
+
+@torch.no_grad()
+def start(adapter: LoRA, layer: nn.Module, G: Tensor) -> tuple[Tensor, Tensor]:
+    """A₀ (r, in) and B₀ (out, r) for the gradient G (out, in)."""
+    r, s, options = adapter.r, adapter.scaling, adapter.config.init_options
+    U, S, Vh = randomized_svd(G, q=4 * r, niter=4)
+    for_A, for_B = {
+        "ArB2r": (range(r), range(r, 2 * r)),
+        "A2rBr": (range(r, 2 * r), range(r)),
+        "ArBr": (range(1, 2 * r, 2), range(0, 2 * r, 2)),
+        "random": (torch.randperm(2 * r)[:r].tolist(),) * 2,
+    }[options.direction]
+    A, B = Vh[list(for_A)], U[:, list(for_B)] * S[list(for_B)]
+    if options.scale == "stable":
+        B = B * len(B) ** 0.25 / options.stable_gamma**0.5
+    elif options.scale == "weight_svd":
+        largest = randomized_svd(weight_to_decompose(adapter, layer), q=r, niter=4)[1][0]
+        B = B * largest / S[for_B[0]] if S[for_B[0]] > 0 else B
+    elif options.scale == "gd_scale":
+        A, B = A / s, B / s
+    return A, B
+
+
+class WeightGradients:
+    """dL/dW of some layers, by path, whether their weights are frozen, in 4 bits, or neither."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._sum: dict[str, Tensor] = {}
+        self._times: Counter[str] = Counter()
+
+    def add(self, model: nn.Module, batch: Any, forward: Forward) -> None:
+        """One forward and backward pass. Nothing else gets a gradient."""
+        root = torch.zeros((), requires_grad=True)  # what every layer's output depends on: nothing else may need one
+        hooks = [
+            layer.register_forward_hook(partial(self._observe, path, root)) for path, layer in self._layers.items()
+        ]
+        try:
+            with torch.enable_grad():
+                loss = forward(model, batch)
+                if not math.isfinite(loss.item()):
+                    raise InputError(f"the loss on a batch is {loss.item()}: LoRA-GA cannot start from its gradient")
+                if loss.requires_grad:
+                    torch.autograd.grad(loss, root)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _observe(self, path: str, root: Tensor, layer: nn.Module, arguments: tuple[Tensor], y: Tensor) -> Tensor:
+        observed: Tensor = _Observed.apply(y, arguments[0], root, partial(self._record, path))
+        return observed
+
+    def _record(self, path: str, x: Tensor, dy: Tensor) -> None:
+        G = dy.flatten(0, -2).float().T @ x.flatten(0, -2).float()  # dL/dW = Σ dL/dy xᵀ over tokens
+        self._sum[path] = self._sum[path].add_(G) if path in self._sum else G
+        self._times[path] += 1
+
+    def mean(self) -> Iterator[tuple[str, Tensor]]:
+        """Each layer's path and gradient, averaged over the times that one reached it; layers without one are left out."""
+        for path, G in self._sum.items():
+            yield path, G / self._times[path]
+
+
+class _Observed(torch.autograd.Function):
+    """y as it is; on the way back `record` gets x, the input of the layer that made y, and dL/dy."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)  # like any activation: gradient checkpointing computes it again
+        ctx.record = record
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.record(*ctx.saved_tensors, dy)
+        return dy, None, torch.zeros(()), None
