@@ -1,0 +1,94 @@
+"""What all kernels share: a packed byte to its two values, and the absmax of a block (arXiv 2305.14314, section 3).
+
+    byte b  ->  code[b >> 4], code[b & 15]        one lookup in a table of 256 pairs
+    block i ->  absmax[i]                         float32, or with double quantization
+                map[absmax[i]] · nested_absmax[i // 256] + offset
+
+The product and the sum round twice, as bitsandbytes does it: every kernel is compiled with enable_fp_fusion=False, so
+that they do not become one fused multiply-add, and where a fused one is wanted, tl.fma says so.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minilora.errors import InputError
+from minilora.nf4 import QuantizedTensor, code, dynamic_map
+
+NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.NESTED_BLOCK_SIZE
+
+
+@cache
+def pair_table(device: torch.device) -> Tensor:
+    """The two float32 values of each byte, the high nibble's in the low half of one int64: (256,)."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).view(torch.int64).view(-1)
+
+
+def buffers(q: QuantizedTensor) -> tuple[Tensor, ...]:
+    """What every kernel takes of q: codes, absmax, nested_absmax, offset, dynamic map, pair table.
+
+    Without double quantization the two in the middle are never read.
+    """
+    nested = q.absmax if q.nested_absmax is None else q.nested_absmax
+    offset = q.absmax if q.offset is None else q.offset
+    device = q.codes.device
+    return q.codes, q.absmax, nested, offset, dynamic_map(device), pair_table(device)
+
+
+@triton.jit
+def decode(byte, pairs_ptr):
+    """uint8 packed codes -> float32 values of the even and of the odd elements."""
+    pair = tl.load(pairs_ptr + byte.to(tl.int32))
+    even = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+def block_absmax(block, mask, absmax_ptr, nested_ptr, offset_ptr, map_ptr, DOUBLE: tl.constexpr):
+    """float32 absmax of the blocks with these numbers, 0 where masked."""
+    if DOUBLE:
+        quantized = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        nested = tl.load(nested_ptr + block // NESTED, mask=mask, other=0.0)
+        absmax = tl.load(map_ptr + quantized) * nested + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    return absmax
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run as Python, on a CPU
+
+
+def check_rows(q: QuantizedTensor) -> None:
+    """Raise InputError where the blocks of a matrix do not lie within its rows, 64 or more weights each."""
+    if q.block_size < 64 or q.shape[1] % q.block_size:
+        raise InputError(
+            f"blocks of {q.block_size} in rows of {q.shape[1]}: the fused kernels need block_size >= 64, and rows that"
+            " it divides; dequantize and multiply instead"
+        )
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The type in which a product takes its operands: x's own; the interpreter gets bfloat16 products wrong."""
+    if INTERPRETED:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def tile(dtype: torch.dtype, M: int) -> tuple[int, int]:
+    """Rows of x and rows of W in one program: float32 has no tensor cores and would spill registers in larger ones."""
+    if dtype == torch.float32:
+        return 16, 32
+    return max(16, min(64, triton.next_power_of_2(M))), 64
+
+
+def split_of(programs: int, pieces: int, device: torch.device) -> int:
+    """Among how many programs to divide a sum of so many pieces, so that there are two for each multiprocessor."""
+    multiprocessors = 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(pieces, 2 * multiprocessors // programs))
