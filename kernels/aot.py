@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import triton
-from minilora.kernels import backward, dequantize, gemv, matmul, quantize
-from minilora.kernels.codes import dot_dtype, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from . import backward, dequantize, gemv, matmul, quantize
+from .codes import dot_dtype, tile
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have: CUDA guide, table 24
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # Triton's names

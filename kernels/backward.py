@@ -10,10 +10,11 @@ so here it cannot be taken out of it.
 import torch
 import triton
 import triton.language as tl
-from minilora.kernels.codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
+
+from .codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 
 BK = 64  # columns of W at a time, which lie in one block
 

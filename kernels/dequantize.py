@@ -9,10 +9,11 @@ Nothing is computed worth the name, so the roofline is bandwidth: on an H100 (3.
 import torch
 import triton
 import triton.language as tl
-from minilora.kernels.codes import block_absmax, buffers, decode
 from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
+
+from .codes import block_absmax, buffers, decode
 
 BYTES = 1024  # of codes in one program
 

@@ -10,10 +10,11 @@ and two fused multiply-adds a byte.
 import torch
 import triton
 import triton.language as tl
-from minilora.kernels.codes import block_absmax, buffers, decode, split_of
 from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
+
+from .codes import block_absmax, buffers, decode, split_of
 
 BN, BK = 8, 512  # outputs of one program, and weights of each at a time
 

@@ -17,10 +17,11 @@ up afterwards is exact enough (float32) and, unlike atomics, always the same.
 import torch
 import triton
 import triton.language as tl
-from minilora.kernels.codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
+
+from .codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 
 BK = 64  # weights of a row at a time: one block, or a part of one
 
