@@ -86,7 +86,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-def _midpoints(values: Tensor) -> Tensor:
+def midpoints(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
 
 
@@ -137,22 +137,22 @@ def _quantize_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         stop = min(start + QUANTIZE_CHUNK, full)
         blocks = x[start:stop].float().view(-1, block_size)
         c = torch.amax(blocks.abs(), dim=-1, out=absmax[start // block_size : stop // block_size])
-        codes[start // 2 : stop // 2] = _encode((blocks * (1 / c.clamp(min=TINY)).unsqueeze(-1)).view(-1))
+        codes[start // 2 : stop // 2] = encode((blocks * (1 / c.clamp(min=TINY)).unsqueeze(-1)).view(-1))
     if full < n:  # divided, not multiplied by a reciprocal: so does bitsandbytes, and the last bit shows it
         tail = x[full:].float()
         absmax[-1] = c = tail.abs().max().clamp(min=TINY)
-        codes[full // 2 :] = _encode(F.pad(tail / c, (0, n % 2)))
+        codes[full // 2 :] = encode(F.pad(tail / c, (0, n % 2)))
     return codes, absmax
 
 
-def _encode(scaled: Tensor) -> Tensor:
+def encode(scaled: Tensor) -> Tensor:
     """The codes of an even number of float32 values in [-1, 1], two a byte.
 
     A code is the number of midpoints that lie below the value, so a tie goes to the lower code. On a CPU 15
     vectorized comparisons are many times faster than bucketize.
     """
     q, below = torch.zeros_like(scaled), torch.empty_like(scaled)
-    for midpoint in _midpoints(code()).tolist():
+    for midpoint in midpoints(code()).tolist():
         q += torch.gt(scaled, midpoint, out=below)
     return torch.add(q[1::2], q[::2], alpha=16).int().byte()
 
@@ -164,7 +164,7 @@ def _quantize_absmax(x: Tensor, rule: AbsmaxRule) -> tuple[Tensor, Tensor]:
     nested_absmax = blocks.abs().amax(dim=-1)
     if rule == "nearest":
         blocks.mul_((1 / nested_absmax.clamp(min=TINY)).unsqueeze(-1))
-        codes = torch.bucketize(blocks, _midpoints(dynamic_map(x.device)), out_int32=True).byte()
+        codes = torch.bucketize(blocks, midpoints(dynamic_map(x.device)), out_int32=True).byte()
     else:
         blocks.mul_((1 / nested_absmax).unsqueeze(-1)).clamp_(-1, 1).nan_to_num_(-1)  # 0 * inf: a block of zeros
         codes = torch.index_select(_rounding_table(x.device), 0, _grid_index(blocks.view(-1)))
@@ -180,7 +180,7 @@ def _grid_index(scaled: Tensor) -> Tensor:
 def _rounding_table(device: torch.device) -> Tensor:
     """The dynamic map's code nearest to each point of that grid, uint8 (65536,)."""
     grid = 2 * torch.arange(65536, dtype=torch.float32, device=device) / 65535 - 1
-    return torch.bucketize(grid, _midpoints(dynamic_map(device)), out_int32=True).byte()
+    return torch.bucketize(grid, midpoints(dynamic_map(device)), out_int32=True).byte()
 
 
 def _first_not_finite(x: Tensor) -> str:
