@@ -5,11 +5,13 @@ y = (… ((W, b) → W′, b′) → W″, b″ …) x    where one is not: each
 y_i = W x_i + b + ΔW_i x_i                in a mixed batch, where row i has an adapter of its own
 """
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from minilora.adapter import Adapter, Below
 from minilora.errors import InputError
@@ -29,12 +31,14 @@ class AdaptedLayer(nn.Module):
     row_names: inside `adapters_for_rows`, the name of the adapter that each row of x takes instead of the active ones.
     """
 
+    any_module: ClassVar[bool] = False
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         kind = kind_of(base_layer)
-        if kind is None:
+        if kind is None and not self.any_module:
             raise InputError(f"a {type(base_layer).__name__} cannot take an adapter")
-        self.kind: LayerKind = kind
+        self.kind: LayerKind = kind  # type: ignore[assignment]  # None in an AdaptedModule only
         self.base_layer: Any = base_layer
         self.adapters = nn.ModuleDict()
         self.active: list[str] = []
@@ -51,12 +55,11 @@ class AdaptedLayer(nn.Module):
         if not adapters:
             return self.layer_in_use()(x)
         if all(adapter.additive for adapter in adapters):
-            update = self.start()
+            update = self.start(adapters, x.dtype)
             for adapter in adapters:
                 update = adapter(x, add=update)
             return self.onto(update, x)
-        below = Below(self.base_layer, self._base, self.kind, adapters)
-        return below(x)
+        return self.below(adapters)(x)
 
     def row_by_row(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Each row of x (rows, …) with the adapter of its own: `rows` gives the numbers of the rows of each name.
@@ -65,8 +68,12 @@ class AdaptedLayer(nn.Module):
         of an adapter that is not additive are computed apart. The rows of a name without an adapter here are W x + b.
         """
         adapters = [(cast(Adapter, self.adapters[name]), i) for name, i in rows.items() if name in self.adapters]
-        update = start = self.start()
-        parts = [(adapter(x.index_select(0, i), add=start), i) for adapter, i in adapters if adapter.additive]
+        update = start = self.start([], x.dtype)
+        parts = [
+            (adapter(x.index_select(0, i), add=self.start([adapter], x.dtype)), i)
+            for adapter, i in adapters
+            if adapter.additive
+        ]
         if parts:
             some = parts[0][0]
             update = some.new_zeros(len(x), *some.shape[1:])
@@ -76,8 +83,7 @@ class AdaptedLayer(nn.Module):
         y = self.onto(update, x)
         for adapter, i in adapters:
             if not adapter.additive:
-                below = Below(self.base_layer, self._base, self.kind, [adapter])
-                y = y.index_copy(0, i, below(x.index_select(0, i)).to(y.dtype))
+                y = y.index_copy(0, i, self.below([adapter])(x.index_select(0, i)).to(y.dtype))
         return y
 
     def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -85,9 +91,33 @@ class AdaptedLayer(nn.Module):
         y = self.base_layer(x)
         return y if add is None else y + add.to(y.dtype)
 
-    def start(self) -> Tensor | None:
-        """What the first update is added to, where `onto` will not add it: the bias, or None."""
-        return None
+    def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
+        """What the first update is added to, where `onto` will not add it: the adapters' change of b, or None."""
+        bias = self.own_bias(adapters)
+        if bias is None:
+            return None
+        along_channels = [1] * (len(self.kind.shape) - 2)
+        return (bias - self.base_layer.bias).to(dtype).view(-1, *along_channels)
+
+    def own_bias(self, adapters: list[Adapter]) -> Tensor | None:
+        """b + Σ (bᵢ − b) over the adapters that have a bias bᵢ of their own, in float32; None where none has."""
+        own = [adapter.bias for adapter in adapters if adapter.bias is not None]
+        if not own:
+            return None
+        return sum((bias - self.base_layer.bias for bias in own[1:]), start=own[0])
+
+    def below(self, adapters: list[Adapter]) -> Below:
+        """The layer with these adapters on it, one after the other."""
+        bias = self.own_bias(adapters)
+        if bias is None:
+            return Below(self.base_layer, self._base, self.kind, adapters, getattr(self.base_layer, "bias", None))
+
+        def base(x: Tensor, add: Tensor | None = None) -> Tensor:
+            """W x (+ add) + the adapters' b."""
+            start = self.start(adapters, x.dtype)
+            return self.onto(start if add is None or start is None else add + start, x)
+
+        return Below(self.base_layer, base, self.kind, adapters, bias)
 
     def onto(self, update: Tensor | None, x: Tensor) -> Tensor:
         """What `start` left out of y, + W x: the sum of all."""
@@ -109,7 +139,7 @@ class AdaptedLayer(nn.Module):
 
     def merged_weight(self) -> tuple[Tensor, Tensor | None]:
         """W′ (out, in, *kernel) and b′ with the active adapters folded in, in float32 or better; nothing is changed."""
-        below = Below(self.base_layer, self._base, self.kind, self.active_adapters())
+        below = self.below(self.active_adapters())
         return below.weight(), below.bias()
 
     @torch.no_grad()
@@ -129,11 +159,15 @@ class AdaptedLayer(nn.Module):
         except InputError as error:
             raise InputError(f"{name}: cannot merge into a {type(base).__name__}: {error}") from None
         dtype = (base.compute_dtype or torch.float32) if isinstance(base, NF4Linear) else base.weight.dtype
-        W = W.to(dtype)
+        W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
         if safe and not torch.isfinite(W).all():
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
         dense = self.kind.with_weight(base, W, bias)
-        self._unmerged, self.base_layer, self.merged = [base], dense, list(self.active)
+        self.put_in_place(dense)
+
+    def put_in_place(self, merged: nn.Module) -> None:
+        """Use this layer, which holds the active adapters, for base_layer, and keep that one aside for `unmerge`."""
+        self._unmerged, self.base_layer, self.merged = [self.base_layer], merged, list(self.active)
 
     def unmerge(self) -> None:
         """Put back the layer that `merge` set aside: the same object, bit for bit."""
@@ -168,8 +202,11 @@ class LoRALinear(AdaptedLayer):
     them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
     """
 
-    def start(self) -> Tensor | None:
-        return self.base_layer.bias if self._is_plain() else None
+    def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
+        if not self._is_plain():
+            return super().start(adapters, dtype)
+        bias = self.own_bias(adapters)
+        return self.base_layer.bias if bias is None else bias.to(dtype)
 
     def onto(self, update: Tensor | None, x: Tensor) -> Tensor:
         if self._is_plain():
@@ -178,7 +215,7 @@ class LoRALinear(AdaptedLayer):
 
     def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         if isinstance(self.base_layer, NF4Linear):
-            return self.base_layer(x, add)
+            return self.base_layer(x, add if add is None else add.expand(*x.shape[:-1], -1))
         return super()._base(x, add)
 
     def _is_plain(self) -> bool:
@@ -187,7 +224,62 @@ class LoRALinear(AdaptedLayer):
         return type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
 
 
+class AdaptedModule(AdaptedLayer):
+    """Any other module; of it an adapter has a bias of its own or a copy, see trained_parts.py."""
+
+    any_module = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives, with the acting adapter's copy or bias in the place of its own."""
+        if self.row_names is not None and self.enabled:
+            return self.row_by_row(args[0], self.row_names.rows(args[0], self))
+        return self._call(self.acting_adapters(), *args, **kwargs)
+
+    def _call(self, adapters: list[Adapter], *args: Any, **kwargs: Any) -> Any:
+        module = self.layer_in_use()
+        if not adapters:
+            return module(*args, **kwargs)
+        if adapters[0].replaces:
+            return cast(Any, adapters[0]).call(module, *args, **kwargs)
+        bias = self.own_bias(adapters)
+        assert bias is not None
+        return functional_call(module, {"bias": bias.to(module.bias.dtype)}, args, kwargs)
+
+    def row_by_row(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Each row of x (rows, …) with the copy or the bias of its own adapter; the module takes x alone."""
+        parts = [(self._call([self.adapters[n]] if n in self.adapters else [], x[i]), i) for n, i in rows.items()]
+        y: Tensor = parts[0][0].new_empty(len(x), *parts[0][0].shape[1:])
+        for part, i in parts:
+            y = y.index_copy(0, i, part)
+        return y
+
+    @torch.no_grad()
+    def merge(self, name: str = "the module", safe: bool = True) -> None:
+        """Swap base_layer for the acting adapter's copy, or for itself with the adapters' bias, in its dtype."""
+        adapters = self.active_adapters()
+        if self.merged or not adapters:
+            return
+        merged = self.merged_module()
+        if safe and not all(parameter.isfinite().all() for parameter in merged.parameters()):
+            raise InputError(f"{name}: merging {self.active} gives NaN or infinity; nothing was merged")
+        self._unmerged, self.base_layer, self.merged = [self.base_layer], merged, list(self.active)
+
+    def merged_module(self) -> nn.Module:
+        """The module with the active adapters folded in; nothing is changed."""
+        base, adapters = self.base_layer, self.active_adapters()
+        if adapters[0].replaces:
+            module: nn.Module = cast(Any, adapters[0]).as_plain(base)
+            return module
+        bias = self.own_bias(adapters)
+        assert bias is not None
+        module = copy.copy(base)
+        module._parameters = base._parameters | {"bias": nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)}
+        return module
+
+
 def adapted(layer: nn.Module) -> AdaptedLayer:
-    """The layer, ready to take adapters."""
+    """The layer or module, ready to take adapters."""
     kind = kind_of(layer)
-    return LoRALinear(layer) if kind is not None and kind.is_linear else AdaptedLayer(layer)
+    if kind is None:
+        return AdaptedModule(layer)
+    return LoRALinear(layer) if kind.is_linear else AdaptedLayer(layer)
