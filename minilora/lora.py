@@ -84,9 +84,7 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
-                raise InputError(f"LoRAConfig: a rank must be a whole number of at least 1, not {r!r}")
+        self.check_ranks()
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float):
                 raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
@@ -101,6 +99,11 @@ class LoRAConfig(AdapterConfig):
             checked = _read_options(key, options, getattr(self, key) or {})
             if key == f"{self.init_lora_weights}_config":
                 object.__setattr__(self, key, asdict(checked))  # the defaults are written to PEFT's file too
+
+    def check_ranks(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or r < 1:
+                raise InputError(f"LoRAConfig: a rank must be a whole number of at least 1, not {r!r}")
 
     @property
     def init_options(self) -> Any:
@@ -282,7 +285,7 @@ class LoRA(Adapter):
         """
         if self.config.init_lora_weights == "loftq":
             raise InputError(
-                "an adapter that LoftQ initialized belongs on the 4-bit base that LoftQ made, and is no LoRA for another:"
+                "an adapter that LoftQ initialized belongs on the 4-bit base that LoftQ made, and is none for another:"
                 " merge it, unload(model, merge=True), and save the whole model with save_pretrained"
             )
         plain, A, B = copy.copy(self), *self.factors()
@@ -298,9 +301,10 @@ class LoRA(Adapter):
         if not x.is_floating_point():
             return self._product(x, A, B, A.dtype, add)
         kept = self.dropout(x)
-        if self.start_A is not None and self.training and self.config.lora_dropout:
+        A0, B0 = self.start_A, self.start_B
+        if A0 is not None and B0 is not None and self.training and self.config.lora_dropout:
             # s·(B A dropout(x) − B₀A₀ x): what PEFT takes out of W sees all of x
-            add = self._product(x - kept, self.start_A, -self.start_B, x.dtype, add)
+            add = self._product(x - kept, A0, -B0, x.dtype, add)
         return self._product(kept, A, B, x.dtype, add)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, add: Tensor | None) -> Tensor:

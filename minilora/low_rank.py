@@ -1,4 +1,4 @@
-"""The largest singular values and vectors of a large matrix, from a few products with it (Halko et al., arXiv 0909.4061).
+"""The largest singular values and vectors of a large matrix, from a few products with it.
 
     Y = M Ω             Ω (n, q) Gaussian: the columns of Y lie mostly along the largest singular vectors
     Y = (M Mᵀ)ⁿ Y       each iteration shrinks what lies along the others by (σ_other / σ)²
@@ -6,6 +6,8 @@
     Qᵀ M = Ũ S Vᵀ       a small matrix, so this is cheap; then M ≈ (Q Ũ) S Vᵀ
 
 M (m, n) costs 2·niter + 2 products with q columns, where a whole SVD costs min(m, n) of them many times over.
+
+Halko, Martinsson, Tropp 2011, arXiv 0909.4061.
 """
 
 import torch

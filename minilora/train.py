@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from minilora.adapters import adapter_parameters, set_adapter, trainable_parameters
+from minilora.adapters import adapter_parameters, after_step, regularization, set_adapter, trainable_parameters
 from minilora.data import Example, Row, Skipped, as_rows, batches, collate, encode_rows, load_rows
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
@@ -96,7 +96,7 @@ def train(
 
     _seed_everything(config.seed)
     run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
-    progress = load_checkpoint(checkpoint, parameters, optimizer, run) if checkpoint else Progress()
+    progress = load_checkpoint(checkpoint, model, adapter, parameters, optimizer, run) if checkpoint else Progress()
     stopped_early = _out_of_patience(progress, config)
 
     with (
@@ -116,7 +116,7 @@ def train(
                 loss = summed_loss(model, collate(pass_examples, tokenizer.pad_token_id)) / n
                 if not loss.requires_grad:
                     raise InputError(f"the loss does not depend on adapter {adapter!r}: is it merged or disabled?")
-                loss.backward()
+                (loss + regularization(model) / len(passes)).backward()
                 losses.append(loss.detach())
             pass_losses = torch.stack(losses).tolist()
             grad_norm = clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf).item()
@@ -128,6 +128,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             optimizer.step()
+            after_step(model, step)
             optimizer.zero_grad()
 
             seconds = time.perf_counter() - started

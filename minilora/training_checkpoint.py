@@ -2,7 +2,8 @@
 
     output_dir/checkpoint-000120/
         adapter_config.json, adapter_model.safetensors   the adapter, as PEFT has it: usable as it is
-        trainer_state.safetensors                        trained parameters, AdamW's moments, torch's random states
+        trainer_state.safetensors                        trained parameters, what the adapter keeps beside them (where
+                                                         it started from), AdamW's moments, torch's random states
         trainer_state.json                               step, best evaluation, Python's and NumPy's random states,
                                                          and what the run was started with
 
@@ -104,6 +105,7 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= {f"buffer.{key}": buffer for key, buffer in _adapter_buffers(model, adapter).items()}
     tensors |= _torch_random_states()
     state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": _python_random_states()}
 
@@ -121,9 +123,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
+    path: Path,
+    model: nn.Module,
+    adapter: str,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
 ) -> Progress:
-    """Put parameters, optimizer and random states back as they were when `path` was saved.
+    """Put the adapter, optimizer and random states back as they were when `path` was saved.
 
     Raises InputError if the checkpoint is not readable, or names what differs if it belongs to another run.
     """
@@ -139,6 +146,7 @@ def load_checkpoint(
             " Start with what it was started with, or start anew in another output_dir."
         )
     _copy_parameters(tensors, parameters)
+    _set_adapter_buffers(tensors, model, adapter)
     for name, parameter in parameters.items():
         keys = [key.split(".")[1] for key in tensors if key.startswith("optimizer.") and key.endswith(f".{name}")]
         for key in keys:
@@ -191,6 +199,24 @@ def _copy_parameters(tensors: Mapping[str, Tensor], parameters: Parameters) -> N
             parameter.copy_(tensors[f"parameter.{name}"])
 
 
+def _adapter_buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What each layer's adapter itself keeps beside its parameters, by <path of the layer>.<name>."""
+    return {
+        f"{path}.{name}": buffer
+        for path, of_layer in adapters_named(model, adapter).items()
+        for name, buffer in of_layer.named_buffers(recurse=False)
+    }
+
+
+def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
+    """The saved ones, and not those that the adapter was made with now, from an SVD that may round otherwise."""
+    for path, of_layer in adapters_named(model, adapter).items():
+        device = next(of_layer.parameters()).device
+        for name in of_layer._buffers:
+            saved = tensors.get(f"buffer.{path}.{name}")
+            setattr(of_layer, name, None if saved is None else saved.to(device))
+
+
 # --- what a run was started with ------------------------------------------------------------------------------------
 
 
@@ -204,7 +230,9 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to continue the first one, as JSON."""
     config = next(iter(adapters_named(model, adapter).values())).config
-    frozen = [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in parameters]
+    buffers = {id(buffer) for buffer in _adapter_buffers(model, adapter).values()}  # put back with the parameters
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    frozen = [(n, t) for n, t in tensors if n not in parameters and id(t) not in buffers]
     return {
         "adapter": dataclasses.asdict(config),
         "settings": dict(settings),

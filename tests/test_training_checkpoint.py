@@ -104,7 +104,7 @@ def test_every_random_state_comes_back(tmp_path):
 
     expected = draws()
     draws()
-    assert load_checkpoint(path, parameters, optimizer, fingerprint) == state
+    assert load_checkpoint(path, model, "default", parameters, optimizer, fingerprint) == state
     assert draws() == expected
 
 

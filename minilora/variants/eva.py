@@ -203,7 +203,7 @@ def first_with_same_input(
     digests: dict[str, bytes] = {}
 
     def digest(path: str, x: Tensor) -> None:
-        digests[path] = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy()).digest()
+        digests[path] = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest()
 
     with looking_at_inputs(model, {path: partial(digest, path) for path in paths}, batch, options):
         forward(model, batch)
@@ -220,8 +220,9 @@ def looking_at_inputs(
 
     def hook(path: str, module: nn.Module, arguments: tuple[Tensor]) -> None:
         x = arguments[0]
-        one_a_token = mask is not None and mask.shape == x.shape[:-1]  # not so in an expert, which gets some tokens
-        look[path](x[mask.to(x.device)] if one_a_token else x.reshape(-1, x.shape[-1]))
+        if mask is not None and mask.shape == x.shape[:-1]:  # not so in an expert, which gets some of the tokens
+            x = x[mask.to(x.device)]
+        look[path](x.reshape(-1, x.shape[-1]))
 
     handles = [model.get_submodule(path).register_forward_pre_hook(partial(hook, path)) for path in look]
     try:

@@ -53,8 +53,8 @@ def loftq(adapter: LoRA, layer: nn.Module) -> None:
     s, BA = adapter.scaling, torch.zeros_like(W)
     for _ in range(adapter.config.init_options.loftq_iter):
         packed = quantize(W - s * BA, double_quant=False)
-        Q = dequantize(packed, torch.float32)
-        A, B = halves(*torch.linalg.svd(W - Q, full_matrices=False), adapter.r, s)
+        U, S, Vh = torch.linalg.svd(W - dequantize(packed, torch.float32), full_matrices=False)
+        A, B = halves(U, S, Vh, adapter.r, s)
         BA = B @ A
     adapter.lora_A.copy_(A)
     adapter.lora_B.copy_(B)

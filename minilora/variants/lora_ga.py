@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.adapted_layer import AdaptedLayer
 from minilora.adapters import adapters_named, disable_adapters, refuse_merged
 from minilora.calibration import Forward, as_list, language_model_loss
 from minilora.errors import InputError
@@ -87,7 +88,8 @@ def initialize(
     if config.init_lora_weights != "lora_ga":
         raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "lora_ga"')
     refuse_merged(model)
-    kept, layers = as_list(batches), {path: model.get_submodule(path) for path in adapters}
+    kept = as_list(batches)
+    layers = {path: cast(AdaptedLayer, model.get_submodule(path)) for path in adapters}
     n = layers_at_once or len(layers)
     parts = [dict(islice(layers.items(), i, i + n)) for i in range(0, len(layers), n)]
     starts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -162,7 +164,7 @@ class WeightGradients:
         self._times[path] += 1
 
     def mean(self) -> Iterator[tuple[str, Tensor]]:
-        """Each layer's path and gradient, averaged over the times that one reached it; layers without one are left out."""
+        """Path and gradient, averaged over the times that one reached the layer, of all layers that had one."""
         for path, G in self._sum.items():
             yield path, G / self._times[path]
 
