@@ -43,7 +43,11 @@ class Case:
     def source(self) -> ASTSource:
         """The kernel with its argument types; pointers and row lengths are multiples of 16, as they are in use."""
         absmax = "*u8" if self.constants.get("DOUBLE") else "*fp32"
-        types = STATISTICS | {"absmax_ptr": absmax, "midpoints_ptr": "*fp32"} | dict.fromkeys("MNKRn", "i32")
+        types = (
+            STATISTICS
+            | {"absmax_ptr": absmax, "midpoints_ptr": "*fp32"}
+            | dict.fromkeys([*"MNKRn", "add_stride"], "i32")
+        )
         signature, aligned = {}, {}
         for i, name in enumerate(self.kernel.arg_names):
             signature[name] = "constexpr" if name in self.constants else types.get(name, f"*{self.dtype}")
@@ -66,8 +70,8 @@ def cases() -> Iterator[Case]:
         sizes = {"BLOCK_SIZE": 64, "DOUBLE": True, "SPLIT": 4, "BM": BM, "BN": BN, "DOT": dot_dtype(DTYPES[dtype])}
         yield Case(f"backward {dtype}, {BM} rows", backward.backward_kernel, dtype, sizes | {"BK": backward.BK})
         for extra in (False, True):
-            more = {"BK": matmul.BK, "BR": 16, "BIAS": extra, "LORA": extra}
-            name = f"matmul {dtype}, {BM} rows{' + bias + LoRA' if extra else ''}"
+            more = {"BK": matmul.BK, "BR": 16, "ADD": extra, "LORA": extra}
+            name = f"matmul {dtype}, {BM} rows{' + add + LoRA' if extra else ''}"
             yield Case(name, matmul.matmul_kernel, dtype, sizes | more)
     for dtype in DTYPES:
         blocks = {"BLOCK_SIZE": 64, "BLOCKS": quantize.BLOCKS, "SMALLEST": quantize.TINY}

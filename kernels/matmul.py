@@ -1,7 +1,8 @@
-"""(c), (d), (f) y = x W^T (+ bias) (+ x_A B^T) for few rows of x, W dequantized on the way from memory to the product.
+"""(c), (d), (f) y = x W^T (+ add) (+ x_A B^T) for few rows of x, W dequantized on the way from memory to the product.
 
     y[m, n] = Σ_k x[m, k] · w[n, k]        w = code · absmax, float32, rounded to x's dtype
-            + bias[n] + Σ_r x_A[m, r] B[n, r]        x_A = x A^T, B with the LoRA scaling in it
+            + add[m, n] + Σ_r x_A[m, r] B[n, r]      add: a bias, the same for all m, or what an adapter computed;
+                                                     x_A = x A^T, B with the LoRA scaling in it
 
 Memory traffic for M ≪ N, K: the N·K weights at 4.127 bits (double quantization) against 16 in bfloat16: at M = 1 a
 bandwidth-bound layer can be at most 3.87 times as fast. It stays bandwidth-bound up to M ≈ 76 on an H100.
@@ -28,9 +29,9 @@ BK = 64  # weights of a row at a time: one block, or a part of one
 
 @triton.jit
 def matmul_kernel(
-    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, bias_ptr, xA_ptr, B_ptr, out_ptr,
-    M, N, K, R,
-    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, SPLIT: tl.constexpr,
+    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
+    M, N, K, R, add_stride,
+    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of BM rows, over every SPLIT-th block of BK weights; BK divides BLOCK_SIZE divides K."""
@@ -55,8 +56,9 @@ def matmul_kernel(
         acc = tl.dot(w_odd, tl.trans(x_odd), acc, input_precision="ieee")
 
     if part == 0:  # what is added once, is added to the first part
-        if BIAS:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if ADD:
+            add = add_ptr + m[None, :].to(tl.int64) * add_stride + n[:, None]
+            acc += tl.load(add, mask=(m[None, :] < M) & (n[:, None] < N), other=0.0).to(tl.float32)
         if LORA:
             r = tl.arange(0, BR)
             B = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
@@ -67,12 +69,12 @@ def matmul_kernel(
 
 
 def matmul(
-    x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, xA: Tensor | None = None, B: Tensor | None = None
+    x: Tensor, q: QuantizedTensor, add: Tensor | None = None, xA: Tensor | None = None, B: Tensor | None = None
 ) -> Tensor:
-    """x W^T (+ bias) (+ xA B^T): x (M, K), q of shape (N, K), bias (N,), xA (M, r), B (N, r) -> (M, N) in x's dtype.
+    """x W^T (+ add) (+ xA B^T): x (M, K), q of shape (N, K), xA (M, r), B (N, r) -> (M, N) in x's dtype.
 
-    xA and B, in x's dtype, are a LoRA's x A^T and s·B. Raises InputError where block_size does not divide K, or is
-    below 64: blocks that straddle rows have no row of absmax to multiply by.
+    add is a bias (N,), or (M, N). xA and B, in x's dtype, are a LoRA's x A^T and s·B. Raises InputError where
+    block_size does not divide K, or is below 64: blocks that straddle rows have no absmax for each row.
     """
     (M, K), N = x.shape, q.shape[0]
     check_rows(q)
@@ -81,8 +83,8 @@ def matmul(
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, M, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
-        x.contiguous(), *buffers(q), bias, xA, B, out, M, N, K, R,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BIAS=bias is not None, LORA=R > 0, SPLIT=split,
+        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, N if add is not None and add.dim() == 2 else 0,
+        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0, SPLIT=split,
         BM=BM, BN=BN, BK=BK, BR=max(16, triton.next_power_of_2(R)), DOT=dot_dtype(x.dtype),
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def test_products_are_near_float64(M: int, N: int, K: int, dtype: torch.dtype, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K", "r"), [(1, 70, 64, 1), (17, 33, 128, 5), (2, 64, 64, 40)])
-def test_bias_and_lora_in_the_epilogue(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
+def test_what_is_added_in_the_epilogue(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> None:
     q = packed(N, K)
     W, x, bias = weight(q, dtype), rows(M, K, dtype), rows(1, N, dtype)[0]
     xA, B = rows(M, r, dtype, 2), rows(N, r, dtype, 3)
@@ -42,6 +42,8 @@ def test_bias_and_lora_in_the_epilogue(M: int, N: int, K: int, r: int, dtype: to
     wide = [torch.cat([a, b], dim=1) for a, b in ((x, xA), (W, B))]
     assert_near(matmul(x, q, bias, xA, B), exact, *wide, dtype)
     assert_near(matmul(x, q, bias), exact - xA.double() @ B.double().T, x, W, dtype)
+    add = rows(M, N, dtype, 4)
+    assert_near(matmul(x, q, add), x.double() @ W.double().T + add.double(), x, W, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
