@@ -247,7 +247,8 @@ class AdaptedModule(AdaptedLayer):
 
     def row_by_row(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Each row of x (rows, …) with the copy or the bias of its own adapter; the module takes x alone."""
-        parts = [(self._call([self.adapters[n]] if n in self.adapters else [], x[i]), i) for n, i in rows.items()]
+        acting = {name: [cast(Adapter, self.adapters[name])] if name in self.adapters else [] for name in rows}
+        parts = [(self._call(acting[name], x.index_select(0, i)), i) for name, i in rows.items()]
         y: Tensor = parts[0][0].new_empty(len(x), *parts[0][0].shape[1:])
         for part, i in parts:
             y = y.index_copy(0, i, part)

@@ -67,6 +67,7 @@ class Adapter(nn.Module):
 
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
     additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
+    replaces: ClassVar[bool] = False  # y takes no account of W, so that two of them cannot act together
     held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:
@@ -76,6 +77,8 @@ class Adapter(nn.Module):
             raise InputError(f"{path or 'the layer'} is a {type(layer).__name__}: it cannot take an adapter")
         self.kind: LayerKind = kind
         self.config: Any = config
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)  # see train_bias
 
     @classmethod
     def handles(cls, config: AdapterConfig) -> bool:
@@ -99,8 +102,9 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """ΔW x (+ add), in the dtype of x (float32 for token ids). By default a product with all of ΔW."""
-        y = self.kind.apply(x, self.delta().to(x.dtype if x.is_floating_point() else torch.float32))
+        """ΔW x (+ add), in the dtype of x (of ΔW for token ids). By default a product with all of ΔW."""
+        delta = self.delta()
+        y = self.kind.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
         return y if add is None else add + y
 
     # --- what any other variant implements
@@ -117,6 +121,13 @@ class Adapter(nn.Module):
         """b' for the bias b of the layer below."""
         return bias
 
+    def train_bias(self, layer: nn.Module) -> None:
+        """Give the adapter a bias of its own, float32, that takes the place of the layer's wherever that is used."""
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            dtype = torch.promote_types(bias.dtype, torch.float32)
+            self.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+
     # --- what a variant may want
 
     def base_for(self, layer: nn.Module) -> nn.Module:
@@ -127,9 +138,20 @@ class Adapter(nn.Module):
         """A term that training adds to the loss, if any."""
         return None
 
+    @classmethod
+    def after_step(cls, adapters: Mapping[str, "Adapter"], step: int) -> None:
+        """What training does after optimizer step `step`, from 1, with all adapters of a name and their gradients."""
+
     def peft_name(self, name: str) -> str:
         """The end of the key under which PEFT stores the parameter `name`."""
         return name
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What the adapter's file holds of this layer, by the end of PEFT's key; loading copies into these tensors."""
+        return {
+            "base_layer.bias" if name == "bias" else self.peft_name(name): parameter
+            for name, parameter in self.named_parameters()
+        }
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """What `share` made and an adapter's file holds once, by the key in PEFT's file: base_model.<key>."""
@@ -144,27 +166,29 @@ class Adapter(nn.Module):
 class Below:
     """The layer under an adapter as that adapter sees it: the base layer, with the adapters before it applied."""
 
-    def __init__(self, layer: nn.Module, base: Any, kind: LayerKind, adapters: list[Adapter]) -> None:
-        self._layer, self._base, self._kind, self._adapters = layer, base, kind, adapters
+    def __init__(
+        self, layer: nn.Module, base: Any, kind: LayerKind, adapters: list[Adapter], bias: Tensor | None
+    ) -> None:
+        self.layer, self._base, self._kind, self._adapters, self._bias = layer, base, kind, adapters, bias
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """W x + b (+ add)."""
         if not self._adapters:
             return self._base(x, add)
-        below = Below(self._layer, self._base, self._kind, self._adapters[:-1])
+        below = Below(self.layer, self._base, self._kind, self._adapters[:-1], self._bias)
         return self._adapters[-1].transform(x, below, add)
 
     def weight(self) -> Tensor:
         """W (out, in, *kernel): dequantized and with what the adapters before have done to it; no gradient."""
         with torch.no_grad():
-            W = self._kind.weight(self._layer)
+            W = self._kind.weight(self.layer)
             for adapter in self._adapters:
                 W = adapter.merged_weight(W)
         return W
 
     def bias(self) -> Tensor | None:
         """b, with what the adapters before have done to it."""
-        bias: Tensor | None = getattr(self._layer, "bias", None)
+        bias = self._bias
         for adapter in self._adapters:
             bias = adapter.merged_bias(bias)
         return bias

@@ -16,7 +16,7 @@ from typing import Any
 from minilora.adapter import Adapter
 from minilora.errors import InputError
 from minilora.layer_kinds import NF4Kind
-from minilora.lora import LoRA
+from minilora.lora import LoRA, LoRAConfig
 from minilora.trained_parts import Part, TiedLoRA
 
 
@@ -54,6 +54,6 @@ def _starts_in_4_bits(adapter: Adapter) -> bool:
 def _plain(adapter: Adapter) -> Adapter:
     if isinstance(adapter, Part | TiedLoRA):  # nothing that starts elsewhere
         return adapter
-    if not isinstance(adapter, LoRA):
-        raise InputError(f"as_lora: {adapter.config.peft_type} is no LoRA, save it as it is")
+    if not isinstance(adapter, LoRA) or type(adapter.config) is not LoRAConfig:
+        raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
     return adapter.as_plain()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.adapted_layer import AdaptedLayer, adapted
 from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
-from minilora.targets import adapted_layers, check_every_name_matches, find_targets
+from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
+from minilora.trained_parts import add_parts
 
 BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 
@@ -31,14 +32,19 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
 
 def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
-    """An adapter for the layer at each of these paths, by path, on the layer's device and not yet on the model."""
+    """An adapter for the layer at each of these paths and all else that the configuration trains, not yet on the model.
+
+    By path, on the layer's device.
+    """
     variant = adapter_class(config)
     layers = {path: model.get_submodule(path) for path in targets}
     bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
     shared = variant.share(config, bases)
+    adapters = {path: variant.build(base, config, path, shared) for path, base in bases.items()}
+    add_parts(model, config, adapters)
+    modules = modules_before_adapters(model)
     return {
-        path: variant.build(base, config, path, shared).to(_device(base)).train(base.training)
-        for path, base in bases.items()
+        path: adapter.to(_device(modules[path])).train(modules[path].training) for path, adapter in adapters.items()
     }
 
 
@@ -115,6 +121,10 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     names = [names] if isinstance(names, str) else list(names)
     check_names(model, names)
     refuse_merged(model)
+    for path, layer in adapted_layers(model).items():
+        together = [name for name in names if name in layer.adapters]
+        if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
+            raise InputError(f"{together} cannot act together: each has another {path} in the place of the model's")
     for layer in adapted_layers(model).values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():
@@ -228,3 +238,26 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     in_nf4 = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + in_nf4)
+
+
+# --- in a training loop ----------------------------------------------------------------------------------------------
+
+
+def regularization(model: nn.Module) -> Tensor | float:
+    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors; 0.0 where none does.
+
+    (loss + regularization(model)).backward()
+    """
+    layers = adapted_layers(model).values()
+    terms = [adapter.regularization() for layer in layers for adapter in layer.acting_adapters()]
+    return sum((term for term in terms if term is not None), start=0.0)
+
+
+def after_step(model: nn.Module, step: int) -> None:
+    """What the active adapters do after optimizer step `step`, counted from 1: AdaLoRA brings its ranks to the budget.
+
+    Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
+    """
+    for name in sorted({name for layer in adapted_layers(model).values() for name in layer.active}):
+        adapters = adapters_named(model, name)
+        adapter_class(next(iter(adapters.values())).config).after_step(adapters, step)

@@ -10,8 +10,9 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`.
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, AdapterConfig, config_class
+from minilora.adapter import Adapter, AdapterConfig, adapter_class, config_class
+from minilora.adapter_start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters import adapters_named, attach, build_adapters, find_targets
 from minilora.errors import InputError
+from minilora.targets import modules_before_adapters, tied_head
+from minilora.trained_parts import Part, TrainedCopy
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+INDEX = f"{WEIGHTS}.index.json"  # where the weights are in several files
 
 # PEFT's keys that do not change what an adapter computes, whatever their value.
 HARMLESS = {
@@ -42,16 +47,22 @@ WRITTEN = {
 }  # fmt: skip
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as_lora: bool = False) -> None:
     """Write one adapter as a folder that PEFT loads; tensors keep their dtype (float32 masters).
 
+    An adapter of PiSSA or OLoRA is written as it is, for tools that derive its start from the base weights again, as
+    PEFT does; as_lora=True writes the plain LoRA of twice the rank instead, which any tool serves. A start that cannot
+    be derived again is written so in any case: minilora/adapter_start.py.
     All files are written beside their places before the first is renamed into its own, so that a failure leaves an
     adapter that was there as it was, and other files in the folder are not touched.
-    Raises InputError where the model has no adapter of that name, or the folder cannot be written.
+    Raises InputError where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
+    what is no LoRA.
     """
-    parameters = _by_peft_key(adapters_named(model, name))
-    tensors = {key: parameter.detach().contiguous() for key, parameter in parameters.items()}
-    config = _peft_config(model, name)
+    adapters = adapters_to_write(adapters_named(model, name), as_lora)
+    parameters = _by_peft_key(adapters)
+    # A tied pair has one tensor under two keys, which the format does not allow.
+    tensors = {key: parameter.detach().clone().contiguous() for key, parameter in parameters.items()}
+    config = _peft_config(model, adapters)
     writers: dict[str, Callable[[Path], Any]] = {
         WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
         CARD: lambda path: path.write_text(_model_card(config), encoding="utf-8"),
@@ -66,17 +77,24 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Put the adapter that PEFT or `save_adapter` wrote on the model, active and ready to train on.
 
-    Raises InputError naming the file, and the option, key or shape in it, that is not as it must be: an adapter that is
-    not a plain LoRA, a missing or unexpected tensor, a wrong shape, a damaged file. The model is then unchanged.
+    What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own.
+    Raises InputError naming the file, and the option, key or shape in it, that is not as it must be: a method or option
+    that is not known, a missing or unexpected tensor, a wrong shape, a damaged file. The model is then unchanged.
     """
     config = _read_config(Path(folder) / CONFIG)
     tensors = _read_tensors(Path(folder) / WEIGHTS)
+    head = tied_head(model)
+    if getattr(config, "ensure_weight_tying", False) and not any(
+        key.startswith(_key(head or "", "")) for key in tensors
+    ):
+        config = replace(config, ensure_weight_tying=False)  # type: ignore[call-arg]  # PEFT found nothing to tie
     try:
-        targets = find_targets(model, config)
+        adapters = build_adapters(model, config, find_targets(model, config))
+        check_derived_start(adapters)
     except InputError as error:
         raise InputError(f"{Path(folder) / CONFIG} does not fit the model: {error}") from None
-    adapters = build_adapters(model, config, targets)
     parameters = _by_peft_key(adapters)
+    tensors = _without_the_base(model, tensors, parameters.keys(), Path(folder) / WEIGHTS)
     _check_tensors(tensors, {key: tuple(p.shape) for key, p in parameters.items()}, Path(folder) / WEIGHTS)
     with torch.no_grad():
         for key, parameter in parameters.items():
@@ -92,13 +110,30 @@ def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     shared = (adapter.shared_tensors() for adapter in adapters.values())  # the same ones from each
     tensors = {f"base_model.{key}": tensor for of_adapter in shared for key, tensor in of_adapter.items()}
     return tensors | {
-        f"base_model.model.{path}.{adapter.peft_name(name)}": parameter
-        for path, adapter in adapters.items()
-        for name, parameter in adapter.named_parameters()
+        _key(path, end): tensor for path, adapter in adapters.items() for end, tensor in adapter.saved_tensors().items()
     }
 
 
+def _key(path: str, end: str) -> str:
+    return f"base_model.model.{path}.{end}"
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    index = path.with_name(INDEX)
+    if path.exists() or not index.exists():
+        return _read_file(path)
+    try:
+        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: _read_file(path.with_name(Path(name).name)) for name in sorted(set(place.values()))}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} is not the index of a sharded safetensors file: {error!r}") from None
+    for key, name in place.items():
+        if key not in files[name]:
+            raise InputError(f"{path.with_name(name)} lacks {key}, which {INDEX} says it holds")
+    return {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     pickled = path.with_suffix(".bin")
     if not path.exists() and pickled.exists():
         raise InputError(
@@ -111,6 +146,31 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _without_the_base(
+    model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], path: Path
+) -> dict[str, Tensor]:
+    """The tensors without those that are the base model's: embeddings, and with bias="all" copies of biases.
+
+    Raises InputError naming one that is not what the model has.
+    """
+    kept, modules = dict(tensors), modules_before_adapters(model)
+    for key in tensors.keys() - set(expected):
+        saved_twice = tensors.get(key.replace(".modules_to_save.", "."))
+        name = re.sub(r"\.(base_layer|original_module)\.", ".", key).removeprefix("base_model.model.")
+        layer, _, end = name.rpartition(".")
+        own = modules[layer]._parameters.get(end) if layer in modules else None
+        original = own if saved_twice is tensors[key] or saved_twice is None else saved_twice
+        if original is None:
+            continue
+        if original.shape != tensors[key].shape or not torch.equal(original.cpu(), tensors[key].to(original.dtype)):
+            raise InputError(
+                f"{path}: {key} is not the model's {name}: the adapter belongs on another base model, or on one whose"
+                " embedding was resized and trained; load that one"
+            )
+        del kept[key]
+    return kept
 
 
 def _check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -146,6 +206,12 @@ def _read_config(path: Path) -> AdapterConfig:
         kind = config_class(str(values.get("peft_type")))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if not_derivable(values.get("init_lora_weights")):
+        raise InputError(
+            f"{path}: init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
+            " weights, and the folder does not hold it; convert it where it was trained, with PEFT's"
+            " save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
     known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
     for key in sorted(values.keys() - set(known) - HARMLESS):
         if _is_used(key, values[key]):
@@ -161,27 +227,30 @@ def _is_used(key: str, value: Any) -> bool:
     return not (value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key))
 
 
-def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
-    adapters = adapters_named(model, name)
-    targets = list(adapters)
+def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    targets = [path for path, adapter in adapters.items() if not isinstance(adapter, Part)]
     config = adapters[targets[0]].config
     values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
     if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
-        values["target_modules"] = _shortest_names(model, targets)
+        values["target_modules"] = _shortest_names(model, config, targets)
+    if getattr(config, "ensure_weight_tying", False) and tied_head(model) in adapters:
+        # PEFT knows a tied pair by the name lm_head, and would leave another one's head out.
+        copies = [path for path, adapter in adapters.items() if isinstance(adapter, TrainedCopy)]
+        values |= {"target_modules": targets, "modules_to_save": copies or None}
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     values = WRITTEN | values
     lacking = {key: values.pop(key) for key in config.peft_lacks if key in values}
     if any(_is_used(key, value) for key, value in lacking.items()):
         values["target_modules"] = targets  # PEFT cannot be told which layers in the words of this configuration
-    return type(adapters[targets[0]]).peft_values(values, adapters)
+    return adapter_class(config).peft_values(values, adapters)
 
 
-def _shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
+def _shortest_names(model: nn.Module, config: AdapterConfig, targets: list[str]) -> list[str]:
     """The last parts of the targets' paths where these match no other module, else the whole paths."""
     last_parts = sorted({path.rpartition(".")[2] for path in targets})
     try:
-        matched = find_targets(model, AdapterConfig(target_modules=last_parts))
+        matched = find_targets(model, replace(config, target_modules=last_parts))
     except InputError:  # they match something that is not a linear layer
         matched = []
     return last_parts if matched == targets else targets

@@ -75,10 +75,13 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     else:
         matched = [path for path in modules if _is_targeted(config, path)]
     if not matched:
-        raise InputError(f"target_modules={targets!r} matches no layer{_in_blocks(config)}; {_hint(targets, possible)}")
+        raise InputError(
+            f"target_modules={targets!r} matches no layer{_in_blocks(config)}; {nearest_names(targets, possible)}"
+        )
     excluded = config.exclude_modules or []
-    saved = config.modules_to_save or []
+    saved = _names_to_save(config)
     found = [path for path in matched if not _matches(excluded, path) and not _is_or_is_inside(saved, path)]
+    found = _with_tied(model, config, found)
     if not found:
         keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
         named = " and ".join(f"{key}={getattr(config, key)!r}" for key in keys)
@@ -95,6 +98,16 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
                 " so that an adapter would do nothing; train a copy of the attention with modules_to_save"
             )
     return found
+
+
+def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:
+    """The paths; with ensure_weight_tying, where one of them is of a tied pair, also the other."""
+    embedding, head = input_embedding(model), tied_head(model)
+    if not getattr(config, "ensure_weight_tying", False) or not embedding or not head:
+        return paths
+    if embedding not in paths and head not in paths:
+        return paths
+    return [path for path in modules_before_adapters(model) if path in paths or path in (embedding, head)]
 
 
 def _is_targeted(config: AdapterConfig, path: str) -> bool:
@@ -143,12 +156,21 @@ def _is_never_called(modules: dict[str, nn.Module], path: str) -> bool:
     return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def _names_to_save(config: AdapterConfig) -> list[str]:
+    """modules_to_save and, as in PEFT, the new head that a task other than language modelling gives the model."""
+    return [*(config.modules_to_save or []), *HEADS.get(config.task_type or "", [])]
+
+
 def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that modules_to_save names, in the model's order.
+    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm".
 
     Raises InputError where one has adapters inside, or is inside another.
     """
-    found = [path for path in modules_before_adapters(model) if _matches(config.modules_to_save or [], path)]
+    found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
+    found = _with_tied(model, config, found)
     for path in found:
         for other in [*found, *adapted_layers(model)]:
             if other.startswith(f"{path}."):
@@ -171,9 +193,9 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key)
         for name in [] if names is None or isinstance(names, str) else names:
-            if not any(_matches([name], path) for path in paths):
+            if not any(path.endswith(name) if key == "modules_to_save" else _matches([name], path) for path in paths):
                 what = "layer" if key == "target_modules" else "module"
-                raise InputError(f"{key}: {name!r} matches no {what}; {_hint([name], paths)}")
+                raise InputError(f"{key}: {name!r} matches no {what}; {nearest_names([name], paths)}")
     blocks = config.layers_to_transform
     existing = sorted({number for path in paths if (number := block_number(config, path)) is not None})
     for number in [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks:
@@ -186,7 +208,7 @@ def _in_blocks(config: AdapterConfig) -> str:
     return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
 
 
-def _hint(targets: str | Iterable[str], paths: list[str]) -> str:
+def nearest_names(targets: str | Iterable[str], paths: list[str]) -> str:
     """The existing names nearest to the wanted ones."""
     names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
     wanted = [targets] if isinstance(targets, str) else list(targets)
