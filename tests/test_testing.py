@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,9 @@ from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind
 from minilora.lora import LoRA, LoRAConfig
 from minilora.testing import CHECKS, Check, arithmetic, life
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
 
 # --- every variant passes every check --------------------------------------------------------------------------------
 
@@ -26,21 +29,51 @@ VARIANTS: dict[str, AdapterConfig] = {
     "lora": LoRAConfig(r=4, lora_dropout=0.1),
     "rslora": LoRAConfig(r=4, use_rslora=True, init_lora_weights="gaussian"),
     "dora": LoRAConfig(r=4, use_dora=True, lora_dropout=0.1),
+    "pissa": LoRAConfig(r=4, init_lora_weights="pissa"),
+    "pissa, fast": LoRAConfig(r=4, init_lora_weights="pissa_niter_4", lora_dropout=0.1),
+    "olora": LoRAConfig(r=4, init_lora_weights="olora"),
+    "loftq": LoRAConfig(r=4, init_lora_weights="loftq"),
+    "orthogonal": LoRAConfig(r=4, init_lora_weights="orthogonal"),
+    "ia3": IA3Config(feedforward_modules=["second"]),
+    "loha": LoHaConfig(r=3),
+    "loha, dropout": LoHaConfig(r=3, rank_dropout=0.1, module_dropout=0.1, use_effective_conv2d=True),
+    "lokr": LoKrConfig(r=2, init_weights="lycoris", use_effective_conv2d=True),
+    "lokr, both": LoKrConfig(r=1, decompose_both=True, decompose_factor=4),
 }
-DECLARED: dict[str, dict[str, Any]] = {}
+
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "loftq": {
+        "starts_as_the_base_model": "it starts between W and NF4(W)",
+        "disabled_is_the_base_bit_for_bit": "it gives up W for a quantized base of its own",
+        **dict.fromkeys(
+            [
+                "merges_among_other_adapters",
+                "leaves_the_base_frozen",
+                "shares_no_parameter",
+                "several_live_on_one_base",
+                "serves_each_row_its_own_adapter",
+            ],
+            "a second one finds no W to start from",
+        ),
+        "compiles_without_a_graph_break": "an NF4Linear does not compile in one graph",
+    },
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_passes(variant: str, check: Check) -> None:
-    check(VARIANTS[variant], **DECLARED.get(variant, {}))
+    check(VARIANTS[variant], exceptions=EXCEPTIONS.get(variant, {}))
 
 
-def test_a_variant_that_does_not_start_at_zero_must_say_so() -> None:
-    config = LoRAConfig(r=4, init_lora_weights=False)
-    with pytest.raises(AssertionError, match="starts_as_the_base_model"):
-        minilora.testing.check_variant(config)
-    minilora.testing.check_variant(config, starts_at_zero=False)
+def test_an_exception_must_be_declared_and_must_be_one() -> None:
+    check, config = arithmetic.starts_as_the_base_model, LoRAConfig(r=4, init_lora_weights=False)
+    with pytest.raises(AssertionError, match="starts_as_the_base_model: LoRA on linear: expected"):
+        check(config)
+    declared = {"starts_as_the_base_model": "init_lora_weights=False is for tests"}
+    minilora.testing.check_variant(config, exceptions=declared)
+    with pytest.raises(AssertionError, match="LoRA passes; remove it from the exceptions"):
+        check(LoRAConfig(r=4), exceptions=declared)
 
 
 def test_it_is_importable_with_torch_alone(tmp_path: Path) -> None:

@@ -13,25 +13,19 @@ or one test for each check:
 Needs nothing but what minilora needs. The guide is docs/write_your_own_variant.md.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from minilora.adapter import AdapterConfig
 from minilora.adapters import add_adapter
 from minilora.testing import arithmetic, life
-from minilora.testing.trial import CHECKS, Check, example_input
+from minilora.testing.trial import CHECKS, Add, Check, example_input
 
 __all__ = ["CHECKS", "Check", "arithmetic", "check_variant", "example_input", "life"]
 
 
 def check_variant(
-    config: AdapterConfig,
-    *,
-    add: Callable[[nn.Module, AdapterConfig, str], Any] = add_adapter,
-    starts_at_zero: bool = True,
-    shares: tuple[str, ...] = (),
+    config: AdapterConfig, *, add: Add = add_adapter, exceptions: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Try every check on the variant that is registered for this configuration.
 
@@ -40,11 +34,10 @@ def check_variant(
 
     add: puts an adapter on a model, for a variant that needs more than `add_adapter(model, config, name)`, such as
     data; `example_input(model)` is what the model takes.
-    starts_at_zero: False for a variant that by design changes the model as soon as it is added.
-    shares: names of trained parameters that several layers or adapters have in common by design.
-    A method that takes no gradient by design is declared in the class: `held_constant`.
+    exceptions: {name of a check: why the variant fails it by design}. It must then fail, so that no exception outlives
+    its reason. A method that takes no gradient by design needs none: `held_constant` in the class declares it.
 
     Raises AssertionError at the first check that fails: what was expected, what was found, and where to look.
     """
     for check in CHECKS:
-        check(config, add=add, starts_at_zero=starts_at_zero, shares=shares)
+        check(config, add=add, exceptions=exceptions)

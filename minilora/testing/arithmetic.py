@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from minilora.adapted_layer import AdaptedLayer
-from minilora.adapter import Adapter, Below
+from minilora.adapter import Adapter
 from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
 from minilora.lora import LoRAConfig
 from minilora.testing.trial import (
@@ -26,6 +26,7 @@ from minilora.testing.trial import (
     example_input,
     expect,
     expect_equal,
+    in_float64,
     shake,
     tokens,
     trained,
@@ -34,13 +35,12 @@ from minilora.testing.trial import (
 
 @check(*LAYERS)
 def starts_as_the_base_model(trial: Trial, layer: str) -> None:
-    """A new adapter changes nothing (not checked where `starts_at_zero=False` declares that it does)."""
+    """A new adapter changes nothing."""
     model = trial.base(layer)
     x = example_input(model)
     before = model(x)
     trial.put_on(model, "default")
-    if trial.starts_at_zero:
-        expect_equal(model(x), before, trial, "the base model's output after add_adapter", "__init__ (where it starts)")
+    expect_equal(model(x), before, trial, "the base model's output after add_adapter", "__init__ (where it starts)")
 
 
 @check(*LAYERS)
@@ -49,7 +49,7 @@ def gradients_equal_finite_differences(trial: Trial, layer: str) -> None:
 
     A declaration of what takes no gradient must be true: without holding anything, some gradient has to differ.
     """
-    model = trial.model(layer).double()
+    model = in_float64(trial.model(layer))
     x = example_input(model)
     leaves = trained(model)
     if x.is_floating_point():
@@ -70,7 +70,7 @@ def _wrong_gradient(model: nn.Module, x: Tensor, leaf: Tensor) -> str | None:
     try:  # float64 with steps of 1e-6: the differences are right to about 1e-9
         gradcheck(lambda _: model(x), (leaf,), eps=1e-6, atol=1e-7, rtol=1e-5)
     except GradcheckError as error:
-        return " ".join(str(error).split())
+        return str(error).splitlines()[0].rstrip(",")  # the whole Jacobians follow
     return None
 
 
@@ -105,14 +105,14 @@ def _replay(adapter: Adapter, name: str, values: list[Tensor]) -> None:
 
 
 def _computes(trial: Trial) -> str:
-    return "forward" if trial.additive else "transform"
+    return "forward" if trial.variant.additive else "transform"
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
 def _merges(trial: Trial) -> str:
-    return "delta (or forward, which must agree with it)" if trial.additive else "merged_weight and merged_bias"
+    return "delta (or forward, which must agree with it)" if trial.variant.additive else "merged_weight and merged_bias"
 
 
 @check(*LAYERS)
@@ -140,7 +140,7 @@ def unmerge_restores_the_bits(trial: Trial, layer: str) -> None:
     merge(model)
     unmerge(model)
     changed = changed_bits(before, bits(model))
-    look_at = "delta" if trial.additive else "merged_weight (it must not change the W that it is given)"
+    look_at = "delta" if trial.variant.additive else "merged_weight (it must not change the W that it is given)"
     expect(not changed, trial, "every bit as before merge and unmerge", f"other bits in {changed}", look_at)
     expect(torch.equal(model(x), wanted), trial, "the output as before, bit for bit", "another one", look_at)
 
@@ -162,20 +162,15 @@ def merges_among_other_adapters(trial: Trial, layer: str) -> None:
 
 @check(*LAYERS)
 def adds_onto_what_it_is_given(trial: Trial, layer: str) -> None:
-    """With `add`, the result is the result without it, + add; alone, `forward` is the product with `delta`."""
+    """Additive: `forward(x)` is the product of x with `delta()`, and `forward(x, add)` that + add."""
+    if not trial.variant.additive:
+        return  # its transform is given an `add` where a LoRA acts after it: merges_among_other_adapters
     model = trial.model(layer)
-    x = example_input(model)
-    first = model.get_submodule("first")
-    assert isinstance(first, AdaptedLayer)
-    (adapter,) = first.active_adapters()
-    add = torch.randn_like(first.base_layer(x))
-    if trial.additive:
-        alone, onto = adapter(x), adapter(x, add=add)
-        expect_equal(alone, adapter.kind.apply(x, adapter.delta()), trial, "the product of x with delta()", "forward")
-    else:
-        below = Below(first.base_layer, first._base, first.kind, [])
-        alone, onto = adapter.transform(x, below), adapter.transform(x, below, add)
-    expect_equal(onto, alone + add, trial, "the result without `add`, + add", _computes(trial))
+    x, adapter = example_input(model), adapters_of(model)[0]
+    add = torch.randn_like(trial.base(layer).get_submodule("first")(x))
+    product = adapter.kind.apply(x, adapter.delta())
+    expect_equal(adapter(x), product, trial, "the product of x with delta()", "forward (or delta)")
+    expect_equal(adapter(x, add=add), product + add, trial, "the result without `add`, + add", "forward")
 
 
 # --- dropout, shapes, dtypes -----------------------------------------------------------------------------------------
@@ -245,7 +240,7 @@ def keeps_float32_on_a_half_precision_base(trial: Trial, layer: str) -> None:
         x = example_input(model).to(dtype)
         y = model(x)
         expect(y.dtype == dtype, trial, f"an output in the input's {dtype}", f"{y.dtype}", _computes(trial))
-        exact = copy.deepcopy(model).double()(x.double())
+        exact = in_float64(copy.deepcopy(model))(x.double())
         expect_equal(y, exact, trial, f"in {dtype} nearly what float64 gives", _computes(trial), tolerance=4 * unit)
         y.float().pow(2).sum().backward()
         for name, parameter in parameters.items():

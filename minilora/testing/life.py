@@ -104,14 +104,12 @@ def leaves_the_base_frozen(trial: Trial, layer: str) -> None:
 
 @check("linear")
 def shares_no_parameter(trial: Trial, layer: str) -> None:
-    """What one adapter trains is nobody else's memory: not the base's, and not another adapter's unless `shares`."""
+    """What one adapter trains is nobody else's memory: not the base's, and not another adapter's."""
     model = trial.model(layer, "one", "two")
     owners = {_place(p): f"the base's {key}" for key, p in model.named_parameters() if ".adapters." not in key}
     for adapter_name in ("one", "two"):
         for path, adapter in zip(NAMES, adapters_of(model, adapter_name), strict=True):
             for key, parameter in adapter.named_parameters():
-                if key in trial.shares:
-                    continue
                 place, owner = _place(parameter), f"{path}.{key} of adapter {adapter_name!r}"
                 found = f"{owner} in the memory of {owners.get(place)}"
                 expect(place not in owners, trial, "memory of its own for each parameter", found, "__init__ or share")
@@ -158,7 +156,7 @@ def several_live_on_one_base(trial: Trial, layer: str) -> None:
         found = f"an error of {distance(both(x), alone[name]):.1e}"
         expected = f"after set_adapter({name!r}) what this adapter gives when it is alone"
         expect(torch.equal(both(x), alone[name]), trial, expected, found, "__init__ (is something kept in the class?)")
-    if trial.additive:
+    if trial.variant.additive:
         first = both.get_submodule("first")
         assert isinstance(first, AdaptedLayer)
         wanted = first.base_layer(x) + sum(adapter(x) for adapter in (first.adapters["one"], first.adapters["two"]))

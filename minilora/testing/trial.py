@@ -1,11 +1,11 @@
 """What a variant is tried on: a tiny model for every kind of layer, its adapters on it, and how a check fails."""
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,20 +74,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A variant on trial. The keywords of `check_variant` are these fields; see there."""
+    """A variant on trial: its configuration, and what puts it on a model."""
 
     config: AdapterConfig
     add: Callable[[nn.Module, AdapterConfig, str], None] = add_adapter
-    starts_at_zero: bool = True
-    shares: tuple[str, ...] = ()
 
     @property
     def variant(self) -> type[Adapter]:
         return adapter_class(self.config)
-
-    @property
-    def additive(self) -> bool:
-        return self.variant.additive
 
     def base(self, layer: str) -> nn.Sequential:
         """The model without adapters, in evaluation mode; the same weights every time."""
@@ -150,6 +144,14 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model, made to compute in float64, NF4 layers too."""
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.compute_dtype = torch.float64
+    return model.double()
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     """|a − b| / |b| in float64, Frobenius norms; infinite where the shapes differ."""
     if a.shape != b.shape:
@@ -172,45 +174,57 @@ def changed_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[st
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-class Check(Protocol):
-    """`check(config, **declared)` raises AssertionError where the variant fails; `check_variant` has the keywords."""
+Add = Callable[[nn.Module, AdapterConfig, str], Any]  # puts an adapter of this name on a model
+Function = Callable[[Trial, str], None]
 
-    __name__: str
 
-    def __call__(self, config: AdapterConfig, **declared: Any) -> None: ...
+class Check:
+    """One check: call it with a configuration; it raises AssertionError where the variant fails.
+
+    Random numbers are the same in every run. A failure, and any other error, becomes an AssertionError that names the
+    check, the variant, the kind of layer and the method to look at. `check_variant` explains the other arguments.
+    """
+
+    def __init__(self, function: Function, layers: tuple[str, ...]) -> None:
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+        self._function, self._layers = function, layers
+
+    def __call__(
+        self, config: AdapterConfig, *, add: Add = add_adapter, exceptions: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        trial, reason = Trial(config, add), exceptions.get(self.__name__)
+        failures = [failure for layer in self._layers if (failure := self._failure(trial, layer))]
+        if reason is None and failures:
+            raise failures[0]
+        if reason is not None and not failures:
+            name = trial.variant.__name__
+            raise AssertionError(f"{self.__name__}: {name} passes; remove it from the exceptions ({reason!r})")
+
+    def _failure(self, trial: Trial, layer: str) -> AssertionError | None:
+        """What is wrong on this kind of layer, if the variant takes it."""
+        where = f"{self.__name__}: {trial.variant.__name__} on {layer}"
+        try:
+            with seeded(0):
+                if trial.takes(layer):
+                    self._function(trial, layer)
+        except AssertionError as error:
+            return AssertionError(f"{where}: {error}").with_traceback(error.__traceback__)
+        except Exception as error:
+            found, look_at = f"{type(error).__name__}: {error}", _method_that_raised(error, trial)
+            message = f"{where}: expected no error; found {found}; look at {look_at}"
+            return AssertionError(message).with_traceback(error.__traceback__)
+        return None
 
 
 CHECKS: list[Check] = []
 
 
-def check(*layers: str) -> Callable[[Callable[[Trial, str], None]], Check]:
-    """Decorator: make `function(trial, layer)` a check, run on each of these kinds of layer that the variant takes.
+def check(*layers: str) -> Callable[[Function], Check]:
+    """Decorator: make `function(trial, layer)` a check, run on each of these kinds of layer that the variant takes."""
 
-    Random numbers are the same in every run. A failure, and any other error, becomes an AssertionError that names the
-    check, the variant, the kind of layer and the method to look at.
-    """
-
-    def decorate(function: Callable[[Trial, str], None]) -> Check:
-        @functools.wraps(function)
-        def run(config: AdapterConfig, **declared: Any) -> None:
-            trial = Trial(config, **declared)
-            name = getattr(function, "__name__", "check")
-            for layer in layers:
-                where = f"{name}: {trial.variant.__name__} on {layer}"
-                try:
-                    with seeded(0):
-                        if trial.takes(layer):
-                            function(trial, layer)
-                except AssertionError as failure:
-                    raise AssertionError(f"{where}: {failure}") from failure
-                except Exception as error:
-                    found = f"{type(error).__name__}: {error}"
-                    raise AssertionError(
-                        f"{where}: expected no error; found {found}; look at {_method_that_raised(error, trial)}"
-                    ) from error
-
-        CHECKS.append(cast(Check, run))
-        return cast(Check, run)
+    def decorate(function: Function) -> Check:
+        CHECKS.append(Check(function, layers))
+        return CHECKS[-1]
 
     return decorate
 

@@ -20,6 +20,6 @@ def orthogonal(adapter: LoRA, layer: nn.Module) -> None:
     r, (out_features, in_features) = adapter.r, adapter.kind.shape
     if r % 2:
         raise InputError(f"needs an even r, not {r}: half of A's directions pair with the other half of B's")
-    Q = torch.linalg.qr(torch.randn(r, r)).Q
-    adapter.lora_A.copy_((torch.randn(in_features, r // 2) @ Q[0::2]).T / 10)
-    adapter.lora_B.copy_(torch.randn(r // 2, out_features).T @ Q[1::2] / 10)
+    Q = torch.linalg.qr(torch.randn(r, r, dtype=torch.float32)).Q  # a QR has no half-precision form
+    adapter.lora_A.copy_((torch.randn(in_features, r // 2, dtype=torch.float32) @ Q[0::2]).T / 10)
+    adapter.lora_B.copy_(torch.randn(r // 2, out_features, dtype=torch.float32).T @ Q[1::2] / 10)
