@@ -5,14 +5,18 @@ from minilora.adapted_layer import LoRALinear
 from minilora.adapters import (
     adapter_names,
     add_adapter,
+    after_step,
+    delete_adapter,
     disable_adapters,
     merge,
+    regularization,
     set_adapter,
     trainable_parameters,
     unload,
     unmerge,
 )
 from minilora.checkpoint import load, save_pretrained
+from minilora.combine import combine_adapters
 from minilora.data import load_rows, show_example
 from minilora.errors import InputError
 from minilora.evaluate import compare, evaluate
@@ -23,6 +27,7 @@ from minilora.lora import LoRAConfig
 from minilora.mixed_batch import adapters_for_rows
 from minilora.peft_format import load_adapter, save_adapter
 from minilora.train import TrainConfig, train
+from minilora.variants.adalora import AdaLoRAConfig
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
 from minilora.variants.lokr import LoKrConfig
@@ -35,6 +40,7 @@ __all__ = [
     "nf4",
     "NF4Linear",
     "LoRAConfig",
+    "AdaLoRAConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
@@ -46,8 +52,12 @@ __all__ = [
     "adapter_names",
     "set_adapter",
     "adapters_for_rows",
+    "combine_adapters",
+    "delete_adapter",
     "disable_adapters",
     "trainable_parameters",
+    "regularization",
+    "after_step",
     "merge",
     "unmerge",
     "unload",

@@ -131,6 +131,24 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
             adapter.requires_grad_(name in names)
 
 
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take this adapter off and forget it; a layer without any other is the plain layer again.
+
+    The other active adapters stay active; where it was the only one, the model is the base model until `set_adapter`.
+    Raises InputError for a name that the model does not have, or uses inside `adapters_for_rows`, and on a merged model.
+    """
+    check_names(model, [name])
+    refuse_merged(model)
+    if any(layer.row_names and name in layer.row_names.names for layer in adapted_layers(model).values()):
+        raise InputError(f"{name!r} is in use for rows of a batch: delete it after `with adapters_for_rows(...)`")
+    for path, layer in adapted_layers(model).items():
+        layer.active = [other for other in layer.active if other != name]
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not layer.adapters:
+            _replace(model, path, layer.base_layer)
+
+
 def check_names(model: nn.Module, names: list[str]) -> None:
     existing = adapter_names(model)
     for name in names:

@@ -1,6 +1,7 @@
 """The variants of LoRA, one file each; importing this package registers them all."""
 
 from minilora.variants import (
+    adalora,
     dora,
     eva,
     ia3,
@@ -17,6 +18,7 @@ from minilora.variants import (
 )
 
 __all__ = [
+    "adalora",
     "dora",
     "eva",
     "ia3",
