@@ -260,21 +260,22 @@ class AdaptedModule(AdaptedLayer):
         adapters = self.active_adapters()
         if self.merged or not adapters:
             return
-        merged = self.merged_module()
+        merged, base = copy.deepcopy(self.folded()).requires_grad_(False), self.base_layer
+        for key, parameter in base.named_parameters():
+            merged.get_parameter(key).data = merged.get_parameter(key).data.to(parameter.dtype)
         if safe and not all(parameter.isfinite().all() for parameter in merged.parameters()):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity; nothing was merged")
-        self._unmerged, self.base_layer, self.merged = [self.base_layer], merged, list(self.active)
+        self._unmerged, self.base_layer, self.merged = [base], merged, list(self.active)
 
-    def merged_module(self) -> nn.Module:
-        """The module with the active adapters folded in; nothing is changed."""
+    def folded(self) -> nn.Module:
+        """A module that computes what the active adapters make of this one, in float32; it shares their memory."""
         base, adapters = self.base_layer, self.active_adapters()
         if adapters[0].replaces:
-            module: nn.Module = cast(Any, adapters[0]).as_plain(base)
-            return module
+            return cast(nn.Module, adapters[0].module)
+        module = copy.copy(base)
         bias = self.own_bias(adapters)
         assert bias is not None
-        module = copy.copy(base)
-        module._parameters = base._parameters | {"bias": nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)}
+        module._parameters = base._parameters | {"bias": nn.Parameter(bias.detach(), requires_grad=False)}
         return module
 
 

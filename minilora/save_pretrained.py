@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted_layer import AdaptedLayer
+from minilora.adapted_layer import AdaptedLayer, AdaptedModule
 from minilora.adapter import Adapter
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
@@ -55,15 +56,25 @@ def save_pretrained(
 
 def _layers_with_weights(model: Transformer) -> dict[str, nn.Module]:
     """The modules that hold weights, by path; a head that is nothing but the embedding is left out."""
-    layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        inside_lora = any(path.startswith(f"{p}.") for p, m in layers.items() if isinstance(m, AdaptedLayer))
-        if (isinstance(module, AdaptedLayer) or hasattr(module, "weight")) and not inside_lora:
-            layers[path] = module
-    embedding, head = (_layer_and_acting(layer) for layer in (model.model.embed_tokens, model.lm_head))
-    if head[0].weight is embedding[0].weight and not head[1] and not embedding[1]:
+    layers = dict(_walk("", model))
+    embedding, head = layers["model.embed_tokens"], layers["lm_head"]
+    (of_embedding, on_embedding), (of_head, on_head) = _layer_and_acting(embedding), _layer_and_acting(head)
+    if of_head.weight is of_embedding.weight and (
+        not (on_embedding or on_head) or torch.equal(_weight_and_bias(head)[0], _weight_and_bias(embedding)[0])
+    ):
         del layers["lm_head"]
     return layers
+
+
+def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers from here on, those with an AdaptedModule as the plain ones that it computes with now."""
+    if isinstance(module, AdaptedModule):
+        module = module.folded() if module.acting_adapters() else module.layer_in_use()
+    if isinstance(module, AdaptedLayer) or hasattr(module, "weight"):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _walk(f"{path}.{name}".lstrip("."), child)
 
 
 def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -144,13 +144,6 @@ class TrainedCopy(Part):
         values = {name: parameter.to(dtypes[name]) for name, parameter in parameters.items()}
         return functional_call(self.module, values, args, kwargs)
 
-    def as_plain(self, original: nn.Module) -> nn.Module:
-        """A frozen copy in the dtypes of the original."""
-        plain = copy.deepcopy(self.module).requires_grad_(False)
-        for name, parameter in original.named_parameters():
-            plain.get_parameter(name).data = plain.get_parameter(name).data.to(parameter.dtype)
-        return plain
-
     def transform(self, x: Tensor, below: Below, add: Tensor | None = None) -> Tensor:
         y: Tensor = self.call(below.layer, x)
         return y if add is None else y + add
