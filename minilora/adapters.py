@@ -135,7 +135,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Take this adapter off and forget it; a layer without any other is the plain layer again.
 
     The other active adapters stay active; where it was the only one, the model is the base model until `set_adapter`.
-    Raises InputError for a name that the model does not have, or uses inside `adapters_for_rows`, and on a merged model.
+    Raises InputError for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a
+    merged model.
     """
     check_names(model, [name])
     refuse_merged(model)
