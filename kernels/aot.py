@@ -46,7 +46,7 @@ class Case:
         types = (
             STATISTICS
             | {"absmax_ptr": absmax, "midpoints_ptr": "*fp32"}
-            | dict.fromkeys([*"MNKRn", "add_stride"], "i32")
+            | dict.fromkeys([*"MNKRn", "add_stride", "SPLIT"], "i32")
         )
         signature, aligned = {}, {}
         for i, name in enumerate(self.kernel.arg_names):
@@ -62,12 +62,12 @@ def cases() -> Iterator[Case]:
         nf4: dict[str, Any] = {"BLOCK_SIZE": 64, "DOUBLE": double}
         kind = f"{dtype}, {'double' if double else 'single'}"
         yield Case(f"dequantize {kind}", dequantize.dequantize_kernel, dtype, nf4 | {"BYTES": dequantize.BYTES})
-        yield Case(f"gemv {kind}", gemv.gemv_kernel, dtype, nf4 | {"SPLIT": 4, "BN": gemv.BN, "BK": gemv.BK})
+        yield Case(f"gemv {kind}", gemv.gemv_kernel, dtype, nf4 | {"BN": gemv.BN, "BK": gemv.BK})
     for dtype, M in product(DTYPES, (1, 4096)):
         BM, BN = tile(DTYPES[dtype], M)
         if (dtype, M) == ("fp32", 4096):
             continue  # the same tile as for M = 1
-        sizes = {"BLOCK_SIZE": 64, "DOUBLE": True, "SPLIT": 4, "BM": BM, "BN": BN, "DOT": dot_dtype(DTYPES[dtype])}
+        sizes = {"BLOCK_SIZE": 64, "DOUBLE": True, "BM": BM, "BN": BN, "DOT": dot_dtype(DTYPES[dtype])}
         yield Case(f"backward {dtype}, {BM} rows", backward.backward_kernel, dtype, sizes | {"BK": backward.BK})
         for extra in (False, True):
             more = {"BK": matmul.BK, "BR": 16, "ADD": extra, "LORA": extra}

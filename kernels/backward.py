@@ -22,8 +22,8 @@ BK = 64  # columns of W at a time, which lie in one block
 @triton.jit
 def backward_kernel(
     g_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, out_ptr,
-    M, N, K,
-    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr,
+    M, N, K, SPLIT,
+    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: BK columns of BM rows of g_x, over every SPLIT-th block of BN rows of W."""
@@ -61,8 +61,8 @@ def backward(g: Tensor, q: QuantizedTensor) -> Tensor:
     split = split_of(K // BK * triton.cdiv(M, BM), triton.cdiv(N, BN), g.device)
     out = torch.empty((split, M, K), dtype=torch.float32 if split > 1 else g.dtype, device=g.device)
     backward_kernel[(K // BK, triton.cdiv(M, BM), split)](
-        g.contiguous(), *buffers(q), out, M, N, K,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, SPLIT=split, BM=BM, BN=BN, BK=BK, DOT=dot_dtype(g.dtype),
+        g.contiguous(), *buffers(q), out, M, N, K, split,
+        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BM=BM, BN=BN, BK=BK, DOT=dot_dtype(g.dtype),
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     return out.sum(0, dtype=torch.float32).to(g.dtype) if split > 1 else out[0]

@@ -22,8 +22,8 @@ BN, BK = 8, 512  # outputs of one program, and weights of each at a time
 @triton.jit
 def gemv_kernel(
     x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, out_ptr,
-    N, K,
-    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    N, K, SPLIT,
+    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs, over every SPLIT-th piece of BK weights; BLOCK_SIZE divides BK or the reverse."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -51,8 +51,8 @@ def gemv(x: Tensor, q: QuantizedTensor) -> Tensor:
     split = split_of(triton.cdiv(N, BN), triton.cdiv(K, BK), x.device)
     out = torch.empty((split, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     gemv_kernel[(triton.cdiv(N, BN), split)](
-        x.contiguous(), *buffers(q), out, N, K,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, SPLIT=split, BN=BN, BK=BK,
+        x.contiguous(), *buffers(q), out, N, K, split,
+        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BN=BN, BK=BK,
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     return out.sum(0, dtype=torch.float32).to(x.dtype) if split > 1 else out[0]

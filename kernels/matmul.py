@@ -30,8 +30,8 @@ BK = 64  # weights of a row at a time: one block, or a part of one
 @triton.jit
 def matmul_kernel(
     x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
-    M, N, K, R, add_stride,
-    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr, SPLIT: tl.constexpr,
+    M, N, K, R, add_stride, SPLIT,
+    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program: BN outputs of BM rows, over every SPLIT-th block of BK weights; BK divides BLOCK_SIZE divides K."""
@@ -83,8 +83,8 @@ def matmul(
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, M, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
-        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, N if add is not None and add.dim() == 2 else 0,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0, SPLIT=split,
+        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, N if add is not None and add.dim() == 2 else 0, split,
+        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
         BM=BM, BN=BN, BK=BK, BR=max(16, triton.next_power_of_2(R)), DOT=dot_dtype(x.dtype),
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
