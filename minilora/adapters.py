@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from minilora.adapted_layer import AdaptedLayer, adapted
 from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
+from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
 from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
-from minilora.trained_parts import add_parts
+from minilora.trained_parts import add_parts, settle_tie
 
 BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 
@@ -71,6 +72,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             layer = adapted(adapter.base_for(layer))
             _replace(model, path, layer)
         layer.adapters[name] = adapter
+    follow_checkpointing(model)
     set_adapter(model, name)
 
 
@@ -197,11 +199,15 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
 
-    The parameters stay frozen. Raises InputError as `merge` does.
+    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too. Raises
+    InputError as `merge` does.
     """
     (_merge if merge else unmerge)(model)
     for path, layer in adapted_layers(model).items():
         _replace(model, path, layer.base_layer)
+    forget_checkpointing(model)
+    if merge:
+        settle_tie(model)
     return model
 
 

@@ -10,6 +10,7 @@ merged with the adapter, and is found in it by `adapter_parameters`.
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,14 @@ from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind, kind_of
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA
-from minilora.targets import find_modules_to_save, input_embedding, modules_before_adapters, nearest_names, tied_head
+from minilora.targets import (
+    find_modules_to_save,
+    input_embedding,
+    modules_before_adapters,
+    nearest_names,
+    output_head,
+    tied_head,
+)
 
 
 def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
@@ -305,3 +313,19 @@ def _tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Ad
     if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
         raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")
     adapters[head] = TiedLoRA(modules_before_adapters(model)[head], head, of_head, of_embedding)
+
+
+def settle_tie(model: nn.Module) -> None:
+    """Tie again a pair that has become two equal weights; if they differ, have the configuration say that they do."""
+    embedding, head, config = input_embedding(model), output_head(model), getattr(model, "config", None)
+    if not embedding or not head or not getattr(config, "tie_word_embeddings", False):
+        return
+    of_embedding, of_head = model.get_submodule(embedding), model.get_submodule(head)
+    if of_head.weight is of_embedding.weight:
+        return
+    if torch.equal(of_head.weight, of_embedding.weight):  # type: ignore[arg-type]
+        of_head.weight = of_embedding.weight
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
+    else:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
