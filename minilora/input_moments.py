@@ -1,0 +1,50 @@
+"""Second moments H = Σ x xᵀ of the inputs that layers see on batches of data."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.calibration import Forward, as_mapping
+from minilora.errors import InputError
+from minilora.generate import evaluating
+
+
+@torch.no_grad()
+def input_moments(
+    model: nn.Module, paths: Iterable[str], batches: Iterable[Any], forward: Forward
+) -> dict[str, Tensor]:
+    """H (in, in), float32, of each of these layers over all tokens of the batches; padding is left out.
+
+    batches, forward: see minilora.calibration; the loss itself is not used. A token is padding where the batch's
+    attention_mask is 0. Raises InputError naming a layer that no input reached, or one that was not finite.
+    """
+    layers = {path: model.get_submodule(path) for path in paths}
+    moments: dict[str, Tensor] = {}
+    real: list[Tensor | None] = [None]  # the mask of the batch at hand
+
+    def look(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x, mask = args[0], real[0]
+            x = x[mask.to(x.device)] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
+            x = x.float()
+            H = moments.setdefault(path, torch.zeros(x.shape[1], x.shape[1], device=x.device))
+            H.addmm_(x.T, x)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(look(path)) for path, layer in layers.items()]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                mask = as_mapping(batch).get("attention_mask")
+                real[0] = None if mask is None else mask.bool()
+                forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path in layers:
+        if path not in moments or not 0 < moments[path].trace() < torch.inf:
+            raise InputError(f"{path}: no input that is finite and not zero reached it; give more or other batches")
+    return moments
