@@ -232,6 +232,10 @@ class AdaptedModule(AdaptedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, with the acting adapter's copy or bias in the place of its own."""
         if self.row_names is not None and self.enabled:
+            if len(args) != 1 or kwargs:
+                raise InputError(
+                    f"{self.row_names.path(self)} takes more than one input: no mixed batch can go through it"
+                )
             return self.row_by_row(args[0], self.row_names.rows(args[0], self))
         return self._call(self.acting_adapters(), *args, **kwargs)
 

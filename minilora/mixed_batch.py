@@ -37,10 +37,10 @@ class RowNames:
         Raises InputError where x (rows, …), the input of this layer, has another number of rows, and on a merged layer.
         """
         if layer.merged:
-            raise InputError(f"{layer.merged} are merged into {self._path(layer)}: call unmerge(model) first")
+            raise InputError(f"{layer.merged} are merged into {self.path(layer)}: call unmerge(model) first")
         if len(x) != len(self.names):
             raise InputError(
-                f"{self._path(layer)}: its input of shape {tuple(x.shape)} has {len(x)} rows, and names were given for"
+                f"{self.path(layer)}: its input of shape {tuple(x.shape)} has {len(x)} rows, and names were given for"
                 f" {len(self.names)}: a mixed batch takes a name for each row, in layers that see the batch row by row"
             )
         if x.device not in self._rows:
@@ -50,7 +50,8 @@ class RowNames:
             self._rows[x.device] = {name: torch.tensor(rows, device=x.device) for name, rows in numbers.items()}
         return self._rows[x.device]
 
-    def _path(self, layer: AdaptedLayer) -> str:
+    def path(self, layer: AdaptedLayer) -> str:
+        """Where the layer is in the model."""
         return next(path for path, other in self._layers.items() if other is layer)
 
 

@@ -407,6 +407,16 @@ def test_a_merged_model_is_refused_and_so_is_merging_inside() -> None:
         pass
 
 
+def test_a_copied_module_of_several_inputs_is_named() -> None:
+    model = tiny_llama()
+    add_adapter(model, LoRAConfig(target_modules=["up_proj"], modules_to_save=["layers.1.self_attn"]), "fr")
+    with (
+        pytest.raises(InputError, match=r"model\.layers\.1\.self_attn takes more than one input"),
+        adapters_for_rows(model, ["fr", "__base__"]),
+    ):
+        model(IDS)
+
+
 class Experts(nn.Module):
     """A Mixture-of-Experts: every expert sees the tokens that the router sends it, from any row."""
 
