@@ -10,7 +10,8 @@ import torch
 from benchmarks.output import print_table, write
 from minilora.errors import InputError
 
-BENCHMARKS = {"train": "benchmarks.train_step"}  # name -> module with `run(rounds, device) -> Result`
+# name -> module with `run(rounds, device) -> Result`
+BENCHMARKS = {"train": "benchmarks.train_step", "kernels": "benchmarks.nf4_products"}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -40,7 +40,7 @@ class Spread:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[int], None]],
+    contenders: Mapping[str, Callable[[int], object]],
     rounds: int,
     device: torch.device,
     warmup: int,

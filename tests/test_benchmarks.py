@@ -24,7 +24,7 @@ def benchmarks():
     """The package, which is not installed, imported from the repository's root."""
     sys.path.insert(0, str(ROOT))
     try:
-        for name in ("measure", "output", "train_step", "__main__"):
+        for name in ("measure", "output", "train_step", "nf4_products", "__main__"):
             importlib.import_module(f"benchmarks.{name}")
         yield sys.modules["benchmarks"]
     finally:
@@ -87,16 +87,22 @@ def test_table_json_and_plot(benchmarks, tmp_path, capsys):
     assert set(content["machine"]) >= {"date", "device", "cpu", "cores", "load_average_before", "commit"}
 
 
-def test_the_command_lists_and_refuses():
+def test_the_command_lists_and_refuses(benchmarks):
+    names = list(benchmarks.__main__.BENCHMARKS)
+
     def command(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
         )
 
     listed = command()
-    assert (listed.returncode, listed.stdout.splitlines()[0][:6]) == (0, "train:")
+    assert listed.returncode == 0
+    assert [line.partition(":")[0] for line in listed.stdout.splitlines()] == names
     refused = command("trian")
-    assert (refused.returncode, refused.stderr) == (2, "benchmarks: there is no benchmark 'trian'; there are train\n")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"benchmarks: there is no benchmark 'trian'; there are {', '.join(names)}\n",
+    )
 
 
 @pytest.mark.parametrize("missing", ["peft", "transformers"])
@@ -136,3 +142,38 @@ def test_a_step_of_the_benchmark_is_a_step_of_train(benchmarks, monkeypatch):
     expected = summed_loss(model, collate(rows, 0)) / label_tokens(rows)
     assert trainer.step(rows, 0) == pytest.approx(expected.item(), rel=1e-6)
     assert trainer.step(rows, 0) < expected
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_contenders_compute_the_same_product(benchmarks, backward, dtype):
+    pytest.importorskip("bitsandbytes")
+    products = benchmarks.nf4_products
+    case = products.Case("test", 96, 128, 3, dtype, backward)
+    torch.manual_seed(0)
+    W, x = torch.randn(96, 128).to(dtype), torch.randn(case.x_shape).to(dtype)
+    results = {name: build(case, [W], x)(0).float() for name, build in products.CONTENDERS["cpu"].items()}
+    # the same 4-bit weight, multiplied by two libraries: rounded to dtype once or twice
+    tolerance = {"rtol": 2e-2, "atol": 0.3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(results["minilora"], results["bitsandbytes"], **tolerance)
+    # NF4's own error, some 10% of a weight, averages out over the sum
+    assert (results["minilora"] - results["dense"]).norm() < 0.15 * results["dense"].norm()
+
+
+def test_a_share_of_the_roofline_is_that_of_the_slower_limit(benchmarks):
+    case = benchmarks.nf4_products.Case("test", 4096, 4096, 1, torch.bfloat16, False)
+    assert case.seconds_at_best(3.35e12, 989e12) == pytest.approx(2.6e-6, rel=0.01)  # H100: 4.127 bits at 3.35 TB/s
+    many = benchmarks.nf4_products.Case("test", 4096, 4096, 8192, torch.bfloat16, False)
+    assert many.seconds_at_best(3.35e12, 989e12) == pytest.approx(2 * 8192 * 4096**2 / 989e12)
+
+
+def test_kernels_on_a_cpu_from_end_to_end(benchmarks, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    products = benchmarks.nf4_products
+    monkeypatch.setattr(products, "SMOLLM2", {"q": (64, 64)})
+    monkeypatch.setitem(products.ROWS, "cpu", (1, 4))
+    monkeypatch.setattr(products, "measured_speeds", lambda device: (1e10, 1e11))
+    result = products.run(2, CPU)
+    assert len(result.rows) == 2 * 2 * 2  # dtypes, directions, rows
+    assert list(result.rows[0]) == ["product", "dtype", "minilora, µs", "/ bitsandbytes", "/ dense", "roofline"]
+    assert all(len(values) == 2 for times in result.raw.values() for values in times.values())
