@@ -140,9 +140,12 @@ class ConvKind(LayerKind):
         return (F.conv1d, F.conv2d, F.conv3d)[len(self.shape) - 3]
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
+        """W * x; a W of in/groups channels convolves in groups, as the layer's own does."""
+        groups = self.in_features // W.shape[1]
         if self.padding_mode == "zeros":
-            return self._convolve(x, W, None, self.stride, self.padding, self.dilation)
-        return self._convolve(F.pad(x, self.pad_by, mode=self.padding_mode), W, None, self.stride, 0, self.dilation)
+            return self._convolve(x, W, None, self.stride, self.padding, self.dilation, groups)
+        x = F.pad(x, self.pad_by, mode=self.padding_mode)
+        return self._convolve(x, W, None, self.stride, 0, self.dilation, groups)
 
     def pointwise(self, h: Tensor, B: Tensor, add: Tensor | None = None) -> Tensor:
         y = self._convolve(h, B, groups=self.groups)

@@ -8,7 +8,17 @@ import peft
 import pytest
 import torch
 from adapter_helpers import tiny_llama
-from method_helpers import both, check_equals_peft, check_folders_both_ways, output, randomize
+from method_helpers import (
+    assert_near,
+    assert_same,
+    both,
+    check_equals_peft,
+    check_folders_both_ways,
+    output,
+    parameters,
+    randomize,
+    train_steps,
+)
 from peft.tuners.loha.layer import HadaWeightCP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -91,6 +101,19 @@ class Delta(nn.Module):
 def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
     values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **values}
     check_folders_both_ways(tiny_llama(), *configs(**values), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_convolution_in_groups_equals_peft_and_cannot_be_merged(method: Any) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)), torch.randn(2, 8, 5, 5)
+    ours, theirs = both(base, *(config(r=2, target_modules=["0"]) for config in method))
+    assert_same(parameters(ours), parameters(theirs))
+    randomize(ours, theirs, scale=1.0)
+    assert_near(output(ours, x), output(theirs, x))
+    assert_near(torch.tensor(train_steps(ours, 10, x)), torch.tensor(train_steps(theirs, 10, x)))
+    with pytest.raises(InputError, match="groups=2"):
+        merge(ours)
 
 
 def peft_draws_one_more(model: nn.Module, x: Tensor, seed: int) -> Tensor:
@@ -188,7 +211,7 @@ def test_a_value_out_of_range_is_named(config_class: Any, values: dict[str, Any]
 
 @pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
 def test_layers_that_it_cannot_adapt_are_refused(config_class: Any) -> None:
-    for layer in (nn.Embedding(4, 4), nn.Conv3d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)):
+    for layer in (nn.Embedding(4, 4), nn.Conv3d(4, 4, 1)):
         model = nn.Sequential(layer)
         with pytest.raises(InputError, match=f"^0 is a {type(layer).__name__}: "):
             add_adapter(model, config_class(target_modules=["0"]))

@@ -37,7 +37,7 @@ class LoHa(Lycoris):
 
     def __init__(self, layer: nn.Module, config: LoHaConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
-        r, (out_features, in_features, *kernel) = self.r, self.kind.shape
+        r, (out_features, in_features, *kernel) = self.r, self.shape
         if self.factors_kernel:
             self.hada_t1 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
             self.hada_w1_a, self.hada_w1_b = empty(r, out_features), empty(r, in_features)

@@ -65,7 +65,7 @@ class LoKr(Lycoris):
     def __init__(self, layer: nn.Module, config: LoKrConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
         self.rescales_rows = config.rank_dropout_scale
-        r, (out_features, in_features, *kernel) = self.r, self.kind.shape
+        r, (out_features, in_features, *kernel) = self.r, self.shape
         a, c = factors(out_features, config.decompose_factor)
         b, d = factors(in_features, config.decompose_factor)
         for name in NAMES:

@@ -62,32 +62,34 @@ class LycorisConfig(AdapterConfig):
 
 
 class Lycoris(Adapter):
-    """An adapter whose ΔW is `update()`: a subclass implements that alone, for W as (out, in, *kernel).
+    """An adapter whose ΔW is `update()`: a subclass implements that alone, in the `shape` (out, in/groups, *kernel).
 
-    Linear layers, nn.Conv1d and nn.Conv2d, as in PEFT. Raises InputError for any other, and for grouped convolutions.
+    Linear layers, nn.Conv1d and nn.Conv2d, as in PEFT. Raises InputError for any other.
     """
 
     rescales_rows = True  # rank dropout makes up for what it dropped
 
     def __init__(self, layer: nn.Module, config: Any, path: str = "") -> None:
         super().__init__(layer, config, path)
-        is_conv = isinstance(self.kind, ConvKind) and len(self.kind.shape) in (3, 4) and self.kind.groups == 1
+        is_conv = isinstance(self.kind, ConvKind) and len(self.kind.shape) in (3, 4)
         if not (self.kind.is_linear or is_conv):
             raise InputError(
                 f"{path or 'the layer'} is a {type(layer).__name__}: {config.peft_type} adapts linear layers and"
-                " 1d and 2d convolutions without groups"
+                " 1d and 2d convolutions"
             )
+        out_features, in_features, *kernel = self.kind.shape
+        self.shape = (out_features, in_features // getattr(self.kind, "groups", 1), *kernel)
         self.r = first_match(config.rank_pattern, path, config.r)
         self.scaling = first_match(config.alpha_pattern, path, config.alpha) / self.r
         # a kernel of one point is a matrix already
-        self.factors_kernel = config.use_effective_conv2d and max(self.kind.shape[2:], default=1) > 1
+        self.factors_kernel = config.use_effective_conv2d and max(kernel, default=1) > 1
 
     def update(self) -> Tensor:
         """ΔW/s in the order of W's elements, and of as many."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        return self.scaling * self.update().reshape(self.kind.shape)
+        return self.scaling * self.update().reshape(self.shape)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """s·ΔW x (+ add), in the dtype of x."""
