@@ -3,7 +3,7 @@
     A₀B₀ = 0;  for t = 1 … T
         Q_t = NF4(W − s·B_{t−1}A_{t−1})                  quantize what the update does not hold
         s·B_tA_t = SVD_r(W − Q_t)                        the best rank-r fit of what Q_t does not hold
-    W ≈ Q_T + s·B_TA_T, nearer than NF4(W) alone
+    W ≈ Q_T + s·B_TA_T, nearer than NF4(W) alone; a few iterations are enough, and many need not be better
 
 This initialisation changes the base too: an NF4Linear that holds Q_T takes the place of the dense layer, whose W is
 given up. Adapters switched off, or taken off with `unload`, leave Q_T. The adapter belongs on this Q_T and no other.
