@@ -177,3 +177,13 @@ def test_kernels_on_a_cpu_from_end_to_end(benchmarks, monkeypatch):
     assert len(result.rows) == 2 * 2 * 2  # dtypes, directions, rows
     assert list(result.rows[0]) == ["product", "dtype", "minilora, µs", "/ bitsandbytes", "/ dense", "roofline"]
     assert all(len(values) == 2 for times in result.raw.values() for values in times.values())
+
+
+def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, monkeypatch):
+    gpu = importlib.import_module("benchmarks.gpu")
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        gpu.run(1, CPU)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
+    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args: pytest.fail("timed although a test failed"))
+    with pytest.raises(InputError, match="nothing is timed that is not right"):
+        gpu.run(1, torch.device("cuda"))

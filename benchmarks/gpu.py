@@ -1,0 +1,28 @@
+"""gpu: everything that only a GPU can say, in one command: first that the kernels are right on it, then their times.
+
+Correctness is tests/test_kernels_*.py, which without a GPU run in Triton's interpreter, and every test marked `gpu`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import nf4_products
+from benchmarks.output import Result
+from minilora.errors import InputError
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+def run(rounds: int | None, device: torch.device) -> Result:
+    """Run the tests on this GPU, and only if they pass the benchmark `kernels`."""
+    if device.type != "cuda":
+        raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
+    kernels = [str(path) for path in sorted(TESTS.glob("test_kernels_*.py"))]
+    for selection in (kernels, [str(TESTS), "-m", "gpu"]):
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *selection]
+        if subprocess.run(command, cwd=TESTS.parent, check=False).returncode:
+            raise InputError(f"{' '.join(command[1:])} failed: nothing is timed that is not right")
+    return nf4_products.run(rounds, device)
