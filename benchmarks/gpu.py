@@ -22,7 +22,7 @@ def run(rounds: int | None, device: torch.device) -> Result:
         raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
     kernels = [str(path) for path in sorted(TESTS.glob("test_kernels_*.py"))]
     for selection in (kernels, [str(TESTS), "-m", "gpu"]):
-        command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *selection]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *selection]
         if subprocess.run(command, cwd=TESTS.parent, check=False).returncode:
             raise InputError(f"{' '.join(command[1:])} failed: nothing is timed that is not right")
     return nf4_products.run(rounds, device)
