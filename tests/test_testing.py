@@ -1,5 +1,6 @@
 """The conformance suite: every variant here passes it, and every check of it catches a variant that is broken."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 
 import minilora.testing
 from minilora import adapter as registry
+from minilora import lora
 from minilora.adapter import AdapterConfig
+from minilora.adapters import add_adapter
 from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind
 from minilora.lora import LoRA, LoRAConfig
-from minilora.testing import CHECKS, Check, arithmetic, life
+from minilora.testing import CHECKS, Add, Check, arithmetic, life
+from minilora.variants import eva, lora_ga
+from minilora.variants.adalora import AdaLoRAConfig
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
 from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 # --- every variant passes every check --------------------------------------------------------------------------------
 
@@ -29,11 +35,18 @@ VARIANTS: dict[str, AdapterConfig] = {
     "lora": LoRAConfig(r=4, lora_dropout=0.1),
     "rslora": LoRAConfig(r=4, use_rslora=True, init_lora_weights="gaussian"),
     "dora": LoRAConfig(r=4, use_dora=True, lora_dropout=0.1),
+    "lora, biases": LoRAConfig(r=4, bias="lora_only"),
+    "dora, biases": LoRAConfig(r=4, use_dora=True, bias="all"),
     "pissa": LoRAConfig(r=4, init_lora_weights="pissa"),
     "pissa, fast": LoRAConfig(r=4, init_lora_weights="pissa_niter_4", lora_dropout=0.1),
     "olora": LoRAConfig(r=4, init_lora_weights="olora"),
     "loftq": LoRAConfig(r=4, init_lora_weights="loftq"),
     "orthogonal": LoRAConfig(r=4, init_lora_weights="orthogonal"),
+    "eva": LoRAConfig(r=2, init_lora_weights="eva", eva_config={"rho": 1}),
+    "lora-ga": LoRAConfig(r=3, init_lora_weights="lora_ga"),
+    "adalora": AdaLoRAConfig(init_r=4, target_r=3, total_step=50, tfinal=20, lora_dropout=0.1),
+    "vera": VeRAConfig(r=6, vera_dropout=0.1),
+    "vera, projections drawn again": VeRAConfig(r=6, save_projection=False),
     "ia3": IA3Config(feedforward_modules=["second"]),
     "loha": LoHaConfig(r=3),
     "loha, dropout": LoHaConfig(r=3, rank_dropout=0.1, module_dropout=0.1, use_effective_conv2d=True),
@@ -60,10 +73,32 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 }
 
 
+def add_with_data(initialize: Callable[..., None]) -> Add:
+    """What puts an adapter on a model that starts from batches of data, or from their gradients."""
+
+    def add(model: nn.Module, config: AdapterConfig, name: str) -> None:
+        add_adapter(model, config, name)
+        x = minilora.testing.example_input(model)
+        initialize(model, [x], name, forward=lambda model, x: model(x).pow(2).mean())
+
+    return add
+
+
+ADD = {"eva": add_with_data(eva.initialize), "lora-ga": add_with_data(lora_ga.initialize)}
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_passes(variant: str, check: Check) -> None:
-    check(VARIANTS[variant], exceptions=EXCEPTIONS.get(variant, {}))
+    check(VARIANTS[variant], add=ADD.get(variant, add_adapter), exceptions=EXCEPTIONS.get(variant, {}))
+
+
+def test_no_variant_is_left_out() -> None:
+    here = {variant for variant in registry._variants if variant.__module__.startswith("minilora.")}
+    assert {registry.adapter_class(config) for config in VARIANTS.values()} == here
+    starts = [config.init_lora_weights for config in VARIANTS.values() if isinstance(config, LoRAConfig)]
+    for name in lora._initializations:
+        assert any(re.fullmatch(name, str(start)) for start in starts), name
 
 
 def test_an_exception_must_be_declared_and_must_be_one() -> None:

@@ -21,7 +21,7 @@ from minilora.adapters import add_adapter
 from minilora.testing import arithmetic, life
 from minilora.testing.trial import CHECKS, Add, Check, example_input
 
-__all__ = ["CHECKS", "Check", "arithmetic", "check_variant", "example_input", "life"]
+__all__ = ["CHECKS", "Add", "Check", "arithmetic", "check_variant", "example_input", "life"]
 
 
 def check_variant(

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minilora.adapted_layer import AdaptedLayer
-from minilora.adapter import Adapter
-from minilora.adapters import BASE, disable_adapters, set_adapter
+from minilora.adapters import BASE, after_step, disable_adapters, regularization, set_adapter, trainable_parameters
 from minilora.errors import InputError
 from minilora.mixed_batch import adapters_for_rows
 from minilora.peft_format import load_adapter, save_adapter
@@ -54,19 +53,17 @@ def refuses_a_kind_of_layer_clearly(trial: Trial, layer: str) -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(trial: Trial, model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list[float]:
-    """The losses of so many steps of Adam on the trainable parameters, with the regularization of the variant."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def _train(model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list[float]:
+    """The losses of so many steps of Adam on the trainable parameters, with all that training does for a variant."""
+    optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=1e-2)
     losses = []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         loss = F.mse_loss(model(x), target)
         losses.append(loss.item())
-        for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
-            term = adapter.regularization()
-            loss = loss if term is None else loss + term
         optimizer.zero_grad()
-        loss.backward()
+        (loss + regularization(model)).backward()
         optimizer.step()
+        after_step(model, step)
     return losses
 
 
@@ -79,7 +76,7 @@ def trains(trial: Trial, layer: str) -> None:
     parameters = trained(model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     expect(bool(before), trial, "parameters that require a gradient", "none", "__init__")
-    losses = _train(trial, model, x, teacher(x).detach(), steps=50)
+    losses = _train(model, x, teacher(x).detach(), steps=50)
     found = f"{losses[0]:.3g} at the start and {losses[-1]:.3g} at the end"
     expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, "forward or transform")
     idle = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
@@ -91,7 +88,7 @@ def leaves_the_base_frozen(trial: Trial, layer: str) -> None:
     """Adding two adapters and training one changes no bit of the base model and gives it no gradient."""
     base, model = trial.base(layer), trial.model(layer, "one", "two")
     x = example_input(base)
-    _train(trial, model, x, torch.zeros_like(base(x)), steps=2)
+    _train(model, x, torch.zeros_like(base(x)), steps=2)
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             trained = [key for key, p in module.base_layer.named_parameters() if p.requires_grad or p.grad is not None]
@@ -158,10 +155,12 @@ def several_live_on_one_base(trial: Trial, layer: str) -> None:
         expect(torch.equal(both(x), alone[name]), trial, expected, found, "__init__ (is something kept in the class?)")
     if trial.variant.additive:
         first = both.get_submodule("first")
-        assert isinstance(first, AdaptedLayer)
-        wanted = first.base_layer(x) + sum(adapter(x) for adapter in (first.adapters["one"], first.adapters["two"]))
+        base, updates = trial.base(layer).get_submodule("first")(x), torch.tensor(0.0)
+        for name in ("one", "two"):
+            set_adapter(both, name)
+            updates = updates + (first(x) - base)
         set_adapter(both, ["one", "two"])
-        expect_equal(first(x), wanted, trial, "with both active, the sum of their updates", "forward")
+        expect_equal(first(x), base + updates, trial, "with both active, the sum of their updates", "forward")
 
 
 def _alone(trial: Trial, layer: str, model: nn.Module, name: str) -> nn.Module:

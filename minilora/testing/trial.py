@@ -50,13 +50,17 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """What a model of `LAYERS` takes: (2, 3, 16), token ids (2, 3) or images (2, 3, 5, 5); always the same numbers."""
+    """What a model of `LAYERS` takes, always the same numbers, in the dtype of the model.
+
+    (2, 3, 16), for an embedding token ids (2, 3), for a convolution images (2, 3, 5, 5).
+    """
     first = cast(nn.Module, model.first)
     layer = first.base_layer if isinstance(first, AdaptedLayer) else first
     generator = torch.Generator().manual_seed(1)
     if isinstance(layer, nn.Embedding):
         return torch.randint(layer.num_embeddings, (2, 3), generator=generator)
-    return torch.randn(2, 3, 5, 5, generator=generator) if isinstance(layer, nn.Conv2d) else tokens(2, 3)
+    x = torch.randn(2, 3, 5, 5, generator=generator) if isinstance(layer, nn.Conv2d) else tokens(2, 3)
+    return x.to(cast(Tensor, layer.bias).dtype)
 
 
 def tokens(*shape: int) -> Tensor:
