@@ -18,7 +18,7 @@ def input_moments(
     """H (in, in), float32, of each of these layers over all tokens of the batches; padding is left out.
 
     batches, forward: see minilora.calibration; the loss itself is not used. A token is padding where the batch's
-    attention_mask is 0. Raises InputError naming a layer that no input reached, or one that was not finite.
+    attention_mask is 0. Raises InputError naming a layer without inputs, or with some that are not finite.
     """
     layers = {path: model.get_submodule(path) for path in paths}
     moments: dict[str, Tensor] = {}
@@ -45,6 +45,8 @@ def input_moments(
         for hook in hooks:
             hook.remove()
     for path in layers:
-        if path not in moments or not 0 < moments[path].trace() < torch.inf:
-            raise InputError(f"{path}: no input that is finite and not zero reached it; give more or other batches")
+        if path not in moments or moments[path].trace() == 0:
+            raise InputError(f"{path}: no batch gave it an input, or only zeros; give more or other batches")
+        if not moments[path].isfinite().all():
+            raise InputError(f"{path}: its inputs have NaN or infinity; is an adapter or a layer before it damaged?")
     return moments
