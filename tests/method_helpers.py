@@ -31,9 +31,9 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(model, peft.PeftModel):
         return {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     return {
-        f"base_model.model.{path}.{adapter.peft_name(name)}": parameter
+        f"base_model.model.{path}.{name}": parameter
         for path, adapter in adapters_named(model, "default").items()
-        for name, parameter in adapter.named_parameters()
+        for name, parameter in zip(adapter.saved_tensors(), adapter.parameters(), strict=True)
     }
 
 

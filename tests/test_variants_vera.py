@@ -9,7 +9,17 @@ import peft
 import pytest
 import torch
 from adapter_helpers import tiny_llama
-from method_helpers import assert_near, both, check_equals_peft, check_folders_both_ways, output, parameters, randomize
+from method_helpers import (
+    assert_near,
+    assert_same,
+    both,
+    check_equals_peft,
+    check_folders_both_ways,
+    output,
+    parameters,
+    randomize,
+    train_steps,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -91,6 +101,24 @@ def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
     assert ("base_model.vera_A" in keys) == values.get("save_projection", True)
 
 
+@pytest.mark.parametrize("bias", ["vera_only", "all"])
+def test_biases_train_and_go_both_ways(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 8))
+    values = {"r": 4, "target_modules": ["0"], "bias": bias, "task_type": None}
+    x = torch.randn(5, 8)
+    ours, theirs = both(base, *configs(**values))
+    assert len(parameters(ours)) == (3 if bias == "vera_only" else 5)
+    assert_near(torch.tensor(train_steps(ours, 10, x)), torch.tensor(train_steps(theirs, 10, x)))
+    assert_same(parameters(ours), parameters(theirs), rtol=1e-4, atol=1e-5)  # 10 steps of AdamW in float32
+    save_adapter(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    assert_near(loaded(x), ours(x))
+    load_adapter(again := copy.deepcopy(base), tmp_path / "theirs")
+    assert_near(again(x), theirs(x))
+
+
 def test_excluded_layers_which_peft_has_no_word_for_are_left_out_of_the_targets(tmp_path: Path) -> None:
     ours = tiny_llama()
     add_adapter(
@@ -130,7 +158,7 @@ def test_a_file_without_the_promised_pair_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_configurations_and_layers_are_refused() -> None:
-    for values, message in (({"r": 0}, "not 0"), ({"vera_dropout": 1.0}, "vera_dropout")):
+    for values, message in (({"r": 0}, "not 0"), ({"vera_dropout": 1.0}, "vera_dropout"), ({"bias": "b"}, "bias='b'")):
         with pytest.raises(InputError, match=message):
             VeRAConfig(**values)
     model = tiny_llama()

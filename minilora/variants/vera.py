@@ -42,6 +42,8 @@ class VeRAConfig(AdapterConfig):
     """where λ_d starts"""
     init_weights: bool = True
     """False starts at λ_b = 1 and a random λ_d, for tests"""
+    bias: str = "none"
+    """biases that train, each adapter's own: "none", "vera_only" (of the layers with VeRA) or "all" (of the model)"""
     fan_in_fan_out: bool = False
     """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
 
@@ -51,6 +53,8 @@ class VeRAConfig(AdapterConfig):
             raise InputError(f"VeRAConfig: r must be a whole number of at least 1, not {self.r!r}")
         if not 0 <= self.vera_dropout < 1:
             raise InputError(f"VeRAConfig: vera_dropout must be at least 0 and below 1, not {self.vera_dropout!r}")
+        if self.bias not in ("none", "vera_only", "all"):
+            raise InputError(f"VeRAConfig: bias={self.bias!r} is not one of 'none', 'vera_only', 'all'")
 
 
 class Projections(nn.Module):
