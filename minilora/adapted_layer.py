@@ -265,8 +265,9 @@ class AdaptedModule(AdaptedLayer):
         if self.merged or not adapters:
             return
         merged, base = copy.deepcopy(self.folded()).requires_grad_(False), self.base_layer
-        for key, parameter in base.named_parameters():
-            merged.get_parameter(key).data = merged.get_parameter(key).data.to(parameter.dtype)
+        dtypes = parameter_dtypes(base)
+        for key, parameter in merged.named_parameters():
+            parameter.data = parameter.data.to(dtypes[key])
         if safe and not all(parameter.isfinite().all() for parameter in merged.parameters()):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity; nothing was merged")
         self._unmerged, self.base_layer, self.merged = [base], merged, list(self.active)
@@ -281,6 +282,16 @@ class AdaptedModule(AdaptedLayer):
         assert bias is not None
         module._parameters = base._parameters | {"bias": nn.Parameter(bias.detach(), requires_grad=False)}
         return module
+
+
+def parameter_dtypes(module: nn.Module, in_4_bits: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """The dtype in which each parameter is used, by path; of NF4Linears `in_4_bits`, by default their compute dtype."""
+    dtypes = {key: parameter.dtype for key, parameter in module.named_parameters()}
+    for path, layer in module.named_modules():
+        if isinstance(layer, NF4Linear):
+            dtype = in_4_bits or layer.compute_dtype or torch.float32
+            dtypes |= {f"{path}.{name}".lstrip("."): dtype for name in ("weight", "bias")}
+    return dtypes
 
 
 def adapted(layer: nn.Module) -> AdaptedLayer:

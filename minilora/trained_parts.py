@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from minilora.adapted_layer import parameter_dtypes
 from minilora.adapter import Adapter, AdapterConfig, Below
 from minilora.errors import InputError
-from minilora.layer_kinds import EmbeddingKind, kind_of
+from minilora.layer_kinds import EmbeddingKind, NF4Kind, kind_of
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA
 from minilora.targets import (
@@ -131,25 +132,19 @@ class TrainedCopy(Part):
 
     def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
         super().__init__(layer, config)
-        self.module: nn.Module
-        if isinstance(layer, NF4Linear):
-            bias = None if layer.bias is None else layer.bias.detach().clone()
-            self.module = kind_of(layer).with_weight(layer, layer.dequantize(torch.float32), bias)  # type: ignore[union-attr]
-        else:
-            self.module = copy.deepcopy(layer)
+        self.module = _dense(layer)
         for parameter in self.module.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
     def call(self, original: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives with the copy's parameters, in the dtypes of the original's."""
-        dtypes = {name: parameter.dtype for name, parameter in original.named_parameters()}
-        if isinstance(original, NF4Linear):
-            dtypes = dict.fromkeys(("weight", "bias"), args[0].dtype)
+        """What the module gives with the copy's parameters, in the dtypes in which the original uses its own."""
+        of_input = next((x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
+        dtypes = parameter_dtypes(original, in_4_bits=of_input)
         parameters = dict(self.module.named_parameters())
-        if all(parameter.dtype == dtypes[name] for name, parameter in parameters.items()):
+        values = {key: parameter.to(dtypes[key]) for key, parameter in parameters.items()}
+        if all(values[key] is parameter for key, parameter in parameters.items()):
             return self.module(*args, **kwargs)
-        values = {name: parameter.to(dtypes[name]) for name, parameter in parameters.items()}
         return functional_call(self.module, values, args, kwargs)
 
     def transform(self, x: Tensor, below: Below, add: Tensor | None = None) -> Tensor:
@@ -165,6 +160,18 @@ class TrainedCopy(Part):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict(keep_vars=True))
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """A copy in which every NF4Linear has become an nn.Linear."""
+    if isinstance(module, NF4Linear):
+        bias = None if module.bias is None else module.bias.detach().clone()
+        return NF4Kind(module).with_weight(module, module.dequantize(torch.float32), bias)
+    module = copy.deepcopy(module)
+    for path, inner in list(module.named_modules()):
+        if isinstance(inner, NF4Linear):
+            module.set_submodule(path, _dense(inner))
+    return module
 
 
 # --- rows of an embedding --------------------------------------------------------------------------------------------

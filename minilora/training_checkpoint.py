@@ -211,10 +211,9 @@ def _adapter_buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
     """The saved ones, and not those that the adapter was made with now, from an SVD that may round otherwise."""
     for path, of_layer in adapters_named(model, adapter).items():
-        device = next(of_layer.parameters()).device
         for name in of_layer._buffers:
             saved = tensors.get(f"buffer.{path}.{name}")
-            setattr(of_layer, name, None if saved is None else saved.to(device))
+            setattr(of_layer, name, None if saved is None else saved.to(next(of_layer.parameters()).device))
 
 
 # --- what a run was started with ------------------------------------------------------------------------------------

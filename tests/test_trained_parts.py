@@ -1,6 +1,8 @@
 """Biases, saved modules, trainable tokens and tied pairs: PEFT's numbers, and a base model that stays as it was."""
 
 import copy
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import peft
 import pytest
 import torch
 from adapter_helpers import IDS, logits, tiny_llama
+from chat_helpers import CHATML, tiny
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from training_helpers import LLAMA, quantized, random_rows, run, trained
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from minilora.adapters import (
     adapter_names,
@@ -23,10 +27,12 @@ from minilora.adapters import (
     unload,
     unmerge,
 )
+from minilora.checkpoint import load, save_pretrained
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.mixed_batch import adapters_for_rows
+from minilora.model import ModelConfig, Transformer
 from minilora.peft_format import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
@@ -109,9 +115,9 @@ def saved(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def trained_by_peft(model: peft.PeftModel) -> dict[str, nn.Parameter]:
     """What PEFT trains, under the keys of its file."""
     return {
-        name.replace(".modules_to_save.default.", ".").replace(".default", "").replace("vector.weight", "vector"): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name.replace(".modules_to_save.default.", ".").replace(".default", "").replace("_vector.weight", "_vector"): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 
@@ -211,3 +217,205 @@ def test_switched_merged_unmerged_and_unloaded(case: str) -> None:
     assert torch.equal(logits(ours), plain)
     for name, tensor in base.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor)
+
+
+# --- minilora's own model: training, and the merged folder ------------------------------------------------------------
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "head and norm": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+    "a block": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp"], "bias": "lora_only"},
+    "tied, saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [40, 5]},
+    "tokens of the head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [40, 5]}},
+    "LoRA on the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "LoRA tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+}
+
+
+def tiny_transformer(nf4: bool = False) -> Transformer:
+    """Tied, with biases that are not zero."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.from_hf({**LLAMA, "attention_bias": True, "mlp_bias": True})).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    return quantized(model) if nf4 else model
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["float32", "NF4 and bfloat16"])
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_and_a_resumed_training_give_one_adapter_and_touch_nothing_else(
+    case: str, nf4: bool, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 4, "save_every": 2, "keep_last": 2, "resume": "auto"}
+    results = []
+    for _ in range(2):
+        model = ours_on(tiny_transformer(nf4), TRAINED[case])
+        before = trained(model)
+        result = run(model, random_rows(16), tmp_path, **settings)
+        results.append(trained(model))
+        shutil.rmtree(tmp_path / "checkpoint-000004")  # so that the second run goes on after step 2
+    for name, tensor in results[0].items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, results[1][name]), name
+        assert name.endswith("lora_A") or not torch.equal(tensor, before[name]), name
+    again, base = tiny_transformer(nf4), tiny_transformer(nf4)
+    load_adapter(again, result.adapter_dir)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    with disable_adapters(model):
+        assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_the_merged_folder_computes_the_same_in_transformers_and_here(case: str, tmp_path: Path) -> None:
+    model = ours_on(tiny_transformer(), TRAINED[case])
+    shake(model)
+    answer = logits(model)
+    save_pretrained(model, tiny(CHATML), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), answer, **FLOAT32)
+    again, _ = load(tmp_path, quantize=None, dtype=torch.float32)
+    torch.testing.assert_close(logits(again), answer, **FLOAT32)
+    stays_tied = case in ("biases", "a block", "tied, saved", "tokens", "LoRA tied")
+    assert theirs.config.tie_word_embeddings == stays_tied
+    assert torch.equal(logits(model), answer)
+    unload(model, merge=True)
+    assert model.config.tie_word_embeddings == stays_tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == stays_tied
+
+
+@pytest.mark.parametrize("case", [case for case, (model, _) in CASES.items() if model != "llama"])
+def test_an_unloaded_transformers_model_is_saved_as_what_it_computes(case: str, tmp_path: Path) -> None:
+    model, config = CASES[case]
+    ours = ours_on(MODELS[model](), config)
+    shake(ours)
+    answer = logits(ours)
+    unload(ours, merge=True).save_pretrained(tmp_path)
+    theirs = type(ours).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), answer, **FLOAT32)
+
+
+def test_a_copy_of_a_4_bit_layer_is_dense_and_trains_in_float32() -> None:
+    model = nn.Sequential(NF4Linear.from_linear(nn.Linear(64, 8)), nn.Linear(8, 8).bfloat16())
+    x = torch.randn(3, 64).bfloat16()
+    before = model(x)
+    add_adapter(model, LoRAConfig(target_modules=["1"], modules_to_save=["0"]))
+    # the copy multiplies by what the codes stand for, rounded to bfloat16 as there
+    assert torch.allclose(model(x), before, rtol=2**-6, atol=2**-6)
+    model(x).float().square().sum().backward()
+    copied = adapter_parameters(model)["0.module.weight"]
+    assert copied.dtype == copied.grad.dtype == torch.float32
+    assert copied.grad.abs().sum() > 0
+
+
+def test_the_rows_of_tokens_take_the_memory_of_these_rows() -> None:
+    model = tiny_llama(tied=True)
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"], trainable_token_indices=[3, 9]))
+    rows = [p for name, p in trainable_parameters(model).items() if "lora" not in name]
+    assert [tuple(p.shape) for p in rows] == [(2, 32)]
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.embed_tokens.base_layer.weight.grad is None
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_blocks_of_a_frozen_model_give_the_same_gradients(use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = ours_on(tiny_llama(), {"target_modules": "all-linear"}).train()
+        shake(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model = copy.deepcopy(model)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in adapter_parameters(model).items()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+    assert not unload(model)._forward_pre_hooks
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"trainable_token_indices": [64]}, "64 is no token id of model.embed_tokens, which has 0 to 63"),
+        ({"trainable_token_indices": [-1]}, "-1 is no token id"),
+        ({"trainable_token_indices": [1, 1]}, "some of them are there twice"),
+        ({"trainable_token_indices": []}, "are none"),
+        ({"trainable_token_indices": {"embed_token": [1]}}, r"'embed_token' matches no layer; .*'embed_tokens'"),
+        ({"trainable_token_indices": {"norm": [1]}}, "a LlamaRMSNorm, has no row for each token"),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            "rows of model.embed_tokens, which target_modules or modules_to_save names too",
+        ),
+        (
+            {"trainable_token_indices": [1], "target_modules": ["embed_tokens"]},
+            "rows of model.embed_tokens, which target_modules",
+        ),
+        (
+            {"modules_to_save": ["self_attn", "k_proj"], "target_modules": ["up_proj"]},
+            "self_attn.k_proj inside it",
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}, "ensure_weight_tying": True},
+            "differ between model.embed_tokens and lm_head",
+        ),
+        ({"target_modules": ["lm_head"], "ensure_weight_tying": True, "use_dora": True}, "plain LoRA"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line_and_leaves_the_model_alone(config: dict[str, Any], message: str) -> None:
+    model = tiny_llama(tied=True)
+    before = logits(model)
+    with pytest.raises(InputError, match=message) as caught:
+        add_adapter(model, LoRAConfig(**{"target_modules": ["q_proj"]} | config))
+    assert "\n" not in str(caught.value)
+    assert not adapter_names(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_two_copies_of_one_module_cannot_act_together() -> None:
+    model = tiny_llama()
+    config = LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    add_adapter(model, config, "one")
+    add_adapter(model, config, "two")
+    with pytest.raises(InputError, match=r"\['one', 'two'\] cannot act together: each has another lm_head"):
+        set_adapter(model, ["one", "two"])
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"], bias="lora_only"), "three")
+    set_adapter(model, ["one", "three"])
+    assert math.isfinite(logits(model).sum())
+
+
+def test_biases_of_several_adapters_add_up() -> None:
+    model = tiny_gpt2()
+    for name in ("one", "two"):
+        ours_on(model, {"target_modules": ["c_attn"], "bias": "all"}, name)
+        shake(model, name, seed=len(name) + ord(name[0]))
+    set_adapter(model, ["one", "two"])
+    b = model.transformer.h[0].ln_1.base_layer.bias
+    one, two = (adapter_parameters(model, name)["transformer.h.0.ln_1.bias"] for name in ("one", "two"))
+    seen: list[Tensor] = []
+    model.transformer.h[0].ln_1.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+    both = logits(model)
+    x, y = seen
+    base = tiny_gpt2().transformer.h[0].ln_1
+    torch.testing.assert_close(y, base(x) + (one - b) + (two - b), **FLOAT32)
+    merge(model)
+    torch.testing.assert_close(logits(model), both, **FLOAT32)
+
+
+def test_a_head_that_attention_reads_without_calling_it_is_refused() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(InputError, match=r"reads the bias of self_attn\.out_proj"):
+        add_adapter(model, LoRAConfig(target_modules=["linear1"], bias="all"))
+    with pytest.raises(InputError, match=r"self_attn\.out_proj: its nn.MultiheadAttention reads the weight"):
+        add_adapter(model, LoRAConfig(target_modules=["out_proj"]))
+    add_adapter(model, LoRAConfig(target_modules="all-linear", modules_to_save=["self_attn"]))
+    assert {name.rpartition(".")[0] for name in adapter_parameters(model)} >= {"linear1", "linear2", "self_attn.module"}
