@@ -11,7 +11,12 @@ from benchmarks.output import print_table, write
 from minilora.errors import InputError
 
 # name -> module with `run(rounds, device) -> Result`
-BENCHMARKS = {"train": "benchmarks.train_step", "kernels": "benchmarks.nf4_products", "gpu": "benchmarks.gpu"}
+BENCHMARKS = {
+    "train": "benchmarks.train_step",
+    "merge": "benchmarks.merge",
+    "kernels": "benchmarks.nf4_products",
+    "gpu": "benchmarks.gpu",
+}
 RESULTS = Path(__file__).parent / "results"
 
 

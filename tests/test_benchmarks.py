@@ -24,7 +24,7 @@ def benchmarks():
     """The package, which is not installed, imported from the repository's root."""
     sys.path.insert(0, str(ROOT))
     try:
-        for name in ("measure", "output", "train_step", "nf4_products", "__main__"):
+        for name in ("measure", "output", "train_step", "merge", "nf4_products", "__main__"):
             importlib.import_module(f"benchmarks.{name}")
         yield sys.modules["benchmarks"]
     finally:
@@ -187,3 +187,24 @@ def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, 
     monkeypatch.setattr(gpu.nf4_products, "run", lambda *args: pytest.fail("timed although a test failed"))
     with pytest.raises(InputError, match="nothing is timed that is not right"):
         gpu.run(1, torch.device("cuda"))
+
+
+def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
+    merge = benchmarks.merge
+    model = tiny_model(nf4=True, r=4).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    scores = merge.compare(model, random_rows(12), random_rows(6, seed=1), lambda model: 10.0)
+    base, tuned, plain = (scores[name] for name in (merge.BASE, merge.TUNED, merge.REQUANTIZED))
+    assert (tuned.kl, base.kl) == (pytest.approx(0, abs=1e-5), pytest.approx(0.004, abs=0.003))
+    assert set(base.cosines) == {0.0} and set(base.output_errors) == {1.0}
+    assert max(tuned.errors) < 1e-6  # W + Δ − W in float32
+    ours = scores["NF4, merge_to_nf4"]
+    assert all(a < b for a, b in zip(ours.output_errors, plain.output_errors, strict=True))
+    assert max(scores["NF4 + rank 4, merge_to_lora"].errors) < 1e-4  # the adapter's own rank
+    assert max(scores["bfloat16"].errors) < 0.1 < min(plain.errors)
+    for key, value in before.items():  # the new LoRAs of merge_to_lora stay beside it
+        assert torch.equal(model.state_dict()[key], value)
+    sizes = [merge.megabytes(name, model) for name in (merge.REQUANTIZED, merge.TUNED, "bfloat16")]
+    assert sizes[0] < sizes[2] and sizes[0] < sizes[1]
+    with pytest.raises(InputError, match="leave --rounds out"):
+        merge.run(3, CPU)

@@ -1,0 +1,310 @@
+"""merge: what is left of an adapter (SmolLM2-135M, the demo's task) after it was merged in each of several ways.
+
+A QLoRA adapter is trained on the demo's rows and merged. Every merged model is compared with the tuned model before the
+merge, on rows that nothing here was fitted to or chosen on: loss of the answers, KL divergence of all predictions, and
+layer by layer the cosine and the relative error of the realised change of the weights against the wanted one, and the
+relative error of the change of the output. Beside the library's merges stand those that were tried and left out.
+"""
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine
+from benchmarks.output import Result
+from minilora import nf4_rounding
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unmerge
+from minilora.bfcl import load_bfcl
+from minilora.checkpoint import load
+from minilora.data import Example, encode_rows
+from minilora.errors import InputError
+from minilora.general_ability import passages, perplexity
+from minilora.input_moments import input_moments
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig
+from minilora.low_rank import randomized_svd
+from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
+from minilora.merge_report import compare_changes
+from minilora.model import Transformer
+from minilora.nf4 import dequantize, quantize
+from minilora.nf4_rounding import nearest
+from minilora.targets import adapted_layers
+from minilora.tokenizer import Tokenizer
+from minilora.train import TrainConfig, train
+
+MODEL = "smollm2-135m-instruct"
+LORA = LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
+STEPS, BATCH_SIZE, MAX_LENGTH, LEARNING_RATE, SEED = 64, 8, 180, 2e-3, 0
+CALIBRATION_ROWS, HELD_OUT_ROWS = 48, 64
+ROWS_SEEN = 24  # of validation: on these the methods were chosen
+LOFTQ_ROUNDS = 5
+
+BASE, TUNED, REQUANTIZED = "base, no adapter", "tuned, not merged", "NF4, requantized"
+LIBRARY = ("bfloat16", "NF4, merge_to_nf4", "NF4 + rank 4, merge_to_lora")
+
+Merge = Callable[[Transformer], None]
+
+
+# --- the ways to merge ------------------------------------------------------------------------------------------------
+
+
+def requantize(model: Transformer) -> None:
+    """NF4(W'), every weight to the nearest value: what merging into a 4-bit layer does elsewhere."""
+    for layer in adapted_layers(model).values():
+        W = layer.merged_weight()[0]
+        layer.put_in_place(NF4Linear.from_quantized(quantize(W), layer.base_layer.bias, torch.bfloat16))
+
+
+def requantize_where_it_pays(model: Transformer) -> None:
+    """Of each block of 64 the requantized one where it is nearer to W' than the base's, else the base's."""
+    for layer in adapted_layers(model).values():
+        base, W = layer.base_layer, layer.merged_weight()[0]
+        old, new = base.dequantize(torch.float32), dequantize(quantize(W))
+        worse = [(Q - W).view(-1, base.block_size).square().sum(1, keepdim=True) for Q in (old, new)]
+        chosen = torch.where(worse[1] < worse[0], new.view(-1, base.block_size), old.view(-1, base.block_size))
+        _put(layer, chosen.view(W.shape))
+
+
+def loftq(model: Transformer, r: int) -> None:
+    """NF4 and a LoRA of rank r in turn, as LoftQ fits them to dense weights (arXiv 2310.08659), here to W'."""
+    for layer in adapted_layers(model).values():
+        W = layer.merged_weight()[0]
+        BA = torch.zeros_like(W)
+        for _ in range(LOFTQ_ROUNDS):
+            Q = dequantize(quantize(W - BA))
+            U, S, Vh = randomized_svd(W - Q, r + 8, 4)
+            BA = (U[:, :r] * S[:r]) @ Vh[:r]
+        _put(layer, Q + BA)
+
+
+def _put(layer: AdaptedLayer, W: Tensor) -> None:
+    """Use this weight, in the layer's compute dtype, in which an NF4Linear would dequantize it."""
+    layer.put_in_place(layer.kind.with_weight(layer.base_layer, W.to(torch.bfloat16), layer.base_layer.bias))
+
+
+@contextmanager
+def only(part: str) -> Iterator[None]:
+    """Round by GPTQ alone, or by coordinate descent alone, from the nearest values."""
+    other = {"gptq": ("descend", lambda q, w, c, H: q), "descent": ("gptq", lambda w, c, H: nearest(w, c))}
+    with patch.object(nf4_rounding, *other[part]):
+        yield
+
+
+def merges(batches: list[Tensor]) -> dict[str, Merge]:
+    """Every way to merge, by what the table calls it; none of them changes the adapter."""
+
+    def rounded_by(part: str, model: Transformer) -> None:
+        with only(part):
+            merge_to_nf4(model, batches)
+
+    return {
+        "bfloat16": merge,
+        REQUANTIZED: requantize,
+        "NF4, requantized where it pays": requantize_where_it_pays,
+        "NF4, GPTQ alone": partial(rounded_by, "gptq"),
+        "NF4, descent alone": partial(rounded_by, "descent"),
+        "NF4, merge_to_nf4": lambda model: merge_to_nf4(model, batches),
+        "NF4 + rank 4, LoftQ": lambda model: loftq(model, 4),
+        **{f"NF4 + rank {r}, merge_to_lora": partial(_to_lora, r) for r in (2, 4, 8)},
+    }
+
+
+def _to_lora(r: int, model: Transformer) -> None:
+    merge_to_lora(model, r, f"rank {r}")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one model on the held-out rows; the last three layer by layer."""
+
+    loss: float
+    """nats a token of the answers"""
+    kl: float
+    """nats a token, from the unmerged tuned model to this one, over whole rows"""
+    perplexity: float
+    """of general English"""
+    seconds: float
+    """that the merge took"""
+    cosines: list[float]
+    """of the wanted and the realised change of the weights"""
+    errors: list[float]
+    """relative, of the change of the weights"""
+    output_errors: list[float]
+    """relative, of the change of the output, for held-out inputs"""
+
+
+Reference = list[Tensor]  # log-probabilities (T, vocabulary) of the tuned model, float16, row by row
+
+
+@torch.no_grad()
+def log_probabilities(model: Transformer, examples: list[Example]) -> Iterator[Tensor]:
+    device = next(model.parameters()).device
+    for example in examples:
+        yield model(torch.tensor([example.input_ids], device=device))[0].float().log_softmax(-1)
+
+
+def loss_and_kl(model: Transformer, examples: list[Example], reference: Reference) -> tuple[float, float]:
+    loss = kl = answer_tokens = tokens = 0.0
+    for example, log_q, log_p in zip(examples, log_probabilities(model, examples), reference, strict=True):
+        log_p = log_p.float().log_softmax(-1)  # a distribution again after it was rounded to float16
+        labels = torch.tensor(example.labels, device=log_q.device)[1:]
+        labelled = labels != -100
+        loss -= log_q[:-1][labelled].gather(1, labels[labelled, None]).sum().item()
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        answer_tokens, tokens = answer_tokens + labelled.sum().item(), tokens + len(log_q)
+    return loss / answer_tokens, kl / tokens
+
+
+@torch.no_grad()
+def compare(
+    model: Transformer, calibration: list[Example], held_out: list[Example], english: Callable[[Transformer], float]
+) -> dict[str, Scores]:
+    """Scores of the base, the tuned model and every merge of it; the model is unmerged again afterwards."""
+    from rich.progress import track
+
+    reference = [log_p.half() for log_p in log_probabilities(model, held_out)]
+    device = next(model.parameters()).device
+    inputs = [[torch.tensor([e.input_ids], device=device) for e in examples] for examples in (calibration, held_out)]
+    layers = adapted_layers(model)
+    bases = {path: layer.kind.weight(layer.base_layer) for path, layer in layers.items()}
+    wanted = {path: layer.merged_weight()[0] - bases[path] for path, layer in layers.items()}
+    moments = input_moments(model, layers, inputs[1], lambda model, ids: model(ids))
+
+    def scores(seconds: float = 0.0) -> Scores:
+        changes = [layer_change(layers[path], bases[path], wanted[path], moments[path]) for path in layers]
+        by_layer = [list(values) for values in zip(*changes, strict=True)]
+        return Scores(*loss_and_kl(model, held_out, reference), english(model), seconds, *by_layer)
+
+    found = {TUNED: scores()}
+    with disable_adapters(model):
+        found = {BASE: scores()} | found
+    for name, merge_in_this_way in track(merges(inputs[0]).items(), "merging"):
+        started = time.perf_counter()
+        merge_in_this_way(model)
+        found[name] = scores(time.perf_counter() - started)
+        unmerge(model)
+        set_adapter(model, "default")
+    return found
+
+
+def layer_change(layer: AdaptedLayer, W: Tensor, D: Tensor, H: Tensor) -> tuple[float, float, float]:
+    """Cosine, relative error, and relative error of the output ‖X (R − D)ᵀ‖ / ‖X Dᵀ‖, for the wanted change D of W."""
+    now = weight_in_use(layer)
+    if layer.merged and not isinstance(layer.base_layer, NF4Linear):
+        W = W.to(layer.base_layer.weight.dtype).float()  # against the base in the same format
+    E = now - W - D
+    return *compare_changes(D, now, W), math.sqrt(((E @ H) * E).sum().item() / ((D @ H) * D).sum().item())
+
+
+def weight_in_use(layer: AdaptedLayer) -> Tensor:
+    """W of what the layer computes with now, in float32: merged, with its active adapters, or without them."""
+    base = layer.base_layer
+    if layer.acting_adapters():
+        return layer.merged_weight()[0]
+    return base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight.float()
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def run(rounds: int | None, device: torch.device) -> Result:
+    """Train the adapter, merge it in every way. Nothing here is timed in rounds, so that `rounds` has no meaning."""
+    if rounds is not None:
+        raise InputError("the benchmark merge is not timed in rounds: leave --rounds out")
+    where = machine(device)
+    model, tokenizer = load(MODEL, quantize="nf4", dtype=torch.bfloat16, device=device)
+    rows = {
+        name: encode_rows(split, tokenizer, MAX_LENGTH).examples
+        for name, split in load_bfcl().items()
+        if name != "test"
+    }
+    torch.manual_seed(SEED)
+    add_adapter(model, LORA)
+    settings = TrainConfig(
+        learning_rate=LEARNING_RATE, betas=(0.9, 0.95), warmup_steps=10, max_steps=STEPS, batch_size=BATCH_SIZE,
+        max_length=MAX_LENGTH, save_every=None, seed=SEED,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, tokenizer, rows["train"], replace(settings, output_dir=folder))
+    held_out = rows["validation"][ROWS_SEEN:][:HELD_OUT_ROWS]
+    scores = compare(model.eval(), rows["train"][:CALIBRATION_ROWS], held_out, partial(english_perplexity, tokenizer))
+    return Result(
+        benchmark="merge",
+        title=f"A QLoRA adapter after merging: SmolLM2-135M, r=16, {STEPS} steps",
+        machine=where,
+        settings={
+            "model": MODEL,
+            "lora": asdict(LORA),
+            "train": asdict(settings),
+            "calibration": f"{CALIBRATION_ROWS} training rows",
+            "held out": f"{len(held_out)} rows of validation, from row {ROWS_SEEN} on",
+        },
+        rows=[_row(name, scores[name], model) for name in scores],
+        raw={name: asdict(values) for name, values in scores.items()},
+        plot=partial(_plot, scores),
+    )
+
+
+def english_perplexity(tokenizer: Tokenizer, model: Transformer) -> float:
+    return perplexity(model, tokenizer, passages())
+
+
+def _row(name: str, scores: Scores, model: Transformer) -> dict[str, str]:
+    return {
+        "model": name,
+        "held-out loss": f"{scores.loss:.3f}",
+        "KL to tuned": f"{scores.kl:.4f}",
+        "perplexity, English": f"{scores.perplexity:.1f}",
+        "cosine": f"{median(scores.cosines):.3f}",
+        "rel. error": f"{median(scores.errors):.2f}",
+        "of output": f"{median(scores.output_errors):.2f}",
+        "MiB": f"{megabytes(name, model):.0f}",
+        "seconds": f"{scores.seconds:.0f}",
+    }
+
+
+def megabytes(name: str, model: Transformer) -> float:
+    """MiB of the layers with adapters as they are stored: bfloat16, or NF4 with a float32 LoRA beside it, if any."""
+    layers = adapted_layers(model).values()
+    shapes = [layer.kind.shape for layer in layers]
+    if name == "bfloat16":
+        return sum(2 * out * inputs for out, inputs in shapes) / 2**20
+    r = LORA.r if name == TUNED else int(re.search(r"rank (\d+)", f"{name} rank 0")[1])  # type: ignore[index]
+    in_nf4 = sum(buffer.nbytes for layer in layers for buffer in layer.base_layer.buffers())
+    return (in_nf4 + sum(4 * r * (out + inputs) for out, inputs in shapes)) / 2**20
+
+
+def _plot(scores: dict[str, Scores], figure: Any) -> None:
+    loss_axes, kl_axes, layer_axes = figure.subplots(1, 3, width_ratios=[2, 1.4, 1.8])
+    names = list(scores)[::-1]
+    colors = ["C0" if name in LIBRARY else "C1" if name == REQUANTIZED else "0.7" for name in names]
+    for axes, values, title in (
+        (loss_axes, [scores[name].loss for name in names], "held-out loss (nats)"),
+        (kl_axes, [max(scores[name].kl, 1e-4) for name in names], "KL to the tuned model (nats)"),
+    ):
+        axes.barh(names, values, color=colors)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+    loss_axes.axvline(scores[TUNED].loss, color="0.3", linewidth=0.8, linestyle=":")
+    kl_axes.set_xscale("log")
+    kl_axes.set_yticks([])
+    for color, name in zip(("C1", "C0", "C2", "C3"), (REQUANTIZED, *LIBRARY[::-1]), strict=True):
+        layer_axes.plot(sorted(scores[name].output_errors), color=color, label=name)
+    layer_axes.set_title("error of the output's change, by layer, sorted", fontsize=9)
+    layer_axes.set_ylim(0, 1.1)
+    layer_axes.legend(fontsize=7)
