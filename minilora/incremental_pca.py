@@ -44,4 +44,4 @@ class IncrementalPCA:
         _, S, Vh = randomized_svd(rows, q=2 * self.k, niter=4)
         largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
         self.components, self.singular_values = (Vh * largest.sign())[: self.k], S[: self.k]
-        self.explained = self.singular_values.square() / scatter
+        self.explained = self.singular_values.square() / scatter.clamp(min=1e-30)  # rows that do not vary at all

@@ -177,13 +177,18 @@ def _read_options(key: str, options: type, values: Any) -> Any:
         raise InputError(f"LoRAConfig: {key}: {error}") from None
 
 
+def require_linear(adapter: "LoRA", layer: nn.Module) -> None:
+    """Raises InputError for an embedding or a convolution, which PEFT has no such initialisation for either."""
+    if not adapter.kind.is_linear:
+        raise InputError(f"needs a linear layer, not {type(layer).__name__}: exclude it, or initialize with True")
+
+
 def weight_to_decompose(adapter: "LoRA", layer: nn.Module) -> Tensor:
     """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
 
     Raises InputError for another layer, for a rank that W cannot have and for a scaling that is not positive.
     """
-    if not adapter.kind.is_linear:
-        raise InputError(f"needs a linear layer, not {type(layer).__name__}: exclude it, or initialize with True")
+    require_linear(adapter, layer)
     W = adapter.kind.weight(layer).detach().float()
     if adapter.r > min(W.shape):
         raise InputError(f"needs r of at most {min(W.shape)}, the rank of its weight {tuple(W.shape)}, not {adapter.r}")

@@ -31,7 +31,7 @@ from minilora.calibration import Forward, as_list, as_mapping, language_model_lo
 from minilora.errors import InputError
 from minilora.generate import evaluating, progress_bar
 from minilora.incremental_pca import IncrementalPCA
-from minilora.lora import LoRA, LoRAConfig, kaiming, register_initialization, weight_to_decompose
+from minilora.lora import LoRA, LoRAConfig, kaiming, register_initialization, require_linear
 
 MOST_PASSES = 100  # over the batches, for components that do not settle
 
@@ -63,7 +63,7 @@ class EVAOptions:
 @register_initialization("eva", options=EVAOptions)
 def eva(adapter: LoRA, layer: nn.Module) -> None:
     """A random, B = 0: what stands until `initialize`."""
-    weight_to_decompose(adapter, layer)  # only to refuse layers that EVA has nothing for
+    require_linear(adapter, layer)
     kaiming(adapter, layer)
 
 
@@ -183,9 +183,10 @@ def check_progress(found: Mapping[str, InputComponents], step: int, n_batches: i
 def distribute(found: Mapping[str, InputComponents], leader: Mapping[str, str], budget: int) -> dict[str, int]:
     """The rank of each layer: how many of its components are among the `budget` that explain most."""
     followers = [path for path in leader if leader[path] != path]
-    shares = [(e, path) for path in [*found, *followers] for e in found[leader[path]].pca.explained.tolist()]
-    best = sorted(shares, key=lambda share: -share[0])[:budget]  # of equals the first, as in PEFT
-    counts = Counter(path for _, path in best)
+    shares = {path: found[leader[path]].pca.explained for path in [*found, *followers]}
+    owners = [path for path, share in shares.items() for _ in share]
+    best = torch.cat([*shares.values()]).argsort(descending=True)[:budget]
+    counts = Counter(owners[i] for i in best.tolist())
     ranks = {path: counts[path] for path in leader}
     for path in followers:  # the budget may end among equals: the layer that is looked at takes the higher rank
         first = leader[path]

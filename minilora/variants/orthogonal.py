@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.lora import LoRA, register_initialization, weight_to_decompose
+from minilora.lora import LoRA, register_initialization, require_linear
 
 
 @register_initialization("orthogonal")
 def orthogonal(adapter: LoRA, layer: nn.Module) -> None:
     """A, B random with BA = 0. The same seed draws the same as PEFT."""
-    weight_to_decompose(adapter, layer)  # only to refuse what PEFT has no such start for
+    require_linear(adapter, layer)
     r, (out_features, in_features) = adapter.r, adapter.kind.shape
     if r % 2:
         raise InputError(f"needs an even r, not {r}: half of A's directions pair with the other half of B's")
