@@ -116,8 +116,11 @@ def train(
                 loss = summed_loss(model, collate(pass_examples, tokenizer.pad_token_id)) / n
                 if not loss.requires_grad:
                     raise InputError(f"the loss does not depend on adapter {adapter!r}: is it merged or disabled?")
-                (loss + regularization(model) / len(passes)).backward()
+                loss.backward()
                 losses.append(loss.detach())
+            penalty = regularization(model)
+            if isinstance(penalty, torch.Tensor):
+                penalty.backward()
             pass_losses = torch.stack(losses).tolist()
             grad_norm = clip_grad_norm_(parameters.values(), config.max_grad_norm or math.inf).item()
             if not math.isfinite(sum(pass_losses)) or not math.isfinite(grad_norm):
