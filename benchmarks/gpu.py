@@ -3,6 +3,7 @@
 Correctness is tests/test_kernels_*.py, which without a GPU run in Triton's interpreter, and every test marked `gpu`.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from benchmarks import nf4_products
 from benchmarks.output import Result
 from minilora.errors import InputError
+from minilora.kernel_dispatch import measured_file
 
 TESTS = Path(__file__).parents[1] / "tests"
 
 
 def run(rounds: int | None, device: torch.device) -> Result:
-    """Run the tests on this GPU, and only if they pass the benchmark `kernels`."""
+    """Run the tests on this GPU, and only if they pass the benchmark `kernels`, whose crossovers NF4Linear then uses."""
     if device.type != "cuda":
         raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
     kernels = [str(path) for path in sorted(TESTS.glob("test_kernels_*.py"))]
@@ -25,4 +27,17 @@ def run(rounds: int | None, device: torch.device) -> Result:
         command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *selection]
         if subprocess.run(command, cwd=TESTS.parent, check=False).returncode:
             raise InputError(f"{' '.join(command[1:])} failed: nothing is timed that is not right")
-    return nf4_products.run(rounds, device)
+    result = nf4_products.run(rounds, device)
+    remember(result)
+    return result
+
+
+def remember(result: Result) -> None:
+    """Write the crossovers of this GPU, beside those of others, where minilora.kernel_dispatch looks for them."""
+    path = measured_file()
+    table = json.loads(path.read_text(encoding="utf-8"))
+    where = {"date": result.machine["date"], "versions": result.machine["versions"]}
+    table[result.machine["device"]] = result.settings["crossovers"] | where
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -6,10 +6,11 @@ shapes and 4096², as the layers are called. The share of the roofline is the ti
 x and y once) or the operations would take at the speeds measured in the same run, whichever is longer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
+from statistics import median
 from typing import Any
 
 import torch
@@ -91,6 +92,14 @@ def one_pass(case: Case, weights: list[Tensor], x: Tensor) -> Call:
     return lambda i: F.linear(x, dequantize(packed[i % len(packed)], out=W))
 
 
+def plain(case: Case, weights: list[Tensor], x: Tensor) -> Call:
+    """Dequantized in plain PyTorch, then multiplied: what NF4Linear does where no kernel is used."""
+    packed, W = [nf4.quantize(W) for W in weights], torch.empty_like(weights[0])
+    if case.backward:
+        return lambda i: x @ nf4.dequantize(packed[i % len(packed)], out=W)
+    return lambda i: F.linear(x, nf4.dequantize(packed[i % len(packed)], out=W))
+
+
 def bitsandbytes(case: Case, weights: list[Tensor], x: Tensor) -> Call:
     """Linear4bit with double quantization, which chooses between its fused kernel and dequantize + matmul itself."""
     try:
@@ -132,7 +141,13 @@ def _gradient(layer: torch.nn.Module, g: Tensor, case: Case) -> Tensor:
 
 PEERS: dict[str, Callable[[Case, list[Tensor], Tensor], Call]] = {"bitsandbytes": bitsandbytes, "dense": dense}
 CONTENDERS = {
-    "cuda": {"minilora": minilora, "fused kernel": fused, "one-pass + cuBLAS": one_pass, **PEERS},
+    "cuda": {
+        "minilora": minilora,
+        "fused kernel": fused,
+        "one-pass + cuBLAS": one_pass,
+        "plain PyTorch": plain,
+        **PEERS,
+    },
     "cpu": {"minilora": minilora, **PEERS},
 }
 
@@ -159,11 +174,34 @@ def run(rounds: int | None, device: torch.device) -> Result:
         benchmark="kernels",
         title="Products with an NF4 weight: ratio to each peer's time (below 1: faster), and share of the roofline",
         machine=where,
-        settings={"rounds": rounds, "bytes_per_s": bytes_per_s, "bfloat16_flops": flops},
+        settings={
+            "rounds": rounds,
+            "bytes_per_s": bytes_per_s,
+            "bfloat16_flops": flops,
+            "crossovers": crossovers(seconds) if device.type == "cuda" else None,
+        },
         rows=[_row(case, times, bytes_per_s, flops) for case, times in seconds.items()],
         raw={f"{case}, {case.dtype}": times for case, times in seconds.items()},
         plot=partial(_plot, seconds),
     )
+
+
+def crossovers(seconds: Mapping[Case, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """Up to which M the fused kernels win over one pass and cuBLAS, as the median over shapes has it, each direction.
+
+    What minilora.kernel_dispatch takes; the one-pass kernel is used where it beats PyTorch's path at the largest M.
+    """
+
+    def median_ratio(M: int, backward: bool, ours: str, theirs: str) -> float:
+        times = [t for case, t in seconds.items() if (case.M, case.backward) == (M, backward)]
+        return median(Spread.of(t[ours]).median / Spread.of(t[theirs]).median for t in times)
+
+    rows = sorted({case.M for case in seconds})
+    found: dict[str, Any] = {}
+    for direction, backward in (("forward", False), ("backward", True)):
+        won = takewhile(lambda M, b=backward: median_ratio(M, b, "fused kernel", "one-pass + cuBLAS") <= 1, rows)
+        found[direction] = max(won, default=0)
+    return found | {"dequantize": median_ratio(rows[-1], False, "one-pass + cuBLAS", "plain PyTorch") <= 1}
 
 
 def time_case(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:

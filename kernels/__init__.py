@@ -6,8 +6,10 @@
     gemv         y = W x, one token at a time
     matmul       y = x W^T (+ bias) (+ LoRA) for few rows of x
     backward     g_x = g_y W
+    ops          dequantize, matmul and backward as PyTorch operators
     aot          all of them compiled without a GPU: registers, spills, shared memory
 
-No GPU has run them yet: Triton's interpreter has, and they compile without spills. Until one has, NF4Linear uses the
-plain PyTorch path on every device. Needs Triton (`pip install minilora[gpu]`), which nothing else in minilora does.
+No GPU has run them yet, only Triton's interpreter; they compile for sm_80, sm_90 and sm_100 without spills. NF4Linear
+uses them on the GPUs listed in crossovers.json, where `python -m benchmarks gpu` writes what it measured: so far none
+(minilora/kernel_dispatch.py). Needs Triton (`pip install minilora[gpu]`), which nothing else in minilora does.
 """

@@ -78,12 +78,16 @@ def matmul(
     """
     (M, K), N = x.shape, q.shape[0]
     check_rows(q)
+    if add is not None and add.dim() == 1:
+        add = add.expand(M, N)
+    if add is not None and add.stride(1) != 1:
+        add = add.contiguous()
     BM, BN = tile(x.dtype, M)
     split = split_of(triton.cdiv(N, BN) * triton.cdiv(M, BM), K // BK, x.device)
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, M, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
-        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, N if add is not None and add.dim() == 2 else 0, split,
+        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, 0 if add is None else add.stride(0), split,
         BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
         BM=BM, BN=BN, BK=BK, BR=max(16, triton.next_power_of_2(R)), DOT=dot_dtype(x.dtype),
         num_warps=4, num_stages=3, enable_fp_fusion=False,

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora import kernel_dispatch
 from minilora.errors import InputError
+from minilora.kernel_dispatch import fused_product
 from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize, workspace
 
 
@@ -29,16 +31,14 @@ class _NF4Product(torch.autograd.Function):
         ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype, transpose: bool
     ) -> Tensor:
         ctx.q, ctx.dtype, ctx.transpose = q, dtype, transpose
-        W = _weight(q, dtype)
-        matrix = W if transpose else W.T
-        rows = x.reshape(-1, matrix.shape[0]).to(dtype)
-        if add is None:
-            y = (rows @ matrix).to(x.dtype)
-        elif add.dtype == dtype == x.dtype:
-            y = torch.addmm(add.reshape(-1, matrix.shape[1]), rows, matrix)  # accumulates onto add, rounds once
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        out_features = q.shape[1] if transpose else q.shape[0]
+        add_rows = None if add is None else add.reshape(-1, out_features)
+        if add_rows is None or add_rows.dtype == dtype == x.dtype:
+            y = _product(rows, q, transpose, add_rows).to(x.dtype)
         else:
-            y = (rows @ matrix).to(x.dtype) + add.reshape(-1, matrix.shape[1]).to(x.dtype)
-        return y.view(*x.shape[:-1], matrix.shape[1])
+            y = _product(rows, q, transpose, None).to(x.dtype) + add_rows.to(x.dtype)
+        return y.view(*x.shape[:-1], out_features)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,9 +48,15 @@ class _NF4Product(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """W for the product at hand; the next one on this thread overwrites it."""
-    return dequantize(q, out=workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))
+def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | None) -> Tensor:
+    """rows W^T (+ add), or with ``transpose`` rows W; a GEMM accumulates onto add and rounds once."""
+    y = fused_product(rows, q, transpose, add)
+    if y is not None:
+        return y
+    # W is for this product alone: the next one on this thread overwrites it.
+    W = kernel_dispatch.dequantize(q, workspace("weight", prod(q.shape), rows.dtype, q.codes.device).view(q.shape))
+    matrix = W if transpose else W.T
+    return rows @ matrix if add is None else torch.addmm(add, rows, matrix)
 
 
 class NF4Linear(nn.Module):

@@ -1,6 +1,7 @@
 """The benchmarks' machinery, on contenders of a few milliseconds. Speed itself is never asserted here."""
 
 import importlib
+import itertools
 import json
 import platform
 import subprocess
@@ -208,3 +209,24 @@ def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
     assert sizes[0] < sizes[2] and sizes[0] < sizes[1]
     with pytest.raises(InputError, match="leave --rounds out"):
         merge.run(3, CPU)
+
+
+def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeypatch, tmp_path):
+    gpu, products = importlib.import_module("benchmarks.gpu"), benchmarks.nf4_products
+    seconds = {}
+    for layer, M, backward in itertools.product("abc", (1, 16, 64, 512), (False, True)):
+        fused = 0.5 if M < (64 if backward else 512) else 2.0
+        fused = 9.0 if layer == "a" else fused  # one odd shape does not decide
+        times = {"fused kernel": [fused] * 3, "one-pass + cuBLAS": [1.0] * 3, "plain PyTorch": [3.0] * 3}
+        seconds[products.Case(layer, 64, 64, M, torch.bfloat16, backward)] = times
+    found = products.crossovers(seconds)
+    assert found == {"forward": 64, "backward": 16, "dequantize": True}
+
+    table = tmp_path / "crossovers.json"
+    table.write_text('{"Old GPU": {"forward": 1}}')
+    monkeypatch.setattr(gpu, "measured_file", lambda: table)
+    machine = {"device": "New GPU", "date": "today", "versions": {"torch": "2"}}
+    gpu.remember(benchmarks.output.Result("kernels", "", machine, {"crossovers": found}, [], {}, lambda figure: None))
+    written = json.loads(table.read_text())
+    assert written["Old GPU"] == {"forward": 1}
+    assert written["New GPU"] == found | {"date": "today", "versions": {"torch": "2"}}

@@ -1,0 +1,88 @@
+"""Which products with a 4-bit weight a Triton kernel makes, and which PyTorch's own: measured on each GPU, not guessed.
+
+    M, rows of x   1 … M*                        above M*
+    forward        fused kernel                  one-pass dequantization, then cuBLAS
+    backward       fused kernel                  the same, transposed
+
+M* is where the fused kernel stops being the faster one. `python -m benchmarks gpu` measures it, and writes it for the
+GPU at hand into kernels/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
+Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora import nf4
+from minilora.nf4 import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Crossovers:
+    """Up to how many rows of x the fused kernels are used; 0: never. dequantize: by a kernel or by PyTorch."""
+
+    forward: int = 0
+    backward: int = 0
+    dequantize: bool = False
+
+
+NEVER, ALWAYS = Crossovers(), Crossovers(forward=1 << 31, backward=1 << 31, dequantize=True)
+
+
+def measured_file() -> Path:
+    """kernels/crossovers.json, beside the kernels: {name of the GPU: {forward, backward, dequantize, date, …}}."""
+    spec = find_spec("minilora.kernels")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).with_name("crossovers.json")
+
+
+@torch.compiler.assume_constant_result
+@cache
+def crossovers(device: torch.device) -> Crossovers:
+    """What is used on this device."""
+    wish = os.environ.get("MINILORA_KERNELS", "")
+    if wish == "off" or find_spec("triton") is None:
+        return NEVER
+    if wish == "on":
+        return ALWAYS
+    if device.type != "cuda":
+        return NEVER
+    measured = json.loads(measured_file().read_text(encoding="utf-8")).get(torch.cuda.get_device_name(device), {})
+    return Crossovers(**{key: measured[key] for key in ("forward", "backward", "dequantize") if key in measured})
+
+
+def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | None) -> Tensor | None:
+    """rows W^T (+ add), or with `transpose` rows W, by a fused kernel; None where that is not the faster way.
+
+    rows (M, K) and add (M, N) in float32, bfloat16 or float16 (with `transpose` (M, N), and no add).
+    """
+    limit = crossovers(rows.device)
+    if len(rows) > (limit.backward if transpose else limit.forward) or not _blocks_lie_in_rows(q):
+        return None
+    if rows.dtype == torch.float64 or (transpose and add is not None):
+        return None
+    from minilora.kernels import ops
+
+    if transpose:
+        return ops.nf4_backward(rows, *ops.packed(q))
+    return ops.nf4_matmul(rows, *ops.packed(q), add)
+
+
+def _blocks_lie_in_rows(q: QuantizedTensor) -> bool:
+    """The fused kernels multiply each row's blocks by their absmax; where blocks straddle rows they cannot."""
+    return q.block_size >= 64 and q.shape[1] % q.block_size == 0
+
+
+def dequantize(q: QuantizedTensor, out: Tensor) -> Tensor:
+    """W in `out`, by a kernel or by PyTorch: the same bytes."""
+    if crossovers(q.codes.device).dequantize and out.dtype != torch.float64:
+        from minilora.kernels import ops
+
+        return ops.nf4_dequantize(*ops.packed(q), out.dtype)
+    return nf4.dequantize(q, out=out)
