@@ -200,12 +200,33 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
+    if torch.compiler.is_compiling():
+        packed = q.codes, q.absmax, q.nested_absmax, q.offset, out.numel(), q.block_size, q.nested_block_size
+        return out.copy_(_dequantize_in_a_graph(*packed, out.dtype).view(q.shape))
     flat, absmax, size = out.view(-1), dequantize_absmax(q), q.block_size
     for start in range(0, flat.numel(), DEQUANTIZE_CHUNK):
         stop = min(start + DEQUANTIZE_CHUNK, flat.numel())
         values = _decode(q.codes[start // 2 : -(-stop // 2)])[: stop - start]
         flat[start:stop] = _scale_blocks_(values, absmax[start // size : -(-stop // size)], size)
     return out
+
+
+@torch.library.custom_op("minilora::dequantize", mutates_args=())
+def _dequantize_in_a_graph(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The n elements as one operator, for torch.compile: tables and buffers do not belong into a traced graph."""
+    q = QuantizedTensor(codes, absmax, (n,), dtype, block_size, nested_absmax, offset, nested_block_size)
+    return dequantize(q)
+
+
+@_dequantize_in_a_graph.register_fake
+def _(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty(n, dtype=dtype)
 
 
 def dequantize_absmax(q: QuantizedTensor) -> Tensor:
@@ -256,7 +277,7 @@ def workspace(role: str, n: int, dtype: torch.dtype, device: torch.device) -> Te
     On a CPU it is the same memory each time: the allocator hands megabytes back to the system as soon as they are
     free, and faulting fresh pages in costs several times what the dequantization does. Elsewhere it is a new tensor.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(n, dtype=dtype, device=device)
     buffer = _workspaces.buffers.get((role, dtype))
     if buffer is None or buffer.numel() < n:

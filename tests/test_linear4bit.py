@@ -123,6 +123,21 @@ def test_a_graph_holds_no_dequantized_weight():
     assert all(t.data_ptr() in own for t in kept)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_compiles_forward_and_backward_in_one_graph(double_quant):
+    layer = make(70, 33, double_quant=double_quant)
+    x = torch.randn(5, 70, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    wanted, y = layer(x), compiled(x)
+    assert torch.equal(y, wanted)
+    (gradient,), (wanted_gradient,) = (torch.autograd.grad(out.pow(2).sum(), x) for out in (y, wanted))
+    assert torch.equal(gradient, wanted_gradient)
+    q = layer.quantized()
+    arguments = q.codes, q.absmax, q.nested_absmax, q.offset, 70 * 33, q.block_size, q.nested_block_size, torch.bfloat16
+    torch.library.opcheck(nf4._dequantize_in_a_graph, arguments)
+
+
 def test_layers_in_one_graph_do_not_disturb_each_other():
     # all their dequantized weights pass through the same scratch memory, also while a checkpoint recomputes
     layers = nn.Sequential(*(make(64, 64) for _ in range(3)))

@@ -68,7 +68,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
             ],
             "a second one finds no W to start from",
         ),
-        "compiles_without_a_graph_break": "an NF4Linear does not compile in one graph",
     },
 }
 

@@ -238,7 +238,7 @@ def moves_to_dtypes_and_devices(trial: Trial, layer: str) -> None:
             expect_equal(y.cpu(), wanted, trial, f"the same output on {device}", "forward or transform")
 
 
-@check("linear")
+@check("linear", "nf4")
 def compiles_without_a_graph_break(trial: Trial, layer: str) -> None:
     """torch.compile(fullgraph=True) of an adapted layer gives the same output and gradients.
 
