@@ -24,6 +24,8 @@ from minilora.general_ability import general_ability
 from minilora.generate import generate
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
+from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
+from minilora.merge_report import merge_report
 from minilora.mixed_batch import adapters_for_rows
 from minilora.peft_format import load_adapter, save_adapter
 from minilora.train import TrainConfig, train
@@ -60,6 +62,9 @@ __all__ = [
     "after_step",
     "merge",
     "unmerge",
+    "merge_report",
+    "merge_to_nf4",
+    "merge_to_lora",
     "unload",
     # in and out
     "load",

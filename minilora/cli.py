@@ -150,7 +150,8 @@ class Merge:
     """Add an adapter into its base and write a Hugging Face folder that needs no adapter code.
 
     With --quantize nf4 (the default, right after QLoRA) the adapter is added to the dequantized weights it
-    was trained on; with --quantize none to the original ones. Never into 4 bits.
+    was trained on; with --quantize none to the original ones. Never into 4 bits: what that would lose, and
+    what the merge loses, is shown first (docs/merging.md).
     """
 
     adapter: str
@@ -160,9 +161,15 @@ class Merge:
     base: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
+        from rich.console import Console
+
+        console = Console()
         model, tokenizer = self.base.load(self.adapter)
+        report = ml.merge_report(model, [self.base.dtype, "nf4"])
+        console.print(report.summary_table())
+        report.show_warnings(console)
         ml.save_pretrained(model, tokenizer, self.output)
-        print(f"merged model saved to {self.output}")
+        print(f"merged model saved to {self.output}; load it with --quantize none")
 
 
 def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:

@@ -33,9 +33,11 @@ def save_pretrained(
     """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
 
     W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`
-    (default: the embedding's); never into 4 bits. Only one shard is in memory at a time, and the model stays as it is.
-    Everything is written beside `folder` first, so a failure leaves an existing folder untouched; on success its older
-    weights go and its other files stay. Raises InputError, naming the layer, if merging gives NaN or infinity.
+    (default: the embedding's); never into 4 bits: that would erase most adapters, as does loading the folder with
+    quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
+    Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
+    a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
+    InputError, naming the layer, if merging gives NaN or infinity.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():

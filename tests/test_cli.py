@@ -112,6 +112,7 @@ def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypat
 
     code, out, err = run(capsys, "merge", "--adapter", adapter, "--output", "merged")
     assert code == 0, err
+    assert "bfloat16" in out and "nf4 would erase" in out and "load it with --quantize none" in out
     code, out, err = run(capsys, "chat", "--model", "merged", "--quantize", "none", "--prompt", "The light is green.",
                          "--max-new-tokens", "8")  # fmt: skip
     assert code == 0, err
