@@ -127,6 +127,10 @@ class AdaptedLayer(nn.Module):
         """The adapters that act here; an active name may be on other layers only."""
         return [cast(Adapter, self.adapters[name]) for name in self.active if name in self.adapters]
 
+    def changes_weight(self) -> bool:
+        """True if an active adapter changes W, and not a bias alone."""
+        return any(adapter.changes_weight for adapter in self.active_adapters())
+
     def acting_adapters(self) -> list[Adapter]:
         """The adapters that forward applies: none where they are switched off, or already in the weight."""
         return [] if self.merged or not self.enabled else self.active_adapters()
@@ -228,6 +232,9 @@ class AdaptedModule(AdaptedLayer):
     """Any other module; of it an adapter has a bias of its own or a copy, see trained_parts.py."""
 
     any_module = True
+
+    def changes_weight(self) -> bool:
+        return False  # there is no one W
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives, with the acting adapter's copy or bias in the place of its own."""

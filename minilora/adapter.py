@@ -67,6 +67,7 @@ class Adapter(nn.Module):
 
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
     additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
+    changes_weight: ClassVar[bool] = True  # W' is not W
     replaces: ClassVar[bool] = False  # y takes no account of W, so that two of them cannot act together
     held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 

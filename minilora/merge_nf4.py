@@ -52,7 +52,11 @@ def merge_to_nf4(
     """
     layers, batches = _layers_to_merge(model), as_list(batches)
     head = output_head(model)
-    into_4_bits = {path: layer for path, layer in layers.items() if layer.kind.is_linear and path != head}
+    into_4_bits = {
+        path: layer
+        for path, layer in layers.items()
+        if layer.changes_weight() and layer.kind.is_linear and path != head
+    }
     try:
         for path in layers.keys() - into_4_bits.keys():
             layers[path].merge(path)

@@ -216,7 +216,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
         if format not in FORMATS:
             raise InputError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     refuse_merged(model)
-    layers = {path: layer for path, layer in adapted_layers(model).items() if layer.active_adapters()}
+    layers = {path: layer for path, layer in adapted_layers(model).items() if layer.changes_weight()}
     if not layers:
         raise InputError("the model has no active adapter whose merge could be looked at")
     rows = [row for path, layer in layers.items() for row in _layer_changes(path, layer, formats)]

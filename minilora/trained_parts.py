@@ -76,6 +76,7 @@ class OwnBias(Part):
     """bias (out,): takes the place of b, in a layer or module that has no other adapter of this name."""
 
     additive = False
+    changes_weight = False
 
     def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
         super().__init__(layer, config)

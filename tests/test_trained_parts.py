@@ -31,6 +31,8 @@ from minilora.checkpoint import load, save_pretrained
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
+from minilora.merge_nf4 import merge_to_nf4
+from minilora.merge_report import merge_report
 from minilora.mixed_batch import adapters_for_rows
 from minilora.model import ModelConfig, Transformer
 from minilora.peft_format import load_adapter, save_adapter
@@ -419,3 +421,16 @@ def test_a_head_that_attention_reads_without_calling_it_is_refused() -> None:
         add_adapter(model, LoRAConfig(target_modules=["out_proj"]))
     add_adapter(model, LoRAConfig(target_modules="all-linear", modules_to_save=["self_attn"]))
     assert {name.rpartition(".")[0] for name in adapter_parameters(model)} >= {"linear1", "linear2", "self_attn.module"}
+
+
+def test_reports_and_4_bit_merges_pass_over_what_is_no_update() -> None:
+    config = {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["model.norm"]}
+    model = ours_on(tiny_transformer(), config)
+    shake(model)
+    targets = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert {row.layer for row in merge_report(model).rows} == targets
+    merge_to_nf4(model, [IDS], forward=lambda model, ids: model(ids))
+    assert {path for path, module in model.named_modules() if isinstance(module, NF4Linear)} == {
+        f"{path}.base_layer" for path in targets
+    }
+    assert model.model.norm.merged == model.model.layers[0].mlp.up_proj.merged == ["default"]
