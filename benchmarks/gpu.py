@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 def run(rounds: int | None, device: torch.device) -> Result:
-    """Run the tests on this GPU, and only if they pass the benchmark `kernels`, whose crossovers NF4Linear then uses."""
+    """Run the tests on this GPU, then, if they pass, the benchmark `kernels`, whose crossovers NF4Linear will use."""
     if device.type != "cuda":
         raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
     kernels = [str(path) for path in sorted(TESTS.glob("test_kernels_*.py"))]

@@ -199,8 +199,8 @@ def crossovers(seconds: Mapping[Case, Mapping[str, list[float]]]) -> dict[str, A
     rows = sorted({case.M for case in seconds})
     found: dict[str, Any] = {}
     for direction, backward in (("forward", False), ("backward", True)):
-        won = takewhile(lambda M, b=backward: median_ratio(M, b, "fused kernel", "one-pass + cuBLAS") <= 1, rows)
-        found[direction] = max(won, default=0)
+        ratios = {M: median_ratio(M, backward, "fused kernel", "one-pass + cuBLAS") for M in rows}
+        found[direction] = max(takewhile(lambda M: ratios[M] <= 1, rows), default=0)  # noqa: B023 - used at once
     return found | {"dequantize": median_ratio(rows[-1], False, "one-pass + cuBLAS", "plain PyTorch") <= 1}
 
 
