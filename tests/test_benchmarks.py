@@ -215,8 +215,8 @@ def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeyp
     gpu, products = importlib.import_module("benchmarks.gpu"), benchmarks.nf4_products
     seconds = {}
     for layer, M, backward in itertools.product("abc", (1, 16, 64, 512), (False, True)):
-        slower = M >= (64 if backward else 512)
-        fused = 9.0 if layer == "a" else 2.0 if slower else 0.5  # one odd shape does not decide
+        limit = 64 if backward else 512
+        fused = 9.0 if layer == "a" else 2.0 if limit <= M else 0.5  # one odd shape does not decide
         times = {"fused kernel": [fused] * 3, "one-pass + cuBLAS": [1.0] * 3, "plain PyTorch": [3.0] * 3}
         seconds[products.Case(layer, 64, 64, M, torch.bfloat16, backward)] = times
     found = products.crossovers(seconds)
