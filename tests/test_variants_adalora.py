@@ -211,12 +211,12 @@ def test_a_loop_that_calls_it_wrongly_is_told_so() -> None:
 # --- in minilora.train -----------------------------------------------------------------------------------------------
 
 
-def train_tiny(folder: Path, **settings: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def train_tiny(folder: Path, dropout: float = 0.1, **settings: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     model = tiny_base()
     schedule = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10, "deltaT": 2}
-    add_adapter(model, AdaLoRAConfig(target_modules="all-linear", lora_dropout=0.1, **schedule))
+    add_adapter(model, AdaLoRAConfig(target_modules="all-linear", lora_dropout=dropout, **schedule))
     defaults = {"max_steps": 10, "batch_size": 2, "gradient_accumulation_steps": 2, "save_every": 1, "keep_last": 20}
-    run(model, random_rows(16), folder, **defaults, **settings)
+    run(model, random_rows(16), folder, **(defaults | settings))
     return model, {key: parameter.detach() for key, parameter in parameters(model).items()}
 
 
@@ -229,6 +229,14 @@ def test_train_brings_the_ranks_down_and_the_factors_together(tmp_path: Path) ->
     load_adapter(again := tiny_base(), tmp_path / "adapter")
     ids = torch.tensor([[1, 5, 9, 33]])
     assert_near(again.eval()(ids), model.eval()(ids))
+
+
+def test_the_term_counts_once_a_step_however_many_passes_it_has(tmp_path: Path) -> None:
+    values = []
+    for passes in (1, 4):
+        split = {"batch_size": 4 // passes, "gradient_accumulation_steps": passes, "max_steps": 2}
+        values.append(train_tiny(tmp_path / str(passes), dropout=0.0, eps=1e-3, **split)[1])
+    assert_same(*values, atol=1e-5)  # float32 sums in another order; eps keeps AdamW from dividing them by themselves
 
 
 @pytest.mark.parametrize("stop", [1, 5, 8])  # before the first allocation, between two, after the last
