@@ -33,7 +33,7 @@ class LoRAFA(torch.optim.AdamW):
         self.loras: list[LoRA] = []
         for path, adapter in adapters_named(model, name).items():
             if not isinstance(adapter, LoRA) or isinstance(adapter.kind, EmbeddingKind):
-                raise InputError(f"LoRA-FA needs an A that does not start at zero; {path} carries a {adapter}")
+                raise InputError(f"LoRA-FA needs an A that does not start at zero; {path} carries a {type(adapter).__name__}")
             adapter.lora_A.requires_grad_(False)
             self.loras.append(adapter)
         super().__init__([p for p in adapter_parameters(model, name).values() if p.requires_grad], **settings)

@@ -1,0 +1,370 @@
+"""The parity matrix as a whole: which cells it has, what is known of them beforehand, and docs/parity.md."""
+
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase as fnmatch
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from parity_helpers import DTYPES, HALF, LAYERS, MODELS, Cell, Result, measure
+from parity_variants import VARIANTS, Variant
+
+# --- which cells -----------------------------------------------------------------------------------------------------
+
+ODD = ("Conv2d, groups", "Conv2d, dilated", "Conv2d, circular")
+# Rows that are LoRA with another start, scale or optimizer go through the same convolutions as LoRA.
+WITH_ODD = ("LoRA", "DoRA", "AdaLoRA", "IA3, outputs", "IA3, inputs", "LoHa", "LoKr")
+# Tying is a matter of where the weight lies, not of the variant: one additive variant, and one that is not.
+ON_MODELS = ("LoRA", "DoRA")
+
+
+def has_cell(cell: Cell) -> bool:
+    if cell.variant.tied_as_one:
+        return cell.layers in MODELS and cell.layers.endswith(", tied, head + embedding") and cell.dtype == "float32"
+    if cell.layers in MODELS:
+        return cell.variant.name in ON_MODELS and cell.dtype == "float32"
+    if cell.dtype == "NF4" and not cell.layers.startswith("Linear"):  # only linear layers have a 4-bit form
+        return False
+    if cell.layers in ODD and cell.variant.name not in WITH_ODD:
+        return False
+    return cell.dtype not in HALF or (not cell.variant.only_float32 and cell.layers not in ODD)
+
+
+CELLS = [
+    cell
+    for variant in VARIANTS
+    for layers in [*LAYERS, *MODELS]
+    for dtype in DTYPES
+    if has_cell(cell := Cell(variant, layers, dtype))
+]
+
+# --- what is right ---------------------------------------------------------------------------------------------------
+
+# Relative to float64, or of one library to the other. In float32, sums of some dozens of terms, each off by at most
+# 6e-8, come to a few 1e-7; a gradient is the product of several such sums. Adam divides by |g|, so where g is a
+# thousandth of its mean, so is the precision of its step. A start is a singular vector or an eigenvector: as far off
+# as the roundings of the matrix are large beside the gap to the next singular value.
+FLOAT32 = {"start": 1e-4, "forward": 2e-6, "gradients": 5e-6, "5 steps": 1e-4, "merge": 2e-6}
+
+# In half precision, in units of half the distance from 1 to the next number: what a handful of roundings, one after
+# the other, may come to. Whether minilora is as exact as PEFT is the question of AGAINST_PEFT.
+UNIT = {"bfloat16": 2**-9, "float16": 2**-12}
+ROUNDINGS = {"forward": 4, "gradients": 16, "5 steps": 16, "merge": 4}
+
+# The most that minilora's error in half precision may be, as a multiple of PEFT's. PEFT keeps in float32 what goes into
+# its adapters and what they do with it, four bytes for each number that the backward pass needs; minilora keeps it in
+# the model's dtype, two bytes: its y is rounded once where PEFT's is rounded twice, and its A x once more than PEFT's.
+AGAINST_PEFT = {"forward": 1.5, "gradients": 1.8, "5 steps": 1.8, "merge": 1.1}
+
+
+def wrong(errors: dict[str, float], dtype: str) -> set[str]:
+    """The quantities in which a side is not as near to float64 as it should be."""
+    if dtype in HALF:
+        return {q for q, error in errors.items() if error > ROUNDINGS[q] * UNIT[dtype]}
+    return {q for q, error in errors.items() if error > FLOAT32[q]}
+
+
+# Where PEFT's numbers are not those of the equation, and why: (variant, layers, dtype, quantity) -> reason.
+KNOWN = {
+    ("*", "Conv2d, circular", "*", "*"): "PEFT's adapter does not take over the padding_mode of the convolution",
+    ("DoRA", "Conv2d, groups", "*", "*"): "PEFT takes the norm of BA without its groups, which is no weight's norm",
+    ("*", "*, tied, *", "*", "merge"): "PEFT merges into the shared weight in place, which changes its other use too",
+    ("*", "*", "NF4", "merge"): "PEFT rounds the merged weight to 4 bits again; minilora's becomes dense",
+    ("OLoRA", "*", "NF4", "*"): "PEFT takes s·B₀A₀ off W and rounds the rest to 4 bits again; minilora leaves W alone",
+    ("LoRA-FA", "*", "*", "5 steps"): "PEFT projects the gradient in bfloat16",
+    ("LoRA-GA", "Conv1D (GPT-2)", "*", "start"): "PEFT scales B₀ by the number of inputs, not of outputs",
+    ("LoRA-GA", "*", "*", "start"): "a randomized decomposition of the gradient: both draw other numbers for it",
+    ("PiSSA_niter_4", "*", "*", "start"): "a randomized decomposition of W: both draw other numbers for it",
+    ("LoRA, tied as one", "*", "*", "start"): "PEFT draws the same numbers, and puts them elsewhere",
+    ("LoRA, tied as one", "*", "*", "gradients"): "PEFT has two gradients for what the two share, one for each",
+    ("LoRA, tied as one", "*", "*", "5 steps"): "PEFT's optimizer steps twice for what the two share",
+}
+# What PEFT fails on without saying so: (variant, layers, dtype) -> reason.
+CRASHES = {
+    ("*", "Conv2d, dilated", "*"): "PEFT's adapter does not take over the dilation: the shapes differ",
+    ("LoRA-FA", "Conv*", "*"): "PEFT's optimizer takes the weight of a convolution for a matrix",
+    ("OLoRA", "Conv1D (GPT-2)", "*"): "PEFT decomposes the weight as it is stored, transposed: the shapes differ",
+    ("LoHa", "*", "NF4"): "PEFT takes the packed bytes of a 4-bit layer for its weight",
+    ("LoKr*", "*", "NF4"): "PEFT takes the packed bytes of a 4-bit layer for its weight",
+    ("LoRA, orthogonal", "*", "NF4"): "PEFT makes A and B of the integer type of the packed weight",
+    ("LoftQ", "*", "*"): "PEFT's LoftQ needs scipy and a CUDA device",
+}
+# Where both compute the same, but not the equation of the paper.
+FOLLOWS_PEFT = {
+    ("LoKr*", "Conv1d"): "PEFT multiplies in another order than ⊗ in a 1d convolution, and its adapters must mean the"
+    " same here",
+}
+
+
+used: set[tuple[str, ...]] = set()  # which of these said something of a cell
+
+
+def lookup(reasons: dict[Any, str], *names: str) -> str | None:
+    for patterns, why in reasons.items():
+        if all(map(fnmatch, names, patterns)):
+            used.add(patterns)
+            return why
+    return None
+
+
+def known_reason(cell: Cell, quantity: str) -> str | None:
+    return lookup(KNOWN, cell.variant.name, cell.layers, cell.dtype, quantity)
+
+
+def crash(cell: Cell) -> str | None:
+    return lookup(CRASHES, cell.variant.name, cell.layers, cell.dtype)
+
+
+def follows_peft(cell: Cell) -> str | None:
+    return lookup(FOLLOWS_PEFT, cell.variant.name, cell.layers)
+
+
+@cache
+def result_of(cell: Cell) -> Result:
+    return measure(cell)
+
+
+# --- what is said of a cell ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Notes:
+    """Numbered remarks, each said once."""
+
+    texts: list[str]
+
+    def mark(self, *remarks: str) -> str:
+        """The numbers of the remarks, raised."""
+        numbers = []
+        for remark in remarks:
+            if remark not in self.texts:
+                self.texts.append(remark)
+            numbers.append(self.texts.index(remark) + 1)
+        raised = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+        return " ".join(str(number).translate(raised) for number in sorted(set(numbers)))
+
+
+def refusal(side: str, why: str) -> str:
+    """An error message without what is particular to the test's layers."""
+    _, _, message = why.partition(": ")
+    message = re.sub(r"^[\w.]+( is an? |: )(\w+: )?", "", message)
+    message = re.sub(r"init_lora_weights='\w+' (needs .*?)(, not .*|: .*)", r"this start \1", message)
+    message = re.sub(r".*(is an? )?[Ee]mbedding: ", "", message)
+    message = re.sub(r".*([Tt]arget module|layers types).*", "it has this variant for other kinds of layers", message)
+    return f"{side} refuses: {message or 'not implemented'}"
+
+
+def say(cell: Cell, notes: Notes, numbers: str) -> str:
+    """The text of one cell; `numbers`: what it says where both libraries are right."""
+    result = result_of(cell)
+    refused = {side: why["all"] for side, why in result.refusals.items() if "all" in why}
+    errors = result.errors.get("PEFT", {})
+    off = wrong(errors, cell.dtype)
+    if cell.dtype not in HALF:
+        off |= wrong({"start": result.difference.get("start", 0.0)}, cell.dtype)
+    remarks = [reason for quantity in sorted(off) if (reason := known_reason(cell, quantity))]
+    if follows := follows_peft(cell):
+        remarks, off = [follows], set()
+    if refused.keys() >= {"minilora", "PEFT"}:
+        return "–" + notes.mark(refusal("minilora", refused["minilora"]))
+    if "PEFT" in refused:
+        return "ours" + notes.mark(crash(cell) or refusal("PEFT", refused["PEFT"]))
+    if "minilora" in refused:
+        word = "–" if off & {"forward", "gradients"} else "PEFT"
+        return word + notes.mark(refusal("minilora", refused["minilora"]), *remarks)
+    if off & {"forward", "gradients"}:
+        return "≠" + notes.mark(*remarks)
+    if follows and cell.dtype in HALF:
+        return "=" + notes.mark(*remarks)
+    no_merge = [refusal(f"{side}'s merge", why["merge"]) for side, why in result.refusals.items() if "merge" in why]
+    return numbers + notes.mark(*remarks, *no_merge[:1])
+
+
+def power_of_ten(error: float) -> str:
+    """The power of ten that is not below it."""
+    return f"1e{math.ceil(math.log10(error))}" if error > 0 else "0"
+
+
+def comparable(cell: Cell, quantities: Iterable[str]) -> dict[str, float]:
+    """How far minilora is from PEFT, in the quantities in which PEFT is right."""
+    result = result_of(cell)
+    off = wrong(result.errors.get("PEFT", {}), cell.dtype) if not follows_peft(cell) else set()
+    if result.difference.get("start", 0.0) > FLOAT32["start"]:
+        off.add("start")
+    return {q: result.difference[q] for q in quantities if q in result.difference and q not in off}
+
+
+def exact_cell(cell: Cell, notes: Notes) -> str:
+    differences = comparable(cell, ("forward", "gradients", "merge"))
+    return say(cell, notes, power_of_ten(max(differences.values(), default=0.0)))
+
+
+def ratios(cell: Cell, quantities: Iterable[str], side: str = "PEFT") -> dict[str, float]:
+    """minilora's distance from float64 as a multiple of PEFT's."""
+    errors = result_of(cell).errors
+    if "minilora" not in errors or side not in errors or wrong(errors["PEFT"], cell.dtype) or follows_peft(cell):
+        return {}
+    mine, theirs = errors["minilora"], errors[side]
+    return {q: mine[q] / theirs[q] for q in quantities if q in mine and q in theirs}
+
+
+def half_cell(cells: list[Cell], notes: Notes) -> str:
+    texts = []
+    for cell in cells:
+        worst = max(ratios(cell, ("forward", "gradients", "merge")).values(), default=0.0)
+        texts.append(say(cell, notes, f"{worst:.1f}"))
+    return " / ".join(texts) if len(set(texts)) > 1 or texts[0][0].isdigit() else texts[0]
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---", *[":-:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def find(variant: Variant, layers: str, dtype: str) -> Cell | None:
+    cell = Cell(variant, layers, dtype)
+    return cell if has_cell(cell) else None
+
+
+def exact_table(notes: Notes) -> str:
+    columns = [(layers, "float32") for layers in LAYERS] + [("Linear", "NF4"), ("Linear, no bias", "NF4")]
+    header = [layers if dtype == "float32" else f"{dtype} {layers}" for layers, dtype in columns]
+
+    def row(variant: Variant) -> list[str]:
+        cells = [find(variant, *column) for column in columns]
+        return [variant.name, *[exact_cell(cell, notes) if cell else "" for cell in cells]]
+
+    return table(["", *header], [row(variant) for variant in VARIANTS if not variant.tied_as_one])
+
+
+def half_table(notes: Notes) -> str:
+    columns = [layers for layers in LAYERS if layers not in ODD]
+
+    def row(variant: Variant) -> list[str]:
+        pairs = [[cell for dtype in HALF if (cell := find(variant, layers, dtype))] for layers in columns]
+        return [variant.name, *[half_cell(pair, notes) for pair in pairs]]
+
+    rows = [row(variant) for variant in VARIANTS if not variant.only_float32 and not variant.tied_as_one]
+    return table(["", *columns], rows)
+
+
+def quantities_table() -> str:
+    """By variant and quantity: the worst in float32 and NF4, the median in half precision."""
+
+    def row(variant: Variant) -> list[str]:
+        exact = [cell for cell in CELLS if cell.variant is variant and cell.dtype not in HALF]
+        half = [cell for cell in CELLS if cell.variant is variant and cell.dtype in HALF]
+        texts = []
+        for q in ("start", *ROUNDINGS):
+            found = [comparable(cell, [q])[q] for cell in exact if q in comparable(cell, [q])]
+            texts.append(power_of_ten(max(found)) if found else "")
+        for q in ROUNDINGS:
+            medians = []
+            for side in ("PEFT", "PEFT, half"):
+                found = [ratios(cell, [q], side)[q] for cell in half if q in ratios(cell, [q], side)]
+                medians.append(f"{statistics.median(found):.1f}" if found else "")
+            texts.append(" / ".join(medians) if all(medians) else "")
+        return [variant.name, *texts]
+
+    header = ["", "start", *ROUNDINGS, *[f"{q}, half" for q in ROUNDINGS]]
+    return table(header, [row(variant) for variant in VARIANTS])
+
+
+def tied_table(notes: Notes) -> str:
+    on_models = [(cell.variant, cell.layers.rpartition(", ")[2]) for cell in CELLS if cell.layers in MODELS]
+    columns = list(dict.fromkeys(on_models))
+
+    def row(model: str) -> list[str]:
+        cells = [find(variant, f"{model}, {on}", "float32") for variant, on in columns]
+        return [model, *[exact_cell(cell, notes) if cell else "" for cell in cells]]
+
+    models = dict.fromkeys(name.rpartition(", ")[0] for name in MODELS)
+    return table(["", *[f"{variant.name}: {on}" for variant, on in columns]], [row(model) for model in models])
+
+
+def document() -> str:
+    """docs/parity.md."""
+    notes = Notes([])
+    tables = {
+        "exact": exact_table(notes),
+        "half": half_table(notes),
+        "quantities": quantities_table(),
+        "tied": tied_table(notes),
+    }
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "transformers", "bitsandbytes"))
+    remarks = "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1))
+    return TEXT.format(versions=versions, cells=len(CELLS), notes=remarks, **tables)
+
+
+TEXT = """\
+# Parity with PEFT
+
+<!-- Written by `python tests/test_parity.py --write`; a test compares it with what runs. -->
+
+Every cell below runs in the tests, against the PEFT that is installed, on the same base weights and with the same
+adapter parameters: the output, the gradient of the input and of every parameter, the way of every parameter in five
+steps of AdamW (SGD in half precision), and the weights and the output after a merge. Who is right where the two differ
+is decided by a third computation: the equation of the paper, in float64, with autograd, on dense weights.
+
+Written with {versions}; {cells} cells, on one CPU thread.
+
+| | means |
+| --- | --- |
+| `1e-7` | the same: the largest relative difference between minilora and PEFT, rounded up to a power of ten |
+| `0` | the same bits |
+| `=` | half precision: the same up to rounding, by the same equation |
+| `0.9` | half precision: minilora's distance from float64, as a multiple of PEFT's (the worst quantity) |
+| ours | minilora agrees with float64; PEFT refuses the layer, or fails |
+| ≠ | minilora agrees with float64, and PEFT does not |
+| PEFT | minilora refuses the layer, with an error that says so; PEFT computes it |
+| – | neither computes it |
+| blank | not run: see the end |
+
+## float32, and NF4 with float32 arithmetic
+
+The largest difference of output, gradients and merged weights.
+
+{exact}
+
+## bfloat16 / float16
+
+No two orders of rounding give the same bits, so both are measured against float64. PEFT runs its adapters in float32
+beside the model and keeps float32 activations for them; minilora runs them in the model's dtype, with float32 masters.
+
+{half}
+
+## Quantity by quantity
+
+Left: the largest difference between minilora and PEFT over all layers, in float32 and NF4. Right, in half precision:
+the median of minilora's distance from float64 as a multiple of PEFT's, whose adapters are in float32 (the default) /
+in the model's dtype.
+
+{quantities}
+
+## Tied embeddings
+
+A small Llama and GPT-2 with the adapter on the head, on the embedding, or on both, whose base weights are one tensor
+or two. float32.
+
+{tied}
+
+## Remarks
+
+{notes}
+
+## What is not run
+
+- Half precision for the rows that differ from LoRA in their start or optimizer only: those are float32 in any case.
+- Grouped, dilated and circular convolutions in half precision, and for rows that compute a convolution as LoRA does.
+- NF4 for layers that have no 4-bit form: only linear layers do.
+- Tied models for other variants: tying concerns where a weight lies; there is one variant that adds to W and one that
+  does not.
+- Dropout, where DoRA is another: minilora's is m/‖V‖ (W x + s·BA dropout(x)), in PEFT W sees the dropped input too.
+"""
