@@ -9,6 +9,7 @@ In the last two cases, or when asked to, the adapter is written as the plain LoR
     s·(BA − B₀A₀) = s·[B − B₀, B₀] [A; A − A₀]
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,6 @@ from minilora.adapter import Adapter
 from minilora.errors import InputError
 from minilora.layer_kinds import NF4Kind
 from minilora.lora import LoRA, LoRAConfig
-from minilora.trained_parts import Part, TiedLoRA
 
 
 def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, Adapter]:
@@ -29,7 +29,20 @@ def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, 
         not_derivable(getattr(adapter.config, "init_lora_weights", None)) or _starts_in_4_bits(adapter)
         for adapter in adapters.values()
     )
-    return {path: _plain(adapter) for path, adapter in adapters.items()} if as_lora or lost else adapters
+    return _plain(adapters) if as_lora or lost else adapters
+
+
+def _plain(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    for adapter in adapters.values():
+        if type(adapter.config) is not LoRAConfig:
+            raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
+    plain: dict[str, Adapter] = {path: each.as_plain() for path, each in adapters.items() if isinstance(each, LoRA)}
+    config = next(iter(plain.values())).config
+    for path, adapter in adapters.items():
+        if path not in plain:  # what the adapter trains beside its updates, as it is
+            plain[path] = copy.copy(adapter)
+            plain[path].config = config
+    return {path: plain[path] for path in adapters}
 
 
 def not_derivable(init_lora_weights: Any) -> bool:
@@ -49,11 +62,3 @@ def check_derived_start(adapters: Mapping[str, Adapter]) -> None:
 
 def _starts_in_4_bits(adapter: Adapter) -> bool:
     return isinstance(adapter, LoRA) and adapter.start_A is not None and isinstance(adapter.kind, NF4Kind)
-
-
-def _plain(adapter: Adapter) -> Adapter:
-    if isinstance(adapter, Part | TiedLoRA):  # nothing that starts elsewhere
-        return adapter
-    if not isinstance(adapter, LoRA) or type(adapter.config) is not LoRAConfig:
-        raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
-    return adapter.as_plain()

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters import adapters_named
 from minilora.data import Batch
 from minilora.errors import InputError
+from minilora.lora import LoRA
 from minilora.loss import summed_loss
 from minilora.model import Transformer
 
@@ -52,6 +54,14 @@ def as_mapping(batch: Any) -> dict[str, Any]:
     if isinstance(batch, Tensor) and not batch.is_floating_point():
         return {"input_ids": batch}
     return dict(batch) if isinstance(batch, Mapping) else {}
+
+
+def loras_named(model: nn.Module, name: str) -> dict[str, LoRA]:
+    """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data.
+
+    Raises InputError where the model has no such adapter.
+    """
+    return {path: each for path, each in adapters_named(model, name).items() if isinstance(each, LoRA)}
 
 
 def as_list(batches: Iterable[Any]) -> list[Any]:

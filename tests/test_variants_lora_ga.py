@@ -19,6 +19,8 @@ from minilora.lora import LoRAConfig
 from minilora.targets import adapted_layers
 from minilora.variants import lora_ga
 
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's
+
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = 1e-5  # gradients through two blocks of sums of dozens of terms, 6e-8 each
 OPTIONS: list[dict[str, Any]] = [

@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters import adapters_named, build_adapters, disable_adapters, refuse_merged, replace_adapters
-from minilora.calibration import Forward, as_list, as_mapping, language_model_loss
+from minilora.adapters import build_adapters, disable_adapters, refuse_merged, replace_adapters
+from minilora.calibration import Forward, as_list, as_mapping, language_model_loss, loras_named
 from minilora.errors import InputError
 from minilora.generate import evaluating, progress_bar
 from minilora.incremental_pca import IncrementalPCA
@@ -79,7 +79,7 @@ def initialize(
     Raises InputError for another adapter's name or initialisation, batches of fewer tokens than r·rho, and where the
     components do not settle. The model is then unchanged.
     """
-    adapters = cast(Mapping[str, LoRA], adapters_named(model, name))
+    adapters = loras_named(model, name)
     config = next(iter(adapters.values())).config
     if config.init_lora_weights != "eva":
         raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "eva"')

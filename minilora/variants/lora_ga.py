@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.adapted_layer import AdaptedLayer
-from minilora.adapters import adapters_named, disable_adapters, refuse_merged
-from minilora.calibration import Forward, as_list, language_model_loss
+from minilora.adapters import disable_adapters, refuse_merged
+from minilora.calibration import Forward, as_list, language_model_loss, loras_named
 from minilora.errors import InputError
 from minilora.generate import progress_bar
 from minilora.lora import LoRA, kaiming, register_initialization, weight_to_decompose
@@ -83,7 +83,7 @@ def initialize(
     Raises InputError for another adapter's name or initialisation, and a loss that is not finite or does not depend on
     the layers; the model is then unchanged.
     """
-    adapters = cast(Mapping[str, LoRA], adapters_named(model, name))
+    adapters = loras_named(model, name)
     config = next(iter(adapters.values())).config
     if config.init_lora_weights != "lora_ga":
         raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "lora_ga"')
