@@ -117,7 +117,7 @@ def close_to_scale(a: Tensor, b: Tensor) -> bool:
 
 
 @given(names=st.lists(st.sampled_from(["fr", "de", "pl", "__base__"]), min_size=5, max_size=5))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_every_row_is_what_it_is_alone_and_what_peft_makes_of_it(names: list[str]) -> None:
     ours = with_adapters(tiny_llama(), CONFIGS)
     theirs = peft_with_adapters(tiny_llama(), CONFIGS)
@@ -248,8 +248,8 @@ def test_a_4_bit_weight_is_dequantized_once_for_the_whole_batch(monkeypatch: pyt
     model = nn.Sequential(NF4Linear.from_linear(nn.Linear(64, 32)))
     with_adapters(model, {name: {"r": 4, "target_modules": ["0"]} for name in ("fr", "de", "pl")})
     calls = []
-    dequantize = linear4bit.dequantize
-    monkeypatch.setattr(linear4bit, "dequantize", lambda *a, **k: calls.append(1) or dequantize(*a, **k))
+    product = linear4bit._product  # dequantizes the weight for the product at hand
+    monkeypatch.setattr(linear4bit, "_product", lambda *a: calls.append(1) or product(*a))
     x = torch.randn(5, 3, 64)
     with torch.no_grad(), adapters_for_rows(model, NAMES):
         mixed = model(x)
