@@ -114,8 +114,12 @@ class EmbeddingKind(LayerKind):
         return W.T.contiguous()
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
-        y = F.embedding(x, W.T, self.padding_idx)
-        return y if self.scale is None else y * torch.as_tensor(self.scale, dtype=W.dtype, device=W.device)
+        return self.look_up(x, W.T, self.padding_idx)
+
+    def look_up(self, x: Tensor, rows: Tensor, padding_idx: int | None) -> Tensor:
+        """The rows (tokens, dim) with the numbers x, as the layer gives them; that of padding takes no gradient."""
+        y = F.embedding(x, rows, padding_idx)
+        return y if self.scale is None else y * torch.as_tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
 
 class ConvKind(LayerKind):

@@ -195,7 +195,8 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
         for name in [] if names is None or isinstance(names, str) else names:
             if not any(path.endswith(name) if key == "modules_to_save" else _matches([name], path) for path in paths):
                 what = "layer" if key == "target_modules" else "module"
-                raise InputError(f"{key}: {name!r} matches no {what}; {nearest_names([name], paths)}")
+                hint = _parameter_of(model, name) or nearest_names([name], paths)
+                raise InputError(f"{key}: {name!r} matches no {what}; {hint}")
     blocks = config.layers_to_transform
     existing = sorted({number for path in paths if (number := block_number(config, path)) is not None})
     for number in [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks:
@@ -206,6 +207,12 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
 
 def _in_blocks(config: AdapterConfig) -> str:
     return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
+
+
+def _parameter_of(model: nn.Module, name: str) -> str | None:
+    """Where a name means the weights of a Mixture-of-Experts' experts, which are one tensor, and not layers."""
+    path = next((path for path, _ in model.named_parameters() if _matches([name], path)), None)
+    return None if path is None else f"it is a parameter of {path.rpartition('.')[0]}, and not a layer of its own"
 
 
 def nearest_names(targets: str | Iterable[str], paths: list[str]) -> str:

@@ -197,6 +197,7 @@ class TrainedRows(Part):
         stored = self.kind.stored(self.kind.weight(layer).detach())  # (all tokens, dim)
         dtype = torch.promote_types(stored.dtype, torch.float32)
         self.rows = tied_to.rows if tied_to is not None else nn.Parameter(stored[ids].to(dtype))
+        self.token_ids = ids
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
 
     def transform(self, x: Tensor, below: Below, add: Tensor | None = None) -> Tensor:
@@ -204,7 +205,9 @@ class TrainedRows(Part):
         if isinstance(self.kind, EmbeddingKind):
             in_order, order = self.ids.sort()
             place = torch.searchsorted(in_order, x).clamp(max=len(in_order) - 1)
-            trained = self.kind.apply(order[place], self.rows.to(y.dtype).T)
+            padding = self.kind.padding_idx
+            of_padding = self.token_ids.index(padding) if padding in self.token_ids else None
+            trained = self.kind.look_up(order[place], self.rows.to(y.dtype), of_padding)
             y = torch.where((in_order[place] == x)[..., None], trained, y)
         else:
             bias = below.bias()

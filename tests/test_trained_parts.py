@@ -11,14 +11,21 @@ import pytest
 import torch
 from adapter_helpers import IDS, logits, tiny_llama
 from chat_helpers import CHATML, tiny
+from peft_helpers import (
+    FLOAT32,
+    assert_same_logits_and_gradients,
+    ours_on,
+    peft_on,
+    shake,
+    tiny_gpt2,
+)
 from torch import Tensor, nn
 from training_helpers import LLAMA, quantized, random_rows, run, trained
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from minilora.adapters import (
     adapter_names,
     adapter_parameters,
-    adapters_named,
     add_adapter,
     disable_adapters,
     merge,
@@ -40,20 +47,6 @@ from minilora.peft_format import load_adapter, save_adapter
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"
 )
-
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
-
-
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    """Conv1D layers with biases that are not zero, LayerNorms, learnt positions, a tied head."""
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2)
-    model = GPT2LMHeadModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
 
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "tied llama": lambda: tiny_llama(tied=True)}
 
@@ -94,42 +87,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def peft_on(model: nn.Module, config: dict[str, Any]) -> peft.PeftModel:
-    torch.manual_seed(3)
-    return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **config)).eval()
-
-
-def ours_on(model: nn.Module, config: dict[str, Any], name: str = "default") -> nn.Module:
-    torch.manual_seed(3)
-    add_adapter(model, LoRAConfig(r=4, **config), name)
-    return model
-
-
-def saved(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """What the file of an adapter holds, by PEFT's keys."""
-    return {
-        f"base_model.model.{path}.{end}": tensor
-        for path, adapter in adapters_named(model, name).items()
-        for end, tensor in adapter.saved_tensors().items()
-    }
-
-
-def trained_by_peft(model: peft.PeftModel) -> dict[str, nn.Parameter]:
-    """What PEFT trains, under the keys of its file."""
-    return {
-        name.replace(".modules_to_save.default.", ".").replace(".default", "").replace("_vector.weight", "_vector"): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-def shake(model: nn.Module, name: str = "default", seed: int = 1) -> None:
-    """Move every number that the adapter trains."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in dict.fromkeys(adapter_parameters(model, name).values()):
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_it_starts_as_the_base_model_and_trains_what_peft_does_by_the_same_gradients(case: str) -> None:
     model, config = CASES[case]
@@ -138,33 +95,7 @@ def test_it_starts_as_the_base_model_and_trains_what_peft_does_by_the_same_gradi
     ours = ours_on(copy.deepcopy(base), config)
     assert torch.allclose(logits(ours), logits(base), **FLOAT32)
     shake(ours)
-    expected, tensors = trained_by_peft(theirs), saved(ours)
-    assert {key: value.shape for key, value in tensors.items()}.items() >= {
-        key: value.shape for key, value in expected.items() if "original_module" not in key
-    }.items()
-    for key, parameter in expected.items():
-        if key in tensors:
-            parameter.data.copy_(tensors[key])
-    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
-    for key in tensors:
-        if tensors[key].is_leaf:
-            tensors[key].grad = None
-    for one in (ours, theirs):
-        one(IDS, labels=IDS).loss.backward()
-    for key, tensor in tensors.items():
-        if not tensor.is_leaf or key not in expected:  # the head's factors are the embedding's; tied copies are one
-            continue
-        gradient = expected[key].grad
-        twins = [other for other in tensors if tensors[other] is tensor or _is_transposed(tensors[other], tensor)]
-        for twin in twins:  # PEFT's tied parameters share memory and have a gradient each
-            if twin != key and twin in expected and expected[twin] is not expected[key]:
-                other = expected[twin].grad
-                gradient = gradient + (other.T if _is_transposed(tensors[twin], tensor) else other)
-        torch.testing.assert_close(tensor.grad, gradient, **FLOAT32)
-
-
-def _is_transposed(view: Tensor, tensor: Tensor) -> bool:
-    return view is not tensor and view.data_ptr() == tensor.data_ptr() and view.shape == tensor.T.shape
+    assert_same_logits_and_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("case", CASES)
