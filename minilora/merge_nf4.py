@@ -22,9 +22,10 @@ from minilora.input_moments import input_moments
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
 from minilora.low_rank import randomized_svd
-from minilora.nf4 import quantize
+from minilora.nf4 import QuantizedTensor, quantize
 from minilora.nf4_rounding import round_to_nf4
 from minilora.targets import adapted_layers, output_head
+from minilora.trained_parts import Part
 
 OVERSAMPLING, ITERATIONS = 8, 4  # of the randomized SVD: an adapter's change has few large singular values
 
@@ -52,19 +53,18 @@ def merge_to_nf4(
     """
     layers, batches = _layers_to_merge(model), as_list(batches)
     head = output_head(model)
-    into_4_bits = {
-        path: layer
-        for path, layer in layers.items()
-        if layer.changes_weight() and layer.kind.is_linear and path != head
-    }
+    in_4_bits = {path: layer for path, layer in layers.items() if _belongs_in_4_bits(layer, path == head)}
+    to_round = {path: layer for path, layer in in_4_bits.items() if layer.changes_weight()}
     try:
-        for path in layers.keys() - into_4_bits.keys():
-            layers[path].merge(path)
-        for paths in _groups(into_4_bits, max_moments_bytes):
+        for path, layer in layers.items():
+            if path not in in_4_bits:
+                layer.merge(path)
+            elif path not in to_round:
+                layer.put_in_place(_in_nf4(layer, layer.base_layer.quantized(), layer.merged_weight()[1]))
+        for paths in _groups(to_round, max_moments_bytes):
             moments = input_moments(model, paths, batches, forward)
             for path in paths:
-                layer = into_4_bits[path]
-                layer.put_in_place(_rounded(path, layer, moments.pop(path)))
+                to_round[path].put_in_place(_rounded(path, to_round[path], moments.pop(path)))
     except BaseException:
         unmerge(model)
         raise
@@ -76,6 +76,13 @@ def _layers_to_merge(model: nn.Module) -> dict[str, AdaptedLayer]:
     if not layers:
         raise InputError("the model has no active adapter to merge")
     return layers
+
+
+def _belongs_in_4_bits(layer: AdaptedLayer, is_head: bool) -> bool:
+    """NF4 layers, also those of which a bias alone changes; of dense ones the linear layers whose weight changes."""
+    if isinstance(layer.base_layer, NF4Linear):
+        return True
+    return layer.changes_weight() and layer.kind.is_linear and not is_head
 
 
 def _merged_weight(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -101,12 +108,16 @@ def _groups(layers: dict[str, AdaptedLayer], most_bytes: int) -> Iterator[list[s
 
 
 def _rounded(path: str, layer: AdaptedLayer, H: Tensor) -> NF4Linear:
-    base = layer.base_layer
     W, bias = _merged_weight(path, layer)
-    in_nf4 = isinstance(base, NF4Linear)
-    grid = base.quantized() if in_nf4 else quantize(W, name=path)
-    compute_dtype = base.compute_dtype if in_nf4 else base.weight.dtype
-    return NF4Linear.from_quantized(round_to_nf4(W.float(), grid, H), bias, compute_dtype)
+    in_nf4 = isinstance(layer.base_layer, NF4Linear)
+    grid = layer.base_layer.quantized() if in_nf4 else quantize(W, name=path)
+    return _in_nf4(layer, round_to_nf4(W.float(), grid, H), bias)
+
+
+def _in_nf4(layer: AdaptedLayer, q: QuantizedTensor, bias: Tensor | None) -> NF4Linear:
+    base = layer.base_layer
+    dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
+    return NF4Linear.from_quantized(q, bias if bias is None else bias.to(dtype or torch.float32), dtype)
 
 
 @torch.no_grad()
@@ -117,9 +128,12 @@ def merge_to_lora(model: nn.Module, r: int, name: str = "merged") -> dict[str, f
     values of W' − W, with lora_alpha = r; with r no less than the adapters' ranks together nothing is lost.
     Returns ‖BA − (W' − W)‖ / ‖W' − W‖ of each layer.
     Raises InputError for a model that is merged or without active adapters, a name in use, a rank below 1, and naming
-    the layer whose bias the adapters change, which a LoRA cannot; the model is then as it was.
+    the layer that the adapters train in full, or its bias, which a LoRA cannot hold; the model is then as it was.
     """
     layers = _layers_to_merge(model)
+    for path, layer in layers.items():
+        if any(isinstance(adapter, Part) for adapter in layer.active_adapters()):
+            raise InputError(f"{path}: {layer.active} train it, or its bias, in full, which a LoRA cannot hold")
     config = LoRAConfig(r=r, lora_alpha=r, target_modules=list(layers))
     adapters = build_adapters(model, config, list(layers))
     lost = {path: _fit(cast(LoRA, adapters[path]), path, layer) for path, layer in layers.items()}

@@ -218,7 +218,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
     refuse_merged(model)
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.changes_weight()}
     if not layers:
-        raise InputError("the model has no active adapter whose merge could be looked at")
+        raise InputError("the model has no active adapter that changes a weight")
     rows = [row for path, layer in layers.items() for row in _layer_changes(path, layer, formats)]
     rows.sort(key=lambda row: (formats.index(row.format), row.cosine))
     return MergeReport(rows)

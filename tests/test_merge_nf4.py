@@ -130,6 +130,30 @@ def test_what_is_not_a_linear_layer_of_the_blocks_becomes_dense() -> None:
     assert kinds == {"q_proj": NF4Linear, "embed_tokens": nn.Embedding, "lm_head": nn.Linear}
 
 
+def test_copies_and_biases_of_the_adapter_are_merged_with_it() -> None:
+    model = our_model(transformers_model(CONFIGS["llama-bias"]))
+    in_nf4(model)
+    add_adapter(
+        model, LoRAConfig(r=4, target_modules=["q_proj"], bias="all", modules_to_save=["norm"], init_lora_weights=False)
+    )
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name and "lora" not in name:
+            parameter.data += torch.randn_like(parameter)
+    path = "model.layers.0.self_attn.k_proj"
+    codes = model.get_submodule(path).base_layer.weight.clone()
+    bias, norm = model.get_submodule(path).adapters["default"].bias, model.model.norm.adapters["default"].module.weight
+    with pytest.raises(InputError, match="in full, which a LoRA cannot hold"):
+        merge_to_lora(model, r=4)
+    merge_to_nf4(model, [torch.arange(26).view(2, 13) * 5 % 97])
+    unload(model, merge=True)
+    layer = model.get_submodule(path)
+    assert isinstance(layer, NF4Linear), "only its bias changes"
+    assert torch.equal(layer.weight, codes)
+    assert torch.equal(layer.bias, bias)
+    assert torch.equal(model.model.norm.weight, norm)
+
+
 def test_the_result_can_be_written_and_loaded_again_in_4_bits(tmp_path: Path) -> None:
     model = our_model(transformers_model(CONFIGS["smollm"]))
     in_nf4(model)
