@@ -13,7 +13,14 @@ from chat_helpers import CHATML, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    Phi3Config,
+)
 
 from minilora import linear4bit
 from minilora.adapters import (
@@ -178,6 +185,36 @@ def test_a_mixed_batch_in_bfloat16_rounds_as_the_rows_alone_do() -> None:
     # Not bit for bit: a product of another size may sum in another order. One rounding of y errs 2⁻⁹ at most.
     error = [float((y.double() - exact).norm() / exact.norm()) for y in (mixed, separate)]
     assert error[0] < 1.05 * error[1]
+
+
+SMALL = {**SHAPE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (Gemma3TextConfig(**SMALL, head_dim=8), ["embed_tokens", "q_proj", "down_proj"]),
+        (Phi3Config(**SMALL), ["qkv_proj", "gate_up_proj"]),
+        (MixtralConfig(**SMALL, num_local_experts=4), ["q_proj", "o_proj"]),
+    ],
+    ids=["gemma, whose embedding is scaled", "phi-3", "mixture of experts, its attention"],
+)
+def test_other_models_equal_peft(config: Any, targets: list[str]) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    ours, configs = copy.deepcopy(base), {name: {"r": 4, "target_modules": targets} for name in ("fr", "de")}
+    theirs = peft_with_adapters(base, configs)
+    for name, kwargs in configs.items():
+        add_adapter(ours, LoRAConfig(**kwargs), name)
+        with torch.no_grad():
+            for key, parameter in adapter_parameters(ours, name).items():
+                parameter.copy_(peft_parameter(theirs, key, name))
+    names = ["de", "fr", "__base__", "fr", "de"]
+    with torch.no_grad():
+        with adapters_for_rows(ours, names):
+            mixed = ours(ROWS).logits
+        assert close(mixed, theirs(ROWS, adapter_names=names).logits)
+        assert not close(mixed, base(ROWS).logits)
 
 
 # --- every kind of layer, base and variant ---------------------------------------------------------------------------
