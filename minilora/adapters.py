@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
             layer = adapted(adapter.base_for(layer))
+            if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                layer.register_forward_hook(_is_called)
             _replace(model, path, layer)
         layer.adapters[name] = adapter
     follow_checkpointing(model)
@@ -86,6 +88,10 @@ def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: st
             del layer.adapters[name]
             if not layer.adapters:
                 _replace(model, path, layer.base_layer)
+
+
+def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
+    """Nothing; but where a layer has a hook, torch's TransformerEncoderLayer calls it instead of reading its weight."""
 
 
 def check_new_name(model: nn.Module, name: str) -> None:

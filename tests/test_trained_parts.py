@@ -365,3 +365,17 @@ def test_reports_and_4_bit_merges_pass_over_what_is_no_update() -> None:
         f"{path}.base_layer" for path in targets
     }
     assert model.model.norm.merged == model.model.layers[0].mlp.up_proj.merged == ["default"]
+
+
+def test_torchs_encoder_layer_does_not_pass_an_adapter_by() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 3, 16)
+    base = model(x)
+    add_adapter(model, LoRAConfig(target_modules="all-linear", init_lora_weights=False))
+    with torch.no_grad():  # where the layer would take the weights into one kernel of its own
+        tuned = model(x)
+    assert not torch.allclose(tuned, base, **FLOAT32)
+    with torch.no_grad():
+        torch.testing.assert_close(unload(copy.deepcopy(model), merge=True)(x), tuned, **FLOAT32)
+    torch.testing.assert_close(unload(model)(x), base, **FLOAT32)
