@@ -39,6 +39,36 @@ def check_is_nf4(config: dict[str, Any], source: str) -> None:
         )
 
 
+def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: list[str]) -> dict[str, Any]:
+    """What config.json says of a model whose linear layers are in NF4, all but those at the paths `dense`."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,  # the name is older than 4 bits, and means both
+    }
+
+
+def packed(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
+    """The weight of this name as the tensors that stand for it in a file; `QuantizedWeight` reads the same bits."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": q.block_size,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
+    tensors = {"": q.codes.view(-1, 1), ".absmax": q.absmax, ".quant_map": code()}
+    if q.nested_absmax is not None and q.offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+        tensors |= {".nested_absmax": q.nested_absmax, ".nested_quant_map": dynamic_map()}
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name + suffix: tensor.to("cpu", copy=True) for suffix, tensor in tensors.items()}
+
+
 class QuantizedWeight:
     """A weight in NF4 and the tensors beside it, every one checked as it is read.
 

@@ -1,4 +1,4 @@
-"""save_pretrained: a model as a Hugging Face folder, dense, its active adapters merged into the weights."""
+"""save_pretrained: a model as a Hugging Face folder, its active adapters merged into the weights; dense, or in NF4."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minilora.adapted_layer import AdaptedLayer, AdaptedModule
 from minilora.adapter import Adapter
+from minilora.bitsandbytes_format import packed, quantization_config
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.model import Transformer
@@ -29,15 +30,18 @@ def save_pretrained(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    in_4_bits: bool = False,
 ) -> None:
     """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
 
     W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`
     (default: the embedding's); never into 4 bits: that would erase most adapters, as does loading the folder with
     quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
+    in_4_bits=True is for the result of `merge_to_nf4`, and for base models: NF4 layers are written as they are, in the
+    layout of bitsandbytes, which transformers loads too.
     Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
     a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
-    InputError, naming the layer, if merging gives NaN or infinity.
+    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
@@ -48,9 +52,12 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         temporary = Path(name) / "new"
         temporary.mkdir()
-        _write_weights(layers, temporary, dtype, max_shard_bytes)
+        _write_weights(layers, temporary, dtype, max_shard_bytes, in_4_bits)
         config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
-        _write_json(temporary / "config.json", {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+        values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+        if in_4_bits:
+            values["quantization_config"] = _quantization_config(layers, dtype)
+        _write_json(temporary / "config.json", values)
         _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
         tokenizer.save(temporary)
         _move_into_place(temporary, folder)
@@ -77,6 +84,30 @@ def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return
     for name, child in module.named_children():
         yield from _walk(f"{path}.{name}".lstrip("."), child)
+
+
+def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
+    plain = {path: _layer_and_acting(layer)[0] for path, layer in layers.items()}
+    in_nf4 = [layer for layer in plain.values() if isinstance(layer, NF4Linear)]
+    if not in_nf4:
+        raise InputError("in_4_bits: the model has no layer in NF4; leave it out, or call merge_to_nf4 before")
+    dense = [path for path, layer in plain.items() if isinstance(layer, nn.Linear)]
+    return quantization_config(in_nf4[0].offset is not None, dtype, sorted({*dense, "lm_head"}))
+
+
+def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> dict[str, Tensor]:
+    """What stands for the layer in the file."""
+    base, adapters = _layer_and_acting(layer)
+    if not (in_4_bits and isinstance(base, NF4Linear)):
+        return _dense_tensors(path, layer, dtype)
+    if adapters:
+        raise InputError(
+            f"{path} has an active adapter, which rounding to 4 bits would erase: call merge_to_nf4 before"
+        )
+    tensors = packed(f"{path}.weight", base.quantized())
+    if base.bias is not None:
+        tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
+    return tensors
 
 
 def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -107,11 +138,13 @@ def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     return W, getattr(base, "bias", None)
 
 
-def _write_weights(layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(
+    layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int, in_4_bits: bool
+) -> None:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
     from safetensors.torch import save_file
 
-    sizes = {path: _numel(layer) * dtype.itemsize for path, layer in layers.items()}
+    sizes = {path: _nbytes(layer, dtype, in_4_bits) for path, layer in layers.items()}
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
     for path, size in sizes.items():
@@ -126,18 +159,22 @@ def _write_weights(layers: dict[str, nn.Module], folder: Path, dtype: torch.dtyp
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, Tensor] = {}
         for path in paths:
-            tensors |= _dense_tensors(path, layers[path], dtype)
+            tensors |= _tensors(path, layers[path], dtype, in_4_bits)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _numel(layer: nn.Module) -> int:
-    """Number of weights and biases of a layer, dense."""
+def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
+    """What a layer's weights and bias take in the file; in 4 bits without the tables, a kilobyte."""
     base, _ = _layer_and_acting(layer)
-    weight = base.out_features * base.in_features if isinstance(base, NF4Linear) else base.weight.numel()
-    return weight + (base.bias.numel() if getattr(base, "bias", None) is not None else 0)
+    bias = base.bias.numel() * dtype.itemsize if getattr(base, "bias", None) is not None else 0
+    if not isinstance(base, NF4Linear):
+        return base.weight.numel() * dtype.itemsize + bias
+    if in_4_bits:
+        return sum(buffer.nbytes for buffer in base.buffers()) + bias
+    return base.out_features * base.in_features * dtype.itemsize + bias
 
 
 def _generation_config(model: Transformer, tokenizer: "Tokenizer") -> dict[str, object]:
