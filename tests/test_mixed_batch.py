@@ -37,6 +37,8 @@ from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.mixed_batch import adapters_for_rows
 from minilora.model import ModelConfig, Transformer
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order
@@ -311,6 +313,25 @@ def test_dora_and_lora_in_one_batch(quantized: bool) -> None:
         assert close(mixed, alone(model, NAMES, lambda i: model(x[i : i + 1])))
     expected = gradients_alone(model, lambda i: model(x[i : i + 1]))
     for key, gradient in gradients_mixed(model, lambda: model(x)).items():
+        assert close_to_scale(gradient, expected[key]), key
+
+
+def test_any_variants_in_one_batch_on_any_layers() -> None:
+    torch.manual_seed(0)
+    model = Sees()
+    add_adapter(model, LoRAConfig(r=2, target_modules=["tokens", "conv1", "conv2"], use_dora=True), "fr")
+    add_adapter(model, LoHaConfig(r=2, target_modules=["conv2", "head"]), "de")
+    add_adapter(model, IA3Config(target_modules=["conv2", "head"], feedforward_modules=["head"]), "pl")
+    for name in CONFIGS:
+        for parameter in adapter_parameters(model, name).values():
+            nn.init.normal_(parameter, mean=0.5, std=0.3)
+    ids = torch.arange(35).reshape(5, 7) * 3 % 11
+    with torch.no_grad():
+        with adapters_for_rows(model, NAMES):
+            mixed = model(ids)
+        assert close(mixed, alone(model, NAMES, lambda i: model(ids[i : i + 1])))
+    expected = gradients_alone(model, lambda i: model(ids[i : i + 1]))
+    for key, gradient in gradients_mixed(model, lambda: model(ids)).items():
         assert close_to_scale(gradient, expected[key]), key
 
 
