@@ -352,7 +352,7 @@ class StaysOnItsDevice(LoRA):
         return y if add is None else y + add
 
 
-@caught_by(life.compiles_without_a_graph_break, "look at AsksForANumber")
+@caught_by(life.compiles_without_a_graph_break, "look at AsksForANumber.forward")
 class AsksForANumber(LoRA):
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         return super().forward(x if float(x.sum()) < 1e30 else x / 2, add)

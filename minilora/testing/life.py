@@ -78,9 +78,15 @@ def trains(trial: Trial, layer: str) -> None:
     expect(bool(before), trial, "parameters that require a gradient", "none", "__init__")
     losses = _train(model, x, teacher(x).detach(), steps=50)
     found = f"{losses[0]:.3g} at the start and {losses[-1]:.3g} at the end"
-    expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, "forward or transform")
+    expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, trial.computes)
     idle = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
-    expect(not idle, trial, "every trained parameter to move", f"no change in {idle}", "forward (it takes no part)")
+    expect(
+        not idle,
+        trial,
+        "every trained parameter to move",
+        f"no change in {idle}",
+        f"{trial.computes} (it takes no part)",
+    )
 
 
 @check("linear", "nf4", "embedding")
@@ -125,7 +131,7 @@ def works_under_gradient_checkpointing(trial: Trial, layer: str) -> None:
         plain, recomputed = (_gradients(model, reentrant) for reentrant in (None, use_reentrant))
         for name, gradient in plain.items():
             found = f"another gradient of {name} (use_reentrant={use_reentrant})"
-            same, look_at = torch.equal(gradient, recomputed[name]), "forward (does it give the same twice?)"
+            same, look_at = torch.equal(gradient, recomputed[name]), f"{trial.computes} (does it give the same twice?)"
             expect(same, trial, "the gradients that are found without checkpointing", found, look_at)
 
 
@@ -186,7 +192,7 @@ def serves_each_row_its_own_adapter(trial: Trial, layer: str) -> None:
     with adapters_for_rows(model, names):
         y = model(x)
     for row, name in enumerate(names):
-        expect_equal(y[row], alone[name][row], trial, f"row {row} of a mixed batch as {name!r} alone", "forward")
+        expect_equal(y[row], alone[name][row], trial, f"row {row} of a mixed batch as {name!r} alone", trial.computes)
 
 
 # --- as a module -----------------------------------------------------------------------------------------------------
@@ -228,14 +234,14 @@ def moves_to_dtypes_and_devices(trial: Trial, layer: str) -> None:
     x = example_input(model)
     wanted = model(x)
     double = copy.deepcopy(model).double()(x.double())
-    expect(double.dtype == torch.float64, trial, "float64 from .double()", f"{double.dtype}", "forward or transform")
-    expect_equal(double, wanted, trial, "the same output in float64", "forward or transform")
+    expect(double.dtype == torch.float64, trial, "float64 from .double()", f"{double.dtype}", trial.computes)
+    expect_equal(double, wanted, trial, "the same output in float64", trial.computes)
     devices = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
     for device in devices:
         y = copy.deepcopy(model).to(device)(x.to(device))
         expect(y.device.type == device, trial, f"an output on {device}", f"one on {y.device}", "__init__")
         if device != "meta":
-            expect_equal(y.cpu(), wanted, trial, f"the same output on {device}", "forward or transform")
+            expect_equal(y.cpu(), wanted, trial, f"the same output on {device}", trial.computes)
 
 
 @check("linear", "nf4")
@@ -249,11 +255,11 @@ def compiles_without_a_graph_break(trial: Trial, layer: str) -> None:
     torch._dynamo.reset()  # earlier layers count against the limit of recompilations
     compiled = torch.compile(first, backend="eager", fullgraph=True)
     wanted, y = first(x), compiled(x)
-    expect_equal(y, wanted, trial, "the same output compiled", "forward or transform")
+    expect_equal(y, wanted, trial, "the same output compiled", trial.computes)
     parameters = [parameter for parameter in first.parameters() if parameter.requires_grad]
     eager, traced = (torch.autograd.grad(output.pow(2).sum(), parameters) for output in (wanted, y))
     for mine, other in zip(traced, eager, strict=True):
-        expect_equal(mine, other, trial, "the same gradients compiled", "forward or transform")
+        expect_equal(mine, other, trial, "the same gradients compiled", trial.computes)
 
 
 @check(*LAYERS)

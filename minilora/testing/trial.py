@@ -87,6 +87,11 @@ class Trial:
     def variant(self) -> type[Adapter]:
         return adapter_class(self.config)
 
+    @property
+    def computes(self) -> str:
+        """The method that computes y."""
+        return "forward" if self.variant.additive else "transform"
+
     def base(self, layer: str) -> nn.Sequential:
         """The model without adapters, in evaluation mode; the same weights every time."""
         with seeded(0):
@@ -214,8 +219,8 @@ class Check:
         except AssertionError as error:
             return AssertionError(f"{where}: {error}").with_traceback(error.__traceback__)
         except Exception as error:
-            found, look_at = f"{type(error).__name__}: {error}", _method_that_raised(error, trial)
-            message = f"{where}: expected no error; found {found}; look at {look_at}"
+            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"  # dynamo's go on for many lines
+            message = f"{where}: expected no error; found {found}; look at {_method_that_raised(error, trial)}"
             return AssertionError(message).with_traceback(error.__traceback__)
         return None
 
@@ -249,8 +254,8 @@ def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str
 
 
 def _method_that_raised(error: Exception, trial: Trial) -> str:
-    """The innermost method of an adapter that was running."""
-    found, frame = f"{trial.variant.__name__}.__init__", error.__traceback__
+    """The innermost method of an adapter that was running; by default, as torch.compile does not tell, what gives y."""
+    found, frame = f"{trial.variant.__name__}.{trial.computes}", error.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
         if isinstance(owner, Adapter):
