@@ -156,7 +156,7 @@ def _without_the_base(
     Raises InputError naming one that is not what the model has.
     """
     kept, modules = dict(tensors), modules_before_adapters(model)
-    for key in tensors.keys() - set(expected):
+    for key in sorted(tensors.keys() - set(expected)):
         saved_twice = tensors.get(key.replace(".modules_to_save.", "."))
         name = re.sub(r"\.(base_layer|original_module)\.", ".", key).removeprefix("base_model.model.")
         layer, _, end = name.rpartition(".")

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora import peft_format
+from minilora.adapter import config_class
 from minilora.adapters import adapter_names, adapter_parameters, add_adapter, set_adapter
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
@@ -161,8 +163,8 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
     return edit
 
 
-def truncate(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
+def truncate(folder: Path, name: str = "adapter_model.safetensors") -> None:
+    path = folder / name
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -260,3 +262,113 @@ def test_the_model_card_names_the_base_model(tmp_path: Path) -> None:
     add_adapter(model, LoRAConfig(target_modules=["q_proj"]))
     save_adapter(model, tmp_path)
     assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "org/from-the-model"
+
+
+# --- shards, odd configurations, and what is of the base model --------------------------------------------------------
+
+
+def in_two_files(folder: Path) -> dict[str, str]:
+    """Divide the weights as large models are divided; returns the index's weight_map."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    place = {}
+    for number, keys in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        name = f"adapter_model-{number:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in keys}, folder / name)
+        place |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": place}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "adapter_model.safetensors").unlink()
+    return place
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
+    theirs = saved_by_peft(tmp_path, target_modules=["q_proj", "v_proj"])
+    in_two_files(tmp_path)
+    ours = tiny_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
+
+
+def write_index(content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "adapter_model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "adapter_model-00002-of-00002.safetensors").unlink(), "00002-of.* does not exist"),
+        (lambda folder: truncate(folder, "adapter_model-00001-of-00002.safetensors"), "00001-of.* not a readable"),
+        (write_index("{}"), "index.json is not the index"),
+        (write_index("[]"), "index.json is not the index"),
+        (write_index('{"weight_map": {"a": 1}}'), "index.json is not the index"),
+        (
+            write_index('{"weight_map": {"a": "adapter_model-00001-of-00002.safetensors"}}'),
+            "00001-of-00002.safetensors lacks a, which adapter_model.safetensors.index.json says",
+        ),
+    ],
+)
+def test_a_fault_in_one_of_several_files_is_named(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    saved_by_peft(tmp_path, target_modules=["q_proj", "v_proj"])
+    in_two_files(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a_newer_option": None, "another": False, "a_third": {}, "peft_version": "9.9.9"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": ["self_attn.q_proj", "v_proj", "not_in_this_model"]},
+        dict.fromkeys(["alpha_pattern", "rank_pattern", "exclude_modules", "layers_pattern", "layers_to_transform"]),
+        dict.fromkeys(["modules_to_save", "bias", "fan_in_fan_out", "lora_dropout", "use_rslora", "use_dora"]),
+        dict.fromkeys(["init_lora_weights", "task_type", "revision", "ensure_weight_tying", "megatron_core"]),
+    ],
+)
+def test_configurations_of_other_versions_and_hands(tmp_path: Path, values: dict[str, Any]) -> None:
+    theirs = saved_by_peft(tmp_path, r=8, target_modules=["q_proj", "v_proj"])
+    edit_config(**values)(tmp_path)
+    ours = tiny_llama()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
+
+
+def test_a_newer_option_that_is_used_is_named(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path, target_modules=["q_proj", "v_proj"])
+    edit_config(a_newer_option=2)(tmp_path)
+    with pytest.raises(InputError, match="a_newer_option=2 is not supported"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "lm_head"]])
+@pytest.mark.filterwarnings("ignore:.*(save_embedding_layers|tie_word_embeddings|config file|shared)")
+def test_embeddings_saved_along_must_be_the_models_own(tmp_path: Path, targets: list[str], tied: bool) -> None:
+    theirs = peft_model(tiny_llama(tied=tied), target_modules=targets)
+    randomize(theirs) if targets == ["q_proj"] else None
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    ours = tiny_llama(tied=tied)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
+    other = tiny_llama(tied=tied)
+    other.model.embed_tokens.weight.data[3] += 1
+    with pytest.raises(InputError, match=r"weight is not the model's (model\.embed_tokens|lm_head)\.weight"):
+        load_adapter(other, tmp_path)
+    assert not adapter_names(other)
+
+
+def test_only_keys_of_pefts_own_configurations_are_written() -> None:
+    """PEFT warns of any other; and what it has beyond ours is refused when it is used, so that none is overlooked."""
+    classes = {
+        "LORA": peft.LoraConfig,
+        "ADALORA": peft.AdaLoraConfig,
+        "IA3": peft.IA3Config,
+        "LOHA": peft.LoHaConfig,
+        "LOKR": peft.LoKrConfig,
+        "VERA": peft.VeraConfig,
+    }
+    for peft_type, theirs in classes.items():
+        ours = config_class(peft_type)
+        written = {field.name for field in fields(ours)} | peft_format.WRITTEN.keys()
+        assert written - ours.peft_lacks <= {field.name for field in fields(theirs)}, peft_type
