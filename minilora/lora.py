@@ -61,8 +61,9 @@ class LoRAConfig(AdapterConfig):
     use_dora: bool = False
     """learn the norm of each output's weights apart from their direction: minilora/variants/dora.py"""
     init_lora_weights: bool | str = True
-    """True: Kaiming-uniform A; "gaussian": A ~ N(0, 1/r²); both with B = 0. False: A and B random (for tests). Or the
-    name of an initialisation in minilora/variants/"""
+    """True: Kaiming-uniform A; "gaussian": A ~ N(0, 1/r²); both with B = 0. False: A and B random (for tests). Or an
+    initialisation of minilora/variants/: "pissa", "pissa_niter_4", "olora", "orthogonal", "loftq"; "eva" and "lora_ga",
+    which look at data, each by its `initialize(model, batches)` after `add_adapter`"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """another r for the layers whose name a pattern ends"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ one decomposition, and batches are taken until all components in use have settle
 
     add_adapter(model, LoRAConfig(init_lora_weights="eva", …));  eva.initialize(model, batches)
 
-Paischer et al. 2024, arXiv 2410.07170: section 3, algorithm 1. Numbers as PEFT's.
+Paischer et al. 2024, arXiv 2410.07170, section 3. Numbers as PEFT's.
 """
 
 import hashlib

@@ -8,7 +8,7 @@
 This initialisation changes the base too: an NF4Linear that holds Q_T takes the place of the dense layer, whose W is
 given up. Adapters switched off, or taken off with `unload`, leave Q_T. The adapter belongs on this Q_T and no other.
 
-Li et al. 2023, arXiv 2310.08659: equation 6 and algorithm 1. The update is meant with its scaling s here; PEFT 0.21
+Li et al. 2023, arXiv 2310.08659, section 3, algorithm 1. The update is meant with its scaling s here; PEFT 0.21
 leaves s out, so that its s·BA makes up for the loss only where lora_alpha = r.
 """
 

@@ -7,8 +7,8 @@
 
     add_adapter(model, LoRAConfig(init_lora_weights="lora_ga", …));  lora_ga.initialize(model, batches)
 
-Wang et al. 2024, arXiv 2407.05000: section 3, algorithm 1. Numbers as PEFT's, which multiplies B₀ by S; its
-G, for a transformers Conv1D, is scaled by the number of inputs, here by that of outputs as for any other layer.
+Wang et al. 2024, arXiv 2407.05000, section 3. Numbers as PEFT's, which multiplies B₀ by S. One is not: for
+transformers' Conv1D, PEFT 0.21 takes the number of inputs for out_features in the scale "stable".
 """
 
 import math

@@ -3,7 +3,7 @@
     W = Q R
     B₀ = Q[:, :r]     A₀ = R[:r]     training starts where ΔW = s·(BA − B₀A₀) is zero
 
-Büyükakyüz 2024, arXiv 2406.01775: section 3, algorithm 1.
+Büyükakyüz 2024, arXiv 2406.01775, section 3.
 """
 
 import torch

@@ -5,7 +5,7 @@
 
 "pissa" takes the whole decomposition, "pissa_niter_4" a randomized one with 4 iterations, in a fraction of the time.
 
-Meng et al. 2024, arXiv 2404.02948: equations 2 to 4; appendix B for the fast decomposition (there "Fast SVD").
+Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 4. The randomized decomposition: minilora/low_rank.py.
 """
 
 import torch
