@@ -27,6 +27,7 @@ from minilora.adapters import (
     adapter_names,
     adapter_parameters,
     add_adapter,
+    after_step,
     disable_adapters,
     merge,
     set_adapter,
@@ -43,6 +44,11 @@ from minilora.merge_report import merge_report
 from minilora.mixed_batch import adapters_for_rows
 from minilora.model import ModelConfig, Transformer
 from minilora.peft_format import load_adapter, save_adapter
+from minilora.variants.adalora import AdaLoRAConfig
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"
@@ -379,3 +385,41 @@ def test_torchs_encoder_layer_does_not_pass_an_adapter_by() -> None:
     with torch.no_grad():
         torch.testing.assert_close(unload(copy.deepcopy(model), merge=True)(x), tuned, **FLOAT32)
     torch.testing.assert_close(unload(model)(x), base, **FLOAT32)
+
+
+# --- other methods than LoRA ------------------------------------------------------------------------------------------
+
+GPT2_PARTS = {"target_modules": ["c_fc"], "modules_to_save": ["ln_f", "lm_head"]}
+LLAMA_PARTS = {"target_modules": ["up_proj"], "modules_to_save": ["model.norm", "lm_head"], "layers_to_transform": [1]}
+METHODS = {
+    "IA3": ("gpt2", IA3Config(feedforward_modules=[], **GPT2_PARTS)),
+    "VeRA": ("gpt2", VeRAConfig(r=4, bias="vera_only", **GPT2_PARTS)),
+    "AdaLoRA": ("gpt2", AdaLoRAConfig(init_r=4, target_r=2, total_step=100, bias="all", **GPT2_PARTS)),
+    "LoHa": ("llama", LoHaConfig(r=2, **LLAMA_PARTS)),  # PEFT's LoHa and LoKr know no Conv1D
+    "LoKr": ("tied llama", LoKrConfig(r=2, **LLAMA_PARTS)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_method_takes_them_along(method: str, tmp_path: Path) -> None:
+    model, config = METHODS[method]
+    base = MODELS[model]()
+    ours = copy.deepcopy(base)
+    add_adapter(ours, config)
+    shake(ours)
+    ours(IDS, labels=IDS).loss.backward()
+    after_step(ours, 1)
+    for name, parameter in adapter_parameters(ours).items():
+        assert parameter.grad is not None, name
+    save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
+    with disable_adapters(ours):
+        assert torch.equal(logits(ours), logits(base))
+    tuned = logits(ours)
+    torch.testing.assert_close(logits(unload(ours, merge=True)), tuned, **FLOAT32)

@@ -20,6 +20,7 @@ from minilora.adapters import adapter_parameters, adapters_named
 from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind
 from minilora.lora import LoRA
+from minilora.trained_parts import Part
 
 
 class LoRAFA(torch.optim.AdamW):
@@ -32,8 +33,12 @@ class LoRAFA(torch.optim.AdamW):
     def __init__(self, model: nn.Module, name: str = "default", **settings: Any) -> None:
         self.loras: list[LoRA] = []
         for path, adapter in adapters_named(model, name).items():
+            if isinstance(adapter, Part):  # biases, copies of modules and rows of embeddings follow AdamW
+                continue
             if not isinstance(adapter, LoRA) or isinstance(adapter.kind, EmbeddingKind):
-                raise InputError(f"LoRA-FA needs an A that does not start at zero; {path} carries a {type(adapter).__name__}")
+                raise InputError(
+                    f"LoRA-FA needs an A that does not start at zero; {path} carries a {type(adapter).__name__}"
+                )
             adapter.lora_A.requires_grad_(False)
             self.loras.append(adapter)
         super().__init__([p for p in adapter_parameters(model, name).values() if p.requires_grad], **settings)
@@ -56,5 +61,7 @@ def projected(lora: LoRA) -> torch.Tensor:
     """ĝ_B = 1/s² · g_B (A Aᵀ + 1e-8)⁻¹ for the gradient that lora_B has; shape of lora_B."""
     A, g_B = lora.lora_A.flatten(1), lora.lora_B.grad
     assert g_B is not None
-    A_A = A @ A.T + 1e-8 * torch.eye(len(A), dtype=A.dtype, device=A.device)  # (r, r); the term as in PEFT
-    return torch.linalg.solve(A_A, g_B.flatten(1), left=False).view_as(g_B) / lora.scaling**2
+    groups = len(A) // g_B.shape[1]  # of a convolution: those rows of B have their own rows of A; else 1
+    A, g = A.unflatten(0, (groups, -1)), g_B.flatten(1).unflatten(0, (groups, -1))
+    A_A = A @ A.mT + 1e-8 * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)  # (groups, r, r); term as in PEFT
+    return torch.linalg.solve(A_A, g, left=False).view_as(g_B) / lora.scaling**2
