@@ -1,18 +1,18 @@
 """merge: what is left of an adapter (SmolLM2-135M, the demo's task) after it was merged in each of several ways.
 
-A QLoRA adapter is trained on the demo's rows and merged. Every merged model is compared with the tuned model before the
-merge, on rows that nothing here was fitted to or chosen on: loss of the answers, KL divergence of all predictions, and
-layer by layer the cosine and the relative error of the realised change of the weights against the wanted one, and the
-relative error of the change of the output. Beside the library's merges stand those that were tried and left out.
+Two QLoRA adapters are trained on the demo's rows: at the demo's learning rate, and at a tenth of it, the usual one.
+Every merged model is compared with the tuned model before the merge, on rows that nothing here was fitted to or chosen
+on: loss of the answers, KL divergence of all predictions, and layer by layer how much of the wanted change of the
+weights is kept, cosine and relative error of the realised one, and the relative error of the change of the output.
+Beside the library's merges stand some that were tried and left out.
 """
 
 import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from benchmarks.measure import machine
 from benchmarks.output import Result
 from minilora import nf4_rounding
 from minilora.adapted_layer import AdaptedLayer
-from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unmerge
+from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
 from minilora.bfcl import load_bfcl
 from minilora.checkpoint import load
 from minilora.data import Example, encode_rows
@@ -39,15 +39,16 @@ from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
 from minilora.merge_report import compare_changes
 from minilora.model import Transformer
 from minilora.nf4 import dequantize, quantize
-from minilora.nf4_rounding import nearest
 from minilora.targets import adapted_layers
 from minilora.tokenizer import Tokenizer
 from minilora.train import TrainConfig, train
 
 MODEL = "smollm2-135m-instruct"
 LORA = LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
-STEPS, BATCH_SIZE, MAX_LENGTH, LEARNING_RATE, SEED = 64, 8, 180, 2e-3, 0
-CALIBRATION_ROWS, HELD_OUT_ROWS = 48, 64
+STEPS, BATCH_SIZE, MAX_LENGTH, SEED = 48, 8, 180, 0
+STRONG, GENTLE = "learning rate 2e-3", "learning rate 2e-4"
+LEARNING_RATES = {STRONG: 2e-3, GENTLE: 2e-4}
+CALIBRATION_ROWS, HELD_OUT_ROWS = 32, 48
 ROWS_SEEN = 24  # of validation: on these the methods were chosen
 LOFTQ_ROUNDS = 5
 
@@ -94,30 +95,23 @@ def _put(layer: AdaptedLayer, W: Tensor) -> None:
     layer.put_in_place(layer.kind.with_weight(layer.base_layer, W.to(torch.bfloat16), layer.base_layer.bias))
 
 
-@contextmanager
-def only(part: str) -> Iterator[None]:
-    """Round by GPTQ alone, or by coordinate descent alone, from the nearest values."""
-    other = {"gptq": ("descend", lambda q, w, c, H: q), "descent": ("gptq", lambda w, c, H: nearest(w, c))}
-    with patch.object(nf4_rounding, *other[part]):
-        yield
+def by_gptq_alone(model: Transformer, batches: list[Tensor]) -> None:
+    """merge_to_nf4 without coordinate descent."""
+    with patch.object(nf4_rounding, "descend", lambda q, w, c, H: q):
+        merge_to_nf4(model, batches)
 
 
 def merges(batches: list[Tensor]) -> dict[str, Merge]:
     """Every way to merge, by what the table calls it; none of them changes the adapter."""
-
-    def rounded_by(part: str, model: Transformer) -> None:
-        with only(part):
-            merge_to_nf4(model, batches)
-
     return {
         "bfloat16": merge,
         REQUANTIZED: requantize,
         "NF4, requantized where it pays": requantize_where_it_pays,
-        "NF4, GPTQ alone": partial(rounded_by, "gptq"),
-        "NF4, descent alone": partial(rounded_by, "descent"),
+        "NF4, GPTQ alone": lambda model: by_gptq_alone(model, batches),
         "NF4, merge_to_nf4": lambda model: merge_to_nf4(model, batches),
         "NF4 + rank 4, LoftQ": lambda model: loftq(model, 4),
-        **{f"NF4 + rank {r}, merge_to_lora": partial(_to_lora, r) for r in (2, 4, 8)},
+        "NF4 + rank 4, merge_to_lora": partial(_to_lora, 4),
+        "NF4 + rank 8, merge_to_lora": partial(_to_lora, 8),
     }
 
 
@@ -130,7 +124,7 @@ def _to_lora(r: int, model: Transformer) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model on the held-out rows; the last three layer by layer."""
+    """Of one model on the held-out rows; the last four layer by layer."""
 
     loss: float
     """nats a token of the answers"""
@@ -140,6 +134,8 @@ class Scores:
     """of general English"""
     seconds: float
     """that the merge took"""
+    kept: list[float]
+    """share of the wanted change of the weights that is in the realised one"""
     cosines: list[float]
     """of the wanted and the realised change of the weights"""
     errors: list[float]
@@ -172,9 +168,13 @@ def loss_and_kl(model: Transformer, examples: list[Example], reference: Referenc
 
 @torch.no_grad()
 def compare(
-    model: Transformer, calibration: list[Example], held_out: list[Example], english: Callable[[Transformer], float]
+    model: Transformer,
+    calibration: list[Example],
+    held_out: list[Example],
+    english: Callable[[Transformer], float],
+    names: Collection[str] | None = None,
 ) -> dict[str, Scores]:
-    """Scores of the base, the tuned model and every merge of it; the model is unmerged again afterwards."""
+    """Scores of the base, the tuned model and its merges, all or those named; the model is then unmerged again."""
     from rich.progress import track
 
     reference = [log_p.half() for log_p in log_probabilities(model, held_out)]
@@ -193,7 +193,8 @@ def compare(
     found = {TUNED: scores()}
     with disable_adapters(model):
         found = {BASE: scores()} | found
-    for name, merge_in_this_way in track(merges(inputs[0]).items(), "merging"):
+    chosen = {name: merge_ for name, merge_ in merges(inputs[0]).items() if names is None or name in names}
+    for name, merge_in_this_way in track(chosen.items(), "merging"):
         started = time.perf_counter()
         merge_in_this_way(model)
         found[name] = scores(time.perf_counter() - started)
@@ -202,8 +203,8 @@ def compare(
     return found
 
 
-def layer_change(layer: AdaptedLayer, W: Tensor, D: Tensor, H: Tensor) -> tuple[float, float, float]:
-    """Cosine, relative error, and relative error of the output ‖X (R − D)ᵀ‖ / ‖X Dᵀ‖, for the wanted change D of W."""
+def layer_change(layer: AdaptedLayer, W: Tensor, D: Tensor, H: Tensor) -> tuple[float, ...]:
+    """Kept, cosine, relative error, and that of the output, ‖X (R − D)ᵀ‖ / ‖X Dᵀ‖, for the wanted change D of W."""
     now = weight_in_use(layer)
     if layer.merged and not isinstance(layer.base_layer, NF4Linear):
         W = W.to(layer.base_layer.weight.dtype).float()  # against the base in the same format
@@ -223,26 +224,24 @@ def weight_in_use(layer: AdaptedLayer) -> Tensor:
 
 
 def run(rounds: int | None, device: torch.device) -> Result:
-    """Train the adapter, merge it in every way. Nothing here is timed in rounds, so that `rounds` has no meaning."""
+    """Train the adapters, merge them. Nothing here is timed in rounds, so that `rounds` has no meaning."""
     if rounds is not None:
         raise InputError("the benchmark merge is not timed in rounds: leave --rounds out")
     where = machine(device)
     model, tokenizer = load(MODEL, quantize="nf4", dtype=torch.bfloat16, device=device)
-    rows = {
-        name: encode_rows(split, tokenizer, MAX_LENGTH).examples
-        for name, split in load_bfcl().items()
-        if name != "test"
-    }
-    torch.manual_seed(SEED)
-    add_adapter(model, LORA)
-    settings = TrainConfig(
-        learning_rate=LEARNING_RATE, betas=(0.9, 0.95), warmup_steps=10, max_steps=STEPS, batch_size=BATCH_SIZE,
-        max_length=MAX_LENGTH, save_every=None, seed=SEED,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, tokenizer, rows["train"], replace(settings, output_dir=folder))
-    held_out = rows["validation"][ROWS_SEEN:][:HELD_OUT_ROWS]
-    scores = compare(model.eval(), rows["train"][:CALIBRATION_ROWS], held_out, partial(english_perplexity, tokenizer))
+    splits = load_bfcl()
+    training, validation = (
+        encode_rows(splits[name], tokenizer, MAX_LENGTH).examples for name in ("train", "validation")
+    )
+    held_out = validation[ROWS_SEEN:][:HELD_OUT_ROWS]
+    english = partial(english_perplexity, tokenizer)
+    scores, rows = {}, []
+    for adapter in LEARNING_RATES:
+        add_trained_adapter(model, tokenizer, training, LEARNING_RATES[adapter])
+        names = None if adapter == STRONG else (*LIBRARY, REQUANTIZED)
+        scores[adapter] = compare(model, training[:CALIBRATION_ROWS], held_out, english, names)
+        rows += [{"adapter": adapter} | _row(name, of_name, model) for name, of_name in scores[adapter].items()]
+        unload(model)
     return Result(
         benchmark="merge",
         title=f"A QLoRA adapter after merging: SmolLM2-135M, r=16, {STEPS} steps",
@@ -250,14 +249,32 @@ def run(rounds: int | None, device: torch.device) -> Result:
         settings={
             "model": MODEL,
             "lora": asdict(LORA),
-            "train": asdict(settings),
+            "train": asdict(training_settings(LEARNING_RATES[STRONG])),
+            "learning rates": LEARNING_RATES,
             "calibration": f"{CALIBRATION_ROWS} training rows",
             "held out": f"{len(held_out)} rows of validation, from row {ROWS_SEEN} on",
         },
-        rows=[_row(name, scores[name], model) for name in scores],
-        raw={name: asdict(values) for name, values in scores.items()},
+        rows=rows,
+        raw={adapter: {name: asdict(values) for name, values in of.items()} for adapter, of in scores.items()},
         plot=partial(_plot, scores),
     )
+
+
+def training_settings(learning_rate: float, folder: str = "") -> TrainConfig:
+    return TrainConfig(
+        learning_rate=learning_rate, betas=(0.9, 0.95), warmup_steps=10, max_steps=STEPS, batch_size=BATCH_SIZE,
+        max_length=MAX_LENGTH, save_every=None, seed=SEED, output_dir=folder,
+    )  # fmt: skip
+
+
+def add_trained_adapter(
+    model: Transformer, tokenizer: Tokenizer, examples: list[Example], learning_rate: float
+) -> None:
+    torch.manual_seed(SEED)
+    add_adapter(model, LORA)
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, tokenizer, examples, training_settings(learning_rate, folder))
+    model.eval()
 
 
 def english_perplexity(tokenizer: Tokenizer, model: Transformer) -> float:
@@ -270,6 +287,7 @@ def _row(name: str, scores: Scores, model: Transformer) -> dict[str, str]:
         "held-out loss": f"{scores.loss:.3f}",
         "KL to tuned": f"{scores.kl:.4f}",
         "perplexity, English": f"{scores.perplexity:.1f}",
+        "kept": f"{median(scores.kept):.0%}",
         "cosine": f"{median(scores.cosines):.3f}",
         "rel. error": f"{median(scores.errors):.2f}",
         "of output": f"{median(scores.output_errors):.2f}",
@@ -289,22 +307,20 @@ def megabytes(name: str, model: Transformer) -> float:
     return (in_nf4 + sum(4 * r * (out + inputs) for out, inputs in shapes)) / 2**20
 
 
-def _plot(scores: dict[str, Scores], figure: Any) -> None:
-    loss_axes, kl_axes, layer_axes = figure.subplots(1, 3, width_ratios=[2, 1.4, 1.8])
-    names = list(scores)[::-1]
-    colors = ["C0" if name in LIBRARY else "C1" if name == REQUANTIZED else "0.7" for name in names]
-    for axes, values, title in (
-        (loss_axes, [scores[name].loss for name in names], "held-out loss (nats)"),
-        (kl_axes, [max(scores[name].kl, 1e-4) for name in names], "KL to the tuned model (nats)"),
-    ):
-        axes.barh(names, values, color=colors)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=8)
-    loss_axes.axvline(scores[TUNED].loss, color="0.3", linewidth=0.8, linestyle=":")
-    kl_axes.set_xscale("log")
-    kl_axes.set_yticks([])
-    for color, name in zip(("C1", "C0", "C2", "C3"), (REQUANTIZED, *LIBRARY[::-1]), strict=True):
-        layer_axes.plot(sorted(scores[name].output_errors), color=color, label=name)
-    layer_axes.set_title("error of the output's change, by layer, sorted", fontsize=9)
+def _plot(scores: dict[str, dict[str, Scores]], figure: Any) -> None:
+    strong_axes, gentle_axes, layer_axes = figure.subplots(1, 3, width_ratios=[2, 2, 1.8])
+    for axes, adapter in ((strong_axes, STRONG), (gentle_axes, GENTLE)):
+        names = list(scores[adapter])[::-1]
+        colors = ["C0" if name in LIBRARY else "C1" if name == REQUANTIZED else "0.7" for name in names]
+        bars = axes.barh(names, [scores[adapter][name].loss for name in names], color=colors)
+        axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
+        axes.axvline(scores[adapter][TUNED].loss, color="0.3", linewidth=0.8, linestyle=":")
+        axes.margins(x=0.15)
+        axes.set_title(f"held-out loss, {adapter}", fontsize=9)
+        axes.tick_params(labelsize=7)
+    for color, name in zip(("C1", "C2", "C0", "C3"), (REQUANTIZED, *LIBRARY[1:], LIBRARY[0]), strict=True):
+        layer_axes.plot(sorted(scores[STRONG][name].output_errors), color=color, label=name)
+    layer_axes.set_title(f"error of the output's change, layers sorted\n{STRONG}", fontsize=9)
     layer_axes.set_ylim(0, 1.1)
+    layer_axes.tick_params(labelsize=7)
     layer_axes.legend(fontsize=7)

@@ -2,15 +2,18 @@
 
     wanted      D = W' − W              what the adapters change, in float64
     realised    R = F(W') − F(W)        what is left of it when both are read back from the format F
+    kept        ⟨D, R⟩ / ‖D‖²           how far R goes along D; 0: erased, 1: all the way
     cosine      ⟨D, R⟩ / ‖D‖‖R‖         1: the same direction
-    rel. error  ‖R − D‖ / ‖D‖           0: the same change; 1: as far off as no change at all
+    rel. error  ‖R − D‖ / ‖D‖           0: the same change
 
 R is taken against the base as F holds it. For an NF4 base and F = NF4 that is the base itself, Q(W + Δ) − Q(W): there
 every weight lies on one of the 16 values, and a change of less than half the way to the next one is rounded back. A
 dense base is quantized for the comparison, so that R shows what the adapters do and not what quantizing W does.
 
-ERASED = √½: below this cosine more than half of ‖R‖² is rounding noise, and no rescaling of R comes nearer to D than
-√(1 − ½) = 0.71 ‖D‖.
+Erased means that less than ½ is kept: along D the merged layer is then nearer to the base than to the tuned one. The
+cosine alone does not tell. R is kept·D + noise, and where W is not on F's grid, as a dequantized NF4 weight is not on
+bfloat16's, rounding is as likely up as down: D arrives in full, under noise that is small beside W though not beside D.
+docs/merging.md has such a merge, which loses nothing. On the grid, kept itself falls to zero.
 """
 
 import copy
@@ -37,16 +40,18 @@ if TYPE_CHECKING:
 
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = (*FLOATS, "nf4")
-ERASED = math.sqrt(0.5)
+ERASED = 0.5
 CHUNK = 1 << 20  # weights compared at a time
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one format keeps of one layer's change; a layer whose adapters change nothing has rms 0 and cosine 1."""
+    """What one format keeps of one layer's change; where there is none, rms is 0 and all of it is kept."""
 
     layer: str
     format: str
+    kept: float
+    """share of D that is in R; 0 where the merged weight overflows the format"""
     cosine: float
     """of D and R; 0 where R is zero, or the merged weight overflows the format"""
     relative_error: float
@@ -58,8 +63,8 @@ class LayerChange:
 
     @property
     def is_erased(self) -> bool:
-        """True where more of the realised change is noise than adapter, or the format cannot hold the weight."""
-        return self.cosine < ERASED
+        """True where less than half of the change arrives, or the format cannot hold the weight."""
+        return self.kept < ERASED
 
     @property
     def overflows(self) -> bool:
@@ -73,16 +78,18 @@ class FormatSummary:
     format: str
     layers: int
     erased: int
+    median_kept: float
+    worst_kept: float
+    worst_layer: str
     median_cosine: float
     worst_cosine: float
     median_relative_error: float
     worst_relative_error: float
-    worst_layer: str
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """`rows`: one LayerChange for each format and layer, a format's rows together, the lowest cosine first.
+    """`rows`: one LayerChange for each format and layer, a format's rows together, what keeps least first.
 
     print(report) gives one line a format and the warnings; rich's print(report), or `show`, tables.
     """
@@ -95,21 +102,24 @@ class MergeReport:
         return list(dict.fromkeys(row.format for row in self.rows))
 
     def of(self, format: str) -> list[LayerChange]:
-        """The rows of one format, the lowest cosine first."""
+        """The rows of one format, what keeps least first."""
         return [row for row in self.rows if row.format == format]
 
     def summary(self, format: str) -> FormatSummary:
         rows = self.of(format)
-        cosines, errors = [row.cosine for row in rows], [row.relative_error for row in rows]
+        kept, cosines = [row.kept for row in rows], [row.cosine for row in rows]
+        errors = [row.relative_error for row in rows]
         return FormatSummary(
             format=format,
             layers=len(rows),
             erased=sum(row.is_erased for row in rows),
+            median_kept=median(kept),
+            worst_kept=kept[0],
+            worst_layer=rows[0].layer,
             median_cosine=median(cosines),
-            worst_cosine=cosines[0],
+            worst_cosine=min(cosines),
             median_relative_error=median(errors),
             worst_relative_error=max(errors),
-            worst_layer=rows[0].layer,
         )
 
     @property
@@ -124,8 +134,8 @@ class MergeReport:
             elif summary.erased:
                 way_out = "use merge_to_nf4 or merge_to_lora" if format == "nf4" else "merge into float32"
                 found.append(
-                    f"{format} would erase the adapters in {summary.erased} of {summary.layers} layers (cosine below"
-                    f" {ERASED:.2f}): {way_out}"
+                    f"{format} would erase the adapters in {summary.erased} of {summary.layers} layers (less than"
+                    f" {ERASED:.0%} of the change is kept): {way_out}"
                 )
         return found
 
@@ -143,7 +153,8 @@ class MergeReport:
     def __str__(self) -> str:
         summaries = [self.summary(format) for format in self.formats]
         lines = [
-            f"{s.format}: median cosine {_cosine(s.median_cosine)}, worst {_cosine(s.worst_cosine)} ({s.worst_layer})"
+            f"{s.format}: keeps {_share(s.median_kept)} of the change (median; {_share(s.worst_kept)} in"
+            f" {s.worst_layer}), median cosine {_cosine(s.median_cosine)}"
             for s in summaries
         ]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
@@ -156,36 +167,38 @@ class MergeReport:
 
         table = Table(title="What a merge keeps of the adapters", title_justify="left")
         table.add_column("format")
-        for name in ("median cosine", "worst", "median rel. error", "worst", "layers erased"):
+        for name in ("kept, median", "worst", "cosine, median", "worst", "rel. error, median", "layers erased"):
             table.add_column(name, justify="right")
         for format in self.formats:
             s = self.summary(format)
             table.add_row(
                 format,
+                _share(s.median_kept),
+                _share(s.worst_kept),
                 _cosine(s.median_cosine),
                 _cosine(s.worst_cosine),
                 _error(s.median_relative_error),
-                _error(s.worst_relative_error),
                 f"{s.erased} of {s.layers}",
                 style="bold red" if s.erased else None,
             )
         return table
 
     def layer_table(self, format: str, limit: int | None = 10) -> "Table":
-        """A rich table of a format's layers, the lowest cosine first; all of them without a limit."""
+        """A rich table of a format's layers, what keeps least first; all of them without a limit."""
         from rich.table import Table
 
         rows = self.of(format)
         shown = rows[:limit]
         table = Table(title=f"{format}, layer by layer, the worst first", title_justify="left")
         table.add_column("layer", overflow="ellipsis", no_wrap=True)
-        for name in ("rms W", "rms change", "cosine", "rel. error"):
+        for name in ("rms W", "change", "kept", "cosine", "error"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in shown:
-            numbers = [f"{row.rms_of_base:.1e}", f"{row.rms:.1e}", _cosine(row.cosine), _error(row.relative_error)]
-            table.add_row(row.layer, *numbers, style="red" if row.is_erased else None)
+            sizes = f"{row.rms_of_base:.1e}", f"{row.rms:.1e}"
+            numbers = _share(row.kept), _cosine(row.cosine), _error(row.relative_error)
+            table.add_row(row.layer, *sizes, *numbers, style="red" if row.is_erased else None)
         if len(shown) < len(rows):
-            table.caption = f"and {len(rows) - len(shown)} more, with higher cosines"
+            table.caption = f"and {len(rows) - len(shown)} more, which keep more"
         return table
 
     def show(self, limit: int | None = 10, console: "Console | None" = None) -> None:
@@ -193,7 +206,7 @@ class MergeReport:
         from rich.console import Console
 
         console = console or Console()
-        worst = min(self.formats, key=lambda format: self.summary(format).worst_cosine)
+        worst = min(self.formats, key=lambda format: self.summary(format).worst_kept)
         console.print(self.summary_table())
         console.print(self.layer_table(worst, limit))
         self.show_warnings(console)
@@ -220,7 +233,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
     if not layers:
         raise InputError("the model has no active adapter that changes a weight")
     rows = [row for path, layer in layers.items() for row in _layer_changes(path, layer, formats)]
-    rows.sort(key=lambda row: (formats.index(row.format), row.cosine))
+    rows.sort(key=lambda row: (formats.index(row.format), row.kept))
     return MergeReport(rows)
 
 
@@ -232,9 +245,9 @@ def _layer_changes(path: str, layer: AdaptedLayer, formats: Sequence[str]) -> li
     for format in formats:
         if format == "nf4" and not layer.kind.is_linear:
             continue
-        cosine, error = compare_changes(D, read_back(merged, format, layer), _base_in(format, layer, W))
+        kept_cosine_error = compare_changes(D, read_back(merged, format, layer), _base_in(format, layer, W))
         rms = (D.norm() * scale).item(), (W.norm(dtype=torch.float64) * scale).item()
-        found.append(LayerChange(path, format, cosine, error, *rms))
+        found.append(LayerChange(path, format, *kept_cosine_error, *rms))
     return found
 
 
@@ -263,10 +276,10 @@ def _base_in(format: str, layer: AdaptedLayer, W: Tensor) -> Tensor:
     return W if format == "nf4" and isinstance(layer.base_layer, NF4Linear) else read_back(W, format, layer)
 
 
-def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, float]:
-    """Cosine and relative error of R = merged − base against D, all of one shape; sums in float64, piece by piece.
+def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, float, float]:
+    """Kept, cosine and relative error of R = merged − base against D, of one shape; sums in float64, piece by piece.
 
-    Where D is zero: 1 and 0, since there was nothing to lose. Where R is not finite: 0 and infinity.
+    Where D is zero: 1, 1 and 0, since there was nothing to lose. Where R is not finite: 0, 0 and infinity.
     """
     DR = DD = RR = EE = 0.0
     pieces = (tensor.reshape(-1).split(CHUNK) for tensor in (D, merged, base))
@@ -275,14 +288,18 @@ def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, flo
         e = r - d
         DR, DD, RR, EE = DR + (d @ r).item(), DD + (d @ d).item(), RR + (r @ r).item(), EE + (e @ e).item()
     if DD == 0:
-        return 1.0, 0.0
+        return 1.0, 1.0, 0.0
     if not math.isfinite(RR):
-        return 0.0, math.inf
-    return (DR / math.sqrt(DD * RR) if RR > 0 else 0.0), math.sqrt(EE / DD)
+        return 0.0, 0.0, math.inf
+    return DR / DD, (DR / math.sqrt(DD * RR) if RR > 0 else 0.0), math.sqrt(EE / DD)
 
 
 def _for_json(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value == math.inf else value for key, value in values.items()}
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def _cosine(value: float) -> str:

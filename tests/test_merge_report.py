@@ -49,14 +49,15 @@ def gaussian_linear(out: int = OUT, inputs: int = IN, std: float = 0.02, **optio
     return linear
 
 
-def oracle(D: Tensor, R: Tensor) -> tuple[float, float]:
+def oracle(D: Tensor, R: Tensor) -> tuple[float, float, float]:
+    """Kept, cosine and relative error."""
     D, R = D.detach().double().flatten(), R.detach().double().flatten()
-    return float(D @ R / (D.norm() * R.norm())), float((R - D).norm() / D.norm())
+    return float(D @ R / (D @ D)), float(D @ R / (D.norm() * R.norm())), float((R - D).norm() / D.norm())
 
 
-def values(report: MergeReport, format: str) -> tuple[float, float]:
+def values(report: MergeReport, format: str) -> tuple[float, float, float]:
     (row,) = report.of(format)
-    return row.cosine, row.relative_error
+    return row.kept, row.cosine, row.relative_error
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -74,8 +75,8 @@ def test_the_rows_are_those_of_what_merge_writes(format: str, nf4: bool) -> None
     report = merge_report(model, [format])
     merge(model)
     in_format = W.to(dtype).double()  # the base as this format holds it
-    cosine, error = oracle(D, model[0].base_layer.weight.double() - in_format)
-    assert values(report, format) == (pytest.approx(cosine, rel=1e-9), pytest.approx(error, rel=1e-6))
+    expected = oracle(D, model[0].base_layer.weight.double() - in_format)
+    assert values(report, format) == pytest.approx(expected, rel=1e-6)  # the error's last digits cancel: 1 − 1e-12
     (row,) = report.rows
     assert row.rms == pytest.approx(3e-4, rel=1e-5)  # adapted_model scales B in float32
     assert row.rms_of_base == pytest.approx(W.square().mean().sqrt().item(), rel=1e-9)
@@ -99,9 +100,9 @@ def test_the_nf4_rows_are_those_of_requantizing_with_bitsandbytes(base_kind: str
     W = model[0].kind.weight(base)
     reference = W if base_kind == "nf4" else requantized(W)
     D = copy.deepcopy(model[0].adapters["default"]).double().delta()
-    cosine, error = oracle(D, requantized(W + D.float()) - reference)
+    expected = oracle(D, requantized(W + D.float()) - reference)
     # float32 W + Δ here, and the adapter's own sum there, may round a weight at a midpoint to another code
-    assert values(merge_report(model, ["nf4"]), "nf4") == (pytest.approx(cosine, abs=1e-3), pytest.approx(error, 1e-3))
+    assert values(merge_report(model, ["nf4"]), "nf4") == pytest.approx(expected, abs=2e-3)
 
 
 # What was reported for weights N(0, 0.02²) requantized with a float32 absmax: the rms of the change, and the cosine.
@@ -115,9 +116,24 @@ def test_small_changes_are_erased_by_requantizing_as_reported(rms: float) -> Non
     report = merge_report(adapted_model(base, rms), ["float32", "nf4"])
     # 0.6 million weights in 9,216 blocks, whose maxima decide the step: another draw moves the third digit, by 10% of
     # the smallest value, and the reported numbers have two digits.
-    assert values(report, "nf4")[0] == pytest.approx(REPORTED[rms], abs=0.012)
-    assert bool(report.warnings) == (REPORTED[rms] < ERASED)
-    assert values(report, "float32")[0] > 1 - 1e-6
+    kept, cosine, _ = values(report, "nf4")
+    assert cosine == pytest.approx(REPORTED[rms], abs=0.012)
+    assert bool(report.warnings) == (kept < ERASED) == (rms < 2e-3)
+    assert values(report, "float32")[1] > 1 - 1e-6
+
+
+def test_noise_that_hides_the_change_is_not_erasure() -> None:
+    """Off the grid of bfloat16 a tiny change arrives in the mean, on the grid it is rounded away: same W, nearly."""
+    nf4 = NF4Linear.from_linear(gaussian_linear(512, 512))
+    dense = nn.Linear(512, 512, bias=False)
+    dense.weight.data = nf4.dequantize().bfloat16()
+    off = merge_report(adapted_model(nf4, rms=1e-5), ["bfloat16"])
+    on = merge_report(adapted_model(dense, rms=1e-5), ["bfloat16"])
+    kept, cosine, _ = values(off, "bfloat16")
+    # each weight moves by whole steps of some 8e-5, up or down; over 262,144 of them the mean is good to 1%
+    assert (kept, cosine < 0.7, off.warnings) == (pytest.approx(1, abs=0.05), True, [])
+    assert values(on, "bfloat16")[0] < 0.5
+    assert "merge into float32" in on.warnings[0]
 
 
 def test_a_dense_base_is_compared_as_the_format_holds_it() -> None:
@@ -125,11 +141,11 @@ def test_a_dense_base_is_compared_as_the_format_holds_it() -> None:
     model = adapted_model(gaussian_linear(256, 256), rms=4e-3)
     layer = model[0]
     W, merged = layer.base_layer.weight, layer.merged_weight()[0]
-    _, error_against_w = compare_changes(merged - W, read_back(merged, "nf4", layer), W)
-    cosine, error = values(merge_report(model, ["nf4"]), "nf4")
+    *_, error_against_w = compare_changes(merged - W, read_back(merged, "nf4", layer), W)
+    found = values(merge_report(model, ["nf4"]), "nf4")
     requantized = read_back(merged, "nf4", layer) - read_back(W, "nf4", layer)
-    assert (cosine, error) == pytest.approx(oracle(merged - W, requantized), abs=1e-5)
-    assert error != pytest.approx(error_against_w, rel=0.05)
+    assert found == pytest.approx(oracle(merged - W, requantized), abs=1e-5)
+    assert found[-1] != pytest.approx(error_against_w, rel=0.05)
 
 
 @settings(deadline=None, max_examples=40)
@@ -140,8 +156,8 @@ def test_piecewise_sums_are_those_of_the_whole(n: int, chunk: int, seed: int, no
     R = D + noise * error
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        cosine, relative = compare_changes(D, base + R, base)
-    assert (cosine, relative) == pytest.approx(oracle(D, R), rel=1e-9, abs=1e-12)
+        found = compare_changes(D, base + R, base)
+    assert found == pytest.approx(oracle(D, R), rel=1e-9, abs=1e-12)
 
 
 VARIANTS = [
@@ -167,7 +183,7 @@ def test_any_variant_can_be_looked_at(config: Any) -> None:
     W = model[0].kind.weight(model[0].base_layer).double()
     for row in report.rows:
         assert row.rms == pytest.approx((merged - W).square().mean().sqrt().item(), rel=1e-4)
-    assert values(report, "float32")[1] < 1e-3, "float32 has 6e-8 of W, and the change is no less than 1e-3 of it"
+    assert values(report, "float32")[-1] < 1e-3, "float32 has 6e-8 of W, and the change is no less than 1e-3 of it"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
@@ -178,20 +194,20 @@ def test_an_adapter_that_changes_nothing_loses_nothing() -> None:
     model = nn.Sequential(NF4Linear.from_linear(gaussian_linear()))
     add_adapter(model, LoRAConfig(target_modules=["0"]))
     report = merge_report(model)
-    assert all((row.rms, row.cosine, row.relative_error) == (0, 1, 0) for row in report.rows)
+    assert all((row.rms, row.kept, row.cosine, row.relative_error) == (0, 1, 1, 0) for row in report.rows)
     assert not report.warnings
 
 
 def test_a_change_below_the_last_bit_is_lost() -> None:
     model = adapted_model(gaussian_linear().bfloat16(), rms=1e-9)
-    assert values(merge_report(model, ["bfloat16"]), "bfloat16") == (0, pytest.approx(1, rel=1e-12))
+    assert values(merge_report(model, ["bfloat16"]), "bfloat16") == (0, 0, pytest.approx(1, rel=1e-12))
 
 
 def test_overflow_is_told_and_is_valid_json() -> None:
     model = adapted_model(gaussian_linear(std=1e4), rms=1e5)
     report = merge_report(model)
     (row,) = report.of("float16")
-    assert (row.cosine, row.relative_error, row.is_erased) == (0, math.inf, True)
+    assert (row.kept, row.cosine, row.relative_error, row.is_erased) == (0, 0, math.inf, True)
     assert "float16 cannot hold 1 merged layers, 0 for one" in report.warnings
     plain = json.loads(report.to_json(), parse_constant=pytest.fail)
     assert plain == json.loads(json.dumps(report.as_dict()))
@@ -249,5 +265,5 @@ def test_tables_fit_80_columns_are_plain_in_a_file_and_show_the_worst_first() ->
 def test_as_text_it_is_a_line_for_each_format_and_the_warnings() -> None:
     lines = str(report_of_three_layers()).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["float32", "bfloat16", "float16", "nf4", "warning"]
-    assert lines[3].endswith("(1)")
+    assert " in 1)" in lines[3]
     assert "merge_to_nf4" in lines[4]
