@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
-from minilora.mixed_batch import adapters_for_rows
+from minilora.mixed_batch import adapters_for_rows, refuse_row_names
 from minilora.model import KVCache, Transformer
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
@@ -367,7 +367,11 @@ def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with`; afterwards each module is in the mode that it was in."""
+    """Evaluation mode inside the `with`; afterwards each module is in the mode that it was in.
+
+    For what puts rows into batches in an order of its own: raises InputError inside `adapters_for_rows`.
+    """
+    refuse_row_names(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -19,6 +19,7 @@ from minilora.adapters import adapter_parameters, after_step, regularization, se
 from minilora.data import Example, Row, Skipped, as_rows, batches, collate, encode_rows, load_rows
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
+from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
@@ -87,6 +88,7 @@ def train(
     elif config.eval_every:
         raise InputError("eval_every needs eval_rows")
 
+    refuse_row_names(model)
     set_adapter(model, adapter)
     parameters = _master_parameters(model, adapter)
     optimizer = _optimizer(model, adapter, config)

@@ -32,11 +32,13 @@ from minilora.adapters import (
     trainable_parameters,
 )
 from minilora.errors import InputError
+from minilora.evaluate import evaluate
 from minilora.generate import generate, generate_tokens
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.mixed_batch import adapters_for_rows
 from minilora.model import ModelConfig, Transformer
+from minilora.train import TrainConfig, train
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
 
@@ -414,6 +416,20 @@ def test_our_generate_takes_a_name_for_every_prompt() -> None:
             generate(model, tokenizer, messages, adapter_names=names)
     with pytest.raises(InputError, match="no adapter named 'it'"):
         generate(model, tokenizer, "hi", adapter_names=["it"])
+
+
+def test_what_orders_rows_by_length_is_refused_inside() -> None:
+    """The names would be those of other rows."""
+    model, tokenizer = our_llama(), tiny(CHATML)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "longer", "completion": "b"}]
+    with adapters_for_rows(model, ["fr", "de"]):
+        for call in (
+            lambda: generate_tokens(model, [[3], [4, 5]], 4),
+            lambda: evaluate(model, tokenizer, rows),
+            lambda: train(model, tokenizer, rows, TrainConfig(max_steps=1), adapter="fr"),
+        ):
+            with pytest.raises(InputError, match=r"generate takes adapter_names=\[...\]"):
+                call()
 
 
 # --- states and errors -----------------------------------------------------------------------------------------------
