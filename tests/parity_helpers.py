@@ -87,7 +87,7 @@ SHAPES: dict[str, Any] = {
     "Llama": LlamaConfig(
         vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2
     ),
-    "GPT-2": GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=16),
+    "GPT-2": GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0),
 }
 EMBEDDINGS = {"Llama": "model.embed_tokens", "GPT-2": "transformer.wte"}
 

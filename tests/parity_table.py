@@ -17,7 +17,7 @@ from parity_variants import VARIANTS, Variant
 
 ODD = ("Conv2d, groups", "Conv2d, dilated", "Conv2d, circular")
 # Rows that are LoRA with another start, scale or optimizer go through the same convolutions as LoRA.
-WITH_ODD = ("LoRA", "DoRA", "AdaLoRA", "IA3, outputs", "IA3, inputs", "LoHa", "LoKr")
+WITH_ODD = ("LoRA", "LoRA-FA", "DoRA", "AdaLoRA", "IA3, outputs", "IA3, inputs", "LoHa", "LoKr")
 # Tying is a matter of where the weight lies, not of the variant: one additive variant, and one that is not.
 ON_MODELS = ("LoRA", "DoRA")
 
@@ -93,10 +93,17 @@ CRASHES = {
     ("LoRA, orthogonal", "*", "NF4"): "PEFT makes A and B of the integer type of the packed weight",
     ("LoftQ", "*", "*"): "PEFT's LoftQ needs scipy and a CUDA device",
 }
+# What PEFT does not say, where minilora refuses: (variant, layers) -> what it does instead.
+SILENT = {
+    ("LoRA, orthogonal", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
+    ("PiSSA*", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
+    ("OLoRA", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
+    ("EVA", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
+}
 # Where both compute the same, but not the equation of the paper.
 FOLLOWS_PEFT = {
-    ("LoKr*", "Conv1d"): "PEFT multiplies in another order than ⊗ in a 1d convolution, and its adapters must mean the"
-    " same here",
+    ("LoKr*", "Conv1d"): "not the ⊗ of the paper: PEFT multiplies in another order in a 1d convolution, and minilora"
+    " does as PEFT, so that adapters mean the same",
 }
 
 
@@ -175,7 +182,8 @@ def say(cell: Cell, notes: Notes, numbers: str) -> str:
         return "ours" + notes.mark(crash(cell) or refusal("PEFT", refused["PEFT"]))
     if "minilora" in refused:
         word = "–" if off & {"forward", "gradients"} else "PEFT"
-        return word + notes.mark(refusal("minilora", refused["minilora"]), *remarks)
+        silent = lookup(SILENT, cell.variant.name, cell.layers)
+        return word + notes.mark(refusal("minilora", refused["minilora"]), *remarks, *[silent] if silent else [])
     if off & {"forward", "gradients"}:
         return "≠" + notes.mark(*remarks)
     if follows and cell.dtype in HALF:
@@ -223,6 +231,9 @@ def half_cell(cells: list[Cell], notes: Notes) -> str:
 # --- the document ----------------------------------------------------------------------------------------------------
 
 
+SHORT = {"Linear, no bias": "no bias", "Conv1D (GPT-2)": "GPT-2"}
+
+
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---", *[":-:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -234,14 +245,22 @@ def find(variant: Variant, layers: str, dtype: str) -> Cell | None:
 
 
 def exact_table(notes: Notes) -> str:
-    columns = [(layers, "float32") for layers in LAYERS] + [("Linear", "NF4"), ("Linear, no bias", "NF4")]
-    header = [layers if dtype == "float32" else f"{dtype} {layers}" for layers, dtype in columns]
+    columns = [(layers, "float32") for layers in LAYERS if layers not in ODD]
+    header = [SHORT.get(layers, layers) for layers, _ in columns] + ["NF4", "NF4, no bias"]
+    columns += [("Linear", "NF4"), ("Linear, no bias", "NF4")]
 
     def row(variant: Variant) -> list[str]:
         cells = [find(variant, *column) for column in columns]
         return [variant.name, *[exact_cell(cell, notes) if cell else "" for cell in cells]]
 
     return table(["", *header], [row(variant) for variant in VARIANTS if not variant.tied_as_one])
+
+
+def odd_table(notes: Notes) -> str:
+    def row(variant: Variant) -> list[str]:
+        return [variant.name, *[exact_cell(Cell(variant, layers, "float32"), notes) for layers in ODD]]
+
+    return table(["", *ODD], [row(variant) for variant in VARIANTS if variant.name in WITH_ODD])
 
 
 def half_table(notes: Notes) -> str:
@@ -252,7 +271,7 @@ def half_table(notes: Notes) -> str:
         return [variant.name, *[half_cell(pair, notes) for pair in pairs]]
 
     rows = [row(variant) for variant in VARIANTS if not variant.only_float32 and not variant.tied_as_one]
-    return table(["", *columns], rows)
+    return table(["", *[SHORT.get(layers, layers) for layers in columns]], rows)
 
 
 def quantities_table() -> str:
@@ -294,6 +313,7 @@ def document() -> str:
     notes = Notes([])
     tables = {
         "exact": exact_table(notes),
+        "odd": odd_table(notes),
         "half": half_table(notes),
         "quantities": quantities_table(),
         "tied": tied_table(notes),
@@ -315,7 +335,7 @@ is decided by a third computation: the equation of the paper, in float64, with a
 
 Written with {versions}; {cells} cells, on one CPU thread.
 
-| | means |
+| cell | means |
 | --- | --- |
 | `1e-7` | the same: the largest relative difference between minilora and PEFT, rounded up to a power of ten |
 | `0` | the same bits |
@@ -326,12 +346,18 @@ Written with {versions}; {cells} cells, on one CPU thread.
 | PEFT | minilora refuses the layer, with an error that says so; PEFT computes it |
 | – | neither computes it |
 | blank | not run: see the end |
+| ¹ | a remark, at the end: how PEFT differs, or why one of the two refuses |
 
 ## float32, and NF4 with float32 arithmetic
 
-The largest difference of output, gradients and merged weights.
+The largest difference of output, gradients and merged weights. GPT-2 stands for its linear layer, transformers'
+Conv1D.
 
 {exact}
+
+Convolutions in groups, with dilation, and with circular padding:
+
+{odd}
 
 ## bfloat16 / float16
 

@@ -175,8 +175,10 @@ class LoRAFA(Variant):
             for key, B in Bs.items():
                 A = parameters[key.replace("lora_B", "lora_A")].detach().flatten(1)
                 assert B.grad is not None
-                fit = torch.linalg.pinv(A @ A.T)  # of rank r
-                B.grad = (B.grad.flatten(1) @ fit * (R / ALPHA) ** 2).view_as(B)
+                groups = len(A) // B.shape[1]
+                for rows_of_B, rows_of_A in zip(B.grad.chunk(groups), A.chunk(groups), strict=True):
+                    fit = rows_of_B.flatten(1) @ torch.linalg.pinv(rows_of_A @ rows_of_A.T)
+                    rows_of_B.copy_((fit * (R / ALPHA) ** 2).view_as(rows_of_B))
 
         optimizer.register_step_pre_hook(project)
         return optimizer

@@ -20,6 +20,7 @@ from parity_table import (
     FLOAT32,
     FOLLOWS_PEFT,
     KNOWN,
+    SILENT,
     crash,
     document,
     follows_peft,
@@ -58,11 +59,17 @@ def test_cell(cell: Cell) -> None:
         assert ratio < AGAINST_PEFT[quantity], (quantity, ratio, mine, theirs)
 
 
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.variant.name == "LoRA-GA" and c.layers == "Linear"], ids=str)
+def test_randomized_starts_are_near(cell: Cell) -> None:
+    # Four power iterations leave of the error of a random subspace what (next singular value / this one)^9 leaves.
+    assert result_of(cell).difference.get("start", 0.0) < 1e-2
+
+
 def test_every_known_difference_is_one() -> None:
     for cell in CELLS:
         test_cell(cell)
     document()
-    for patterns in [*KNOWN, *CRASHES, *FOLLOWS_PEFT]:
+    for patterns in [*KNOWN, *CRASHES, *SILENT, *FOLLOWS_PEFT]:
         assert patterns in used, f"{patterns}: PEFT has changed, or another line comes before: take it out"
 
 
