@@ -59,9 +59,12 @@ def as_mapping(batch: Any) -> dict[str, Any]:
 def loras_named(model: nn.Module, name: str) -> dict[str, LoRA]:
     """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data.
 
-    Raises InputError where the model has no such adapter.
+    Raises InputError where the model has no such adapter, or it is of another method.
     """
-    return {path: each for path, each in adapters_named(model, name).items() if isinstance(each, LoRA)}
+    found = {path: each for path, each in adapters_named(model, name).items() if isinstance(each, LoRA)}
+    if not found:
+        raise InputError(f"adapter {name!r} is no LoRA: there is nothing to initialize from data")
+    return found
 
 
 def as_list(batches: Iterable[Any]) -> list[Any]:

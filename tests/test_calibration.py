@@ -13,6 +13,7 @@ from minilora.data import Batch
 from minilora.errors import InputError
 from minilora.lora import LoRA, LoRAConfig
 from minilora.model import ModelConfig, Transformer
+from minilora.variants.ia3 import IA3Config
 
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(9, 12), 0)
 LABELS = IDS.masked_fill(MASK == 0, -100)
@@ -79,3 +80,6 @@ def test_only_the_updates_of_layers_are_initialized_from_data() -> None:
     found = loras_named(model, "default")
     assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert all(type(each) is LoRA for each in found.values())
+    add_adapter(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "other")
+    with pytest.raises(InputError, match="'other' is no LoRA"):
+        loras_named(model, "other")

@@ -192,6 +192,17 @@ def test_padding_and_tokens_without_a_label_are_not_looked_at() -> None:
         torch.testing.assert_close(adapter_parameters(other)[key], value, rtol=1e-3, atol=1e-4)  # as against PEFT
 
 
+def test_what_else_the_adapter_trains_stays_with_it() -> None:
+    alone, model = ours(), ours(modules_to_save=["lm_head"], bias="all")
+    parts = [key for key in adapter_parameters(model) if "lora_" not in key]
+    assert any("lm_head" in key for key in parts)
+    for each in (alone, model):
+        eva.initialize(each, batches())
+    assert [key for key in adapter_parameters(model) if "lora_" not in key] == parts
+    for key, value in adapter_parameters(alone).items():
+        assert torch.equal(adapter_parameters(model)[key], value)
+
+
 def test_other_adapters_and_the_mode_are_let_be() -> None:
     alone = ours()
     eva.initialize(alone, batches())

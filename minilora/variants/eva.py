@@ -74,7 +74,7 @@ def initialize(
     """Make the adapter anew by EVA: ranks, lora_alpha, A; a layer of rank 0 loses its adapter. Before the optimizer.
 
     batches, forward: see minilora.calibration; the loss itself is not used. Batches are read once and kept, and gone
-    through until the components have settled: a batch of some thousand tokens, ten or so of them, are usual.
+    through, again if need be, until the components have settled. What else the adapter trains starts anew too.
     Memory: one layer's inputs, and r·rho components for each different input.
     Raises InputError for another adapter's name or initialisation, batches of fewer tokens than r·rho, and where the
     components do not settle. The model is then unchanged.
@@ -90,8 +90,8 @@ def initialize(
     ranks = {path: len(V) for path, V in components.items() if len(V)}
     new = redistributed(config, adapters, ranks)
     rebuilt = build_adapters(model, new, list(ranks))
-    for path, adapter in rebuilt.items():
-        adapter.get_parameter("lora_A").copy_(components[path])
+    for path in ranks:
+        rebuilt[path].get_parameter("lora_A").copy_(components[path])
     replace_adapters(model, rebuilt, name)
 
 

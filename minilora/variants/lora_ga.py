@@ -112,13 +112,14 @@ def start(adapter: LoRA, layer: nn.Module, G: Tensor) -> tuple[Tensor, Tensor]:
     """A₀ (r, in) and B₀ (out, r) for the gradient G (out, in)."""
     r, s, options = adapter.r, adapter.scaling, adapter.config.init_options
     U, S, Vh = randomized_svd(G, q=4 * r, niter=4)
+    i = torch.arange(2 * r) if options.direction != "random" else torch.randperm(2 * r)
     for_A, for_B = {
-        "ArB2r": (range(r), range(r, 2 * r)),
-        "A2rBr": (range(r, 2 * r), range(r)),
-        "ArBr": (range(1, 2 * r, 2), range(0, 2 * r, 2)),
-        "random": (torch.randperm(2 * r)[:r].tolist(),) * 2,
+        "ArB2r": (i[:r], i[r:]),
+        "A2rBr": (i[r:], i[:r]),
+        "ArBr": (i[1::2], i[0::2]),
+        "random": (i[:r], i[:r]),
     }[options.direction]
-    A, B = Vh[list(for_A)], U[:, list(for_B)] * S[list(for_B)]
+    A, B = Vh[for_A], U[:, for_B] * S[for_B]
     if options.scale == "stable":
         B = B * len(B) ** 0.25 / options.stable_gamma**0.5
     elif options.scale == "weight_svd":
