@@ -62,9 +62,10 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str]) -> Iterator[RowNam
     names: one for each row of what the model is called with, along the first dimension; for a generate that multiplies
     the rows (beams, several answers to a prompt), one for each row that it makes. Which adapters are active does not
     matter; gradients reach those that train, which `set_adapter` decides. With gradient checkpointing, call backward
-    inside the `with` too.
+    inside the `with` too: outside PyTorch raises an error, or with use_reentrant=True gives wrong gradients.
     Raises InputError for a name that the model does not have and on a merged model; and, from the model, where a layer
-    with adapters sees another number of rows: an expert of a Mixture-of-Experts is given tokens from all of them.
+    with adapters sees another number of rows (an expert of a Mixture-of-Experts is given tokens from all of them), or
+    a module that an adapter has a copy of takes more than one input.
     """
     if isinstance(names, str):
         raise InputError(f"adapters_for_rows takes one name for each row of the batch, a list, not {names!r}")
