@@ -156,6 +156,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             del layer.adapters[name]
         if not layer.adapters:
             _replace(model, path, layer.base_layer)
+    if not adapter_names(model):
+        forget_checkpointing(model)
 
 
 def check_names(model: nn.Module, names: list[str]) -> None:

@@ -131,6 +131,7 @@ def test_without_an_active_adapter_the_model_is_the_base_model() -> None:
     for name in ("fr", "de"):
         delete_adapter(model, name)
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert not model._forward_pre_hooks, "the model's own forward is as it was too"
     add_adapter(model, LoRAConfig(**CONFIGS["fr"]), "pl")  # the name is free again
     assert adapter_names(model) == ["pl"]
 
