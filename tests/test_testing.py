@@ -20,6 +20,7 @@ from minilora.adapter import AdapterConfig
 from minilora.adapters import add_adapter
 from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind
+from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
 from minilora.testing import CHECKS, Add, Check, arithmetic, life
 from minilora.variants import eva, lora_ga
@@ -44,7 +45,7 @@ VARIANTS: dict[str, AdapterConfig] = {
     "orthogonal": LoRAConfig(r=4, init_lora_weights="orthogonal"),
     "eva": LoRAConfig(r=2, init_lora_weights="eva", eva_config={"rho": 1}),
     "lora-ga": LoRAConfig(r=3, init_lora_weights="lora_ga"),
-    "adalora": AdaLoRAConfig(init_r=4, target_r=3, total_step=50, tfinal=20, lora_dropout=0.1),
+    "adalora": AdaLoRAConfig(init_r=4, target_r=2, total_step=200, lora_dropout=0.1),
     "vera": VeRAConfig(r=6, vera_dropout=0.1),
     "vera, projections drawn again": VeRAConfig(r=6, save_projection=False),
     "ia3": IA3Config(feedforward_modules=["second"]),
@@ -57,6 +58,7 @@ VARIANTS: dict[str, AdapterConfig] = {
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "loftq": {
         "starts_as_the_base_model": "it starts between W and NF4(W)",
+        "takes_or_refuses_each_kind_of_layer": "it quantizes itself, and refuses 4 bits",
         "disabled_is_the_base_bit_for_bit": "it gives up W for a quantized base of its own",
         **dict.fromkeys(
             [
@@ -244,7 +246,7 @@ class ChangesTheBase(LoRA):
             layer.weight.data -= self.kind.stored(self.delta()).to(layer.weight)
 
 
-@caught_by(life.refuses_a_kind_of_layer_clearly, "found ValueError: no embeddings")
+@caught_by(life.takes_or_refuses_each_kind_of_layer, "found ValueError: no embeddings")
 class RefusesWithAnotherError(LoRA):
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
@@ -252,12 +254,20 @@ class RefusesWithAnotherError(LoRA):
             raise ValueError("no embeddings")
 
 
-@caught_by(life.refuses_a_kind_of_layer_clearly, "one line that names the layer")
+@caught_by(life.takes_or_refuses_each_kind_of_layer, "one line that names the layer")
 class RefusesNoLayerByName(LoRA):
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
         if isinstance(self.kind, EmbeddingKind):
             raise InputError("no embeddings")
+
+
+@caught_by(life.takes_or_refuses_each_kind_of_layer, "expected an adapter on nf4 layers; found 'first is in 4 bits'")
+class RefusesNF4(LoRA):
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
+        if isinstance(layer, NF4Linear):
+            raise InputError(f"{path} is in 4 bits")
 
 
 @caught_by(life.trains, "a loss that falls")

@@ -31,8 +31,11 @@ from minilora.testing.trial import (
 
 
 @check("linear")
-def refuses_a_kind_of_layer_clearly(trial: Trial, layer: str) -> None:
-    """A kind that the variant does not take is one InputError that names the layer, and the model stays as it was."""
+def takes_or_refuses_each_kind_of_layer(trial: Trial, layer: str) -> None:
+    """nn.Linear and NF4Linear it takes; another kind it may refuse: with one InputError that names the layer.
+
+    The model then stays as it was. The other checks leave the kinds out that the variant refuses.
+    """
     for kind in LAYERS:
         model = trial.base(kind)
         before = bits(model)
@@ -40,6 +43,7 @@ def refuses_a_kind_of_layer_clearly(trial: Trial, layer: str) -> None:
             trial.put_on(model, "default")
         except InputError as error:
             message = str(error)
+            expect(kind not in ("linear", "nf4"), trial, f"an adapter on {kind} layers", repr(message), "__init__")
             named = NAMES[0] in message or NAMES[1] in message
             expected = f"on {kind} layers, one line that names the layer (its path is an argument)"
             expect(named and "\n" not in message, trial, expected, repr(message), "__init__")

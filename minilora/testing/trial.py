@@ -45,21 +45,25 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "nf4": lambda: (_nf4(16, 12, True), _nf4(12, 8, False)),
     "transposed": lambda: (Conv1D(12, 16), Conv1D(8, 12)),
     "embedding": lambda: (nn.Embedding(16, 12), nn.Linear(12, 8, bias=False)),
-    "convolution": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, bias=False)),
+    "conv1d": lambda: (nn.Conv1d(3, 6, 3, padding=1), nn.Conv1d(6, 4, 3, stride=2, bias=False)),
+    "conv2d": lambda: (nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2, bias=False)),
 }
 
 
 def example_input(model: nn.Module) -> Tensor:
     """What a model of `LAYERS` takes, always the same numbers, in the dtype of the model.
 
-    (2, 3, 16), for an embedding token ids (2, 3), for a convolution images (2, 3, 5, 5).
+    (2, 3, 16), for an embedding token ids (2, 3), for convolutions (2, 3, 5) and (2, 3, 5, 5).
     """
     first = cast(nn.Module, model.first)
     layer = first.base_layer if isinstance(first, AdaptedLayer) else first
     generator = torch.Generator().manual_seed(1)
     if isinstance(layer, nn.Embedding):
         return torch.randint(layer.num_embeddings, (2, 3), generator=generator)
-    x = torch.randn(2, 3, 5, 5, generator=generator) if isinstance(layer, nn.Conv2d) else tokens(2, 3)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        x = torch.randn(2, 3, *[5] * len(layer.kernel_size), generator=generator)
+    else:
+        x = tokens(2, 3)
     return x.to(cast(Tensor, layer.bias).dtype)
 
 
@@ -116,7 +120,7 @@ class Trial:
         return model
 
     def takes(self, layer: str) -> bool:
-        """True if the variant can adapt this kind of layer; an nn.Linear it must."""
+        """True if the variant can adapt this kind of layer; for an nn.Linear that it cannot, the InputError."""
         try:
             self.put_on(self.base(layer), "default")
         except InputError:
