@@ -45,7 +45,7 @@ VARIANTS: dict[str, AdapterConfig] = {
     "orthogonal": LoRAConfig(r=4, init_lora_weights="orthogonal"),
     "eva": LoRAConfig(r=2, init_lora_weights="eva", eva_config={"rho": 1}),
     "lora-ga": LoRAConfig(r=3, init_lora_weights="lora_ga"),
-    "adalora": AdaLoRAConfig(init_r=4, target_r=2, total_step=200, lora_dropout=0.1),
+    "adalora": AdaLoRAConfig(init_r=4, target_r=2, lora_alpha=32, total_step=200, lora_dropout=0.1),
     "vera": VeRAConfig(r=6, vera_dropout=0.1),
     "vera, projections drawn again": VeRAConfig(r=6, save_projection=False),
     "ia3": IA3Config(feedforward_modules=["second"]),

@@ -213,8 +213,8 @@ def takes_any_batch_shape(trial: Trial, layer: str) -> None:
         expect_equal(model(x), rows.view(*shape, 8), trial, expected, trial.computes)
 
 
-# A half-precision number is within one unit of the exact one. Each layer rounds A and B, A x, the update and the sum, at
-# random and mostly by less than a unit; the variants here end 0.5 to 2 units from float64.
+# A half-precision number is within one unit of the exact one. Each layer rounds its factors, A x, the update and the
+# sum, at random and mostly by less than a unit; the variants here end 0.5 to 2 units from float64.
 UNITS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
