@@ -229,7 +229,7 @@ class LoRALinear(AdaptedLayer):
 
 
 class AdaptedModule(AdaptedLayer):
-    """Any other module; of it an adapter has a bias of its own or a copy, see trained_parts.py."""
+    """Any other module; of it an adapter has a bias or updates of its own, or a copy, see trained_parts.py."""
 
     any_module = True
 
@@ -237,7 +237,7 @@ class AdaptedModule(AdaptedLayer):
         return False  # there is no one W
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives, with the acting adapter's copy or bias in the place of its own."""
+        """What the module gives, with the acting adapters' copy or parameters in the place of its own."""
         if self.row_names is not None and self.enabled:
             if len(args) != 1 or kwargs:
                 raise InputError(
@@ -252,9 +252,18 @@ class AdaptedModule(AdaptedLayer):
             return module(*args, **kwargs)
         if adapters[0].replaces:
             return cast(Any, adapters[0]).call(module, *args, **kwargs)
+        values = self._values(adapters)
+        return functional_call(module, {k: v.to(module._parameters[k].dtype) for k, v in values.items()}, args, kwargs)
+
+    def _values(self, adapters: list[Adapter]) -> dict[str, Tensor]:
+        """What takes the place of the module's own parameters: the adapters' bias, and W + Σ ΔW, in float32."""
+        own = self.base_layer._parameters
         bias = self.own_bias(adapters)
-        assert bias is not None
-        return functional_call(module, {"bias": bias.to(module.bias.dtype)}, args, kwargs)
+        values = {} if bias is None else {"bias": bias}
+        for adapter in adapters:
+            for name, update in cast(Any, adapter).updates().items():
+                values[name] = values.get(name, own[name]) + update
+        return values
 
     def row_by_row(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Each row of x (rows, …) with the copy or the bias of its own adapter; the module takes x alone."""
@@ -285,9 +294,8 @@ class AdaptedModule(AdaptedLayer):
         if adapters[0].replaces:
             return cast(nn.Module, adapters[0].module)
         module = copy.copy(base)
-        bias = self.own_bias(adapters)
-        assert bias is not None
-        module._parameters = base._parameters | {"bias": nn.Parameter(bias.detach(), requires_grad=False)}
+        values = {name: nn.Parameter(v.detach(), requires_grad=False) for name, v in self._values(adapters).items()}
+        module._parameters = base._parameters | values
         return module
 
 

@@ -14,6 +14,7 @@ from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
 from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
+from minilora.parameter_lora import parameter_updates
 from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
 from minilora.trained_parts import add_parts, settle_tie
 
@@ -42,6 +43,7 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
     shared = variant.share(config, bases)
     adapters = {path: variant.build(base, config, path, shared) for path, base in bases.items()}
+    adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
     modules = modules_before_adapters(model)
     return {
@@ -233,13 +235,13 @@ def refuse_merged(model: nn.Module) -> None:
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     """The adapter's parameters by `<path of the layer>.lora_A`, `.lora_B` and so on, in the model's order.
 
-    Raises InputError where the model has no such adapter.
+    One that a tied pair shares is named once. Raises InputError where the model has no such adapter.
     """
-    return {
-        f"{path}.{key}": parameter
-        for path, adapter in adapters_named(model, name).items()
-        for key, parameter in adapter.named_parameters()
-    }
+    found: dict[nn.Parameter, str] = {}
+    for path, adapter in adapters_named(model, name).items():
+        for key, parameter in adapter.named_parameters():
+            found.setdefault(parameter, f"{path}.{key}")
+    return {path: parameter for parameter, path in found.items()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -168,9 +168,12 @@ def combine_adapters(
     attach(model, combined, new_name)
 
 
+BESIDE_UPDATES = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+
+
 def beside_updates(config: AdapterConfig) -> list[str]:
     """The keys of what the configuration trains beside updates of weights."""
-    values = {key: getattr(config, key, None) for key in ("bias", "modules_to_save", "trainable_token_indices")}
+    values = {key: getattr(config, key, None) for key in BESIDE_UPDATES}
     return [key for key, value in values.items() if value and value != "none"]
 
 

@@ -80,6 +80,8 @@ class LoRAConfig(AdapterConfig):
     """biases that train, each adapter's own: "none", "lora_only" (of the layers with LoRA) or "all" (of the model)"""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """rows of the embedding that train, by token id; or {name of an embedding: ids}. A tied head follows."""
+    target_parameters: list[str] | None = None
+    """parameters that are no layer's weight, the experts of a Mixture-of-Experts: names or ends of names"""
     ensure_weight_tying: bool = False
     """what is trained of a tied embedding or head, by target_modules or modules_to_save, is trained of both as one"""
 

@@ -229,7 +229,7 @@ def _is_used(key: str, value: Any) -> bool:
 
 def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     targets = [path for path, adapter in adapters.items() if not isinstance(adapter, Part)]
-    config = adapters[targets[0]].config
+    config = (adapters[targets[0]] if targets else next(iter(adapters.values()))).config
     values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
     if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
         values["target_modules"] = _shortest_names(model, config, targets)

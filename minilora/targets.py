@@ -60,12 +60,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
     "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`; for task_type
     "SEQ_CLS" without one, `score` or `classifier`), and but a MultiheadAttention's out_proj, whose forward is never
-    called. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
+    called. Experts that are one tensor are no layers: PEFT adds those of some models, here target_parameters names them.
+    Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
     """
     modules = modules_before_adapters(model)
     kinds = {path: kind_of(module) for path, module in modules.items()}
     possible = [path for path, kind in kinds.items() if kind is not None]
     targets = config.target_modules
+    if not targets and getattr(config, "target_parameters", None):
+        return []
     if not targets:
         raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -212,7 +215,8 @@ def _in_blocks(config: AdapterConfig) -> str:
 def _parameter_of(model: nn.Module, name: str) -> str | None:
     """Where a name means the weights of a Mixture-of-Experts' experts, which are one tensor, and not layers."""
     path = next((path for path, _ in model.named_parameters() if _matches([name], path)), None)
-    return None if path is None else f"it is a parameter of {path.rpartition('.')[0]}, and not a layer of its own"
+    owner = path.rpartition(".")[0] if path else ""
+    return f"it is a parameter of {owner}, and not a layer: name it in target_parameters" if path else None
 
 
 def nearest_names(targets: str | Iterable[str], paths: list[str]) -> str:

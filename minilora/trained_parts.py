@@ -68,6 +68,10 @@ class Part(Adapter):
         self.kind = kind_of(layer)  # type: ignore[assignment]  # None on a module that only a Part can train
         self.register_parameter("bias", None)
 
+    def updates(self) -> dict[str, Tensor]:
+        """What it adds to parameters of the module, by name."""
+        return {}
+
 
 # --- biases ----------------------------------------------------------------------------------------------------------
 

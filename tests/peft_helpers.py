@@ -58,7 +58,7 @@ def trained_by_peft(model: peft.PeftModel) -> dict[str, nn.Parameter]:
 def shake(model: nn.Module, name: str = "default", seed: int = 1) -> None:
     """Move every number that the adapter trains."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in dict.fromkeys(adapter_parameters(model, name).values()):
+    for parameter in adapter_parameters(model, name).values():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 

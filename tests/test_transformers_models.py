@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from adapter_helpers import SHAPE, logits, tiny_llama
+from peft.tuners.lora.layer import ParamWrapper
 from peft_helpers import FLOAT32, assert_same_logits_and_gradients, ours_on, peft_on, shake, tiny_gpt2
 from torch import nn
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     MixtralConfig,
@@ -57,13 +60,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2 moe": lambda: seeded(
         Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **EXPERTS, shared_expert_intermediate_size=16)
     ),
+    "gpt oss": lambda: seeded(
+        GptOssForCausalLM, GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "qwen3 moe": lambda: seeded(Qwen3MoeForCausalLM, Qwen3MoeConfig(**COMMON, **EXPERTS, head_dim=8)),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERT_PARAMETERS = ["gate_up_proj", "down_proj", "gate.weight"]
 FUSED_EXPERTS = ("mixtral", "qwen3 moe")  # of which "all-linear" in PEFT also means the parameters of the experts
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"target_modules": "all-linear"}) for name in MODELS if name not in FUSED_EXPERTS),
     *((name, {"target_modules": ATTENTION}) for name in FUSED_EXPERTS),
+    *(
+        (name, {"target_modules": ATTENTION, "target_parameters": EXPERT_PARAMETERS, "rank_pattern": {"down_proj": 2}})
+        for name in FUSED_EXPERTS
+    ),
+    ("gpt oss", {"target_modules": [], "target_parameters": ["experts.down_proj"], "modules_to_save": ["norm"]}),
     ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}),
     ("qwen2 moe", {"target_modules": ["shared_expert_gate", "down_proj"], "modules_to_save": ["mlp.gate"]}),
     ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "bias": "lora_only"}),
@@ -79,7 +91,8 @@ NAMES = [f"{name}-{','.join(map(str, config.values()))}" for name, config in CAS
 def test_adapted_as_peft_adapts_it(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     base = MODELS[name]()
     ours, theirs = ours_on(copy.deepcopy(base), config), peft_on(base, config)
-    targeted = [path for path, module in theirs.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    layers = theirs.get_base_model().named_modules()
+    targeted = [path for path, module in layers if hasattr(module, "lora_A") and not isinstance(module, ParamWrapper)]
     assert find_targets(base, LoRAConfig(**config)) == targeted
     shake(ours)
     assert_same_logits_and_gradients(ours, theirs)
@@ -109,11 +122,39 @@ def test_experts_that_are_parameters_are_no_layers(name: str) -> None:
     every_linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert find_targets(model, LoRAConfig(target_modules="all-linear")) == [p for p in every_linear if p != "lm_head"]
     for target, message in (
-        ("down_proj", r"'down_proj' matches no layer; it is a parameter of model\.layers\.0\.mlp\.experts"),
+        (
+            "down_proj",
+            r"'down_proj' matches no layer; it is a parameter of model\.layers\.0\.mlp\.experts.*target_param",
+        ),
         ("experts", r"matches model\.layers\.0\.mlp\.experts, a \w+Experts: only linear layers"),
     ):
         with pytest.raises(InputError, match=message):
             add_adapter(model, LoRAConfig(target_modules=[target, "q_proj"]))
+
+
+@pytest.mark.parametrize("name", FUSED_EXPERTS)
+def test_all_linear_of_peft_with_its_experts_is_read(name: str, tmp_path: Path) -> None:
+    base = MODELS[name]()
+    theirs = peft_on(base, {"target_modules": "all-linear", "init_lora_weights": False})
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
+    assert not torch.allclose(logits(ours), logits(base), **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_parameters": ["down_porj"]}, r"'down_porj' matches no parameter; .*'down_proj'"),
+        ({"target_parameters": ["q_proj.weight"]}, "name it in target_modules"),
+        ({"target_parameters": ["norm.weight"]}, r"model\.norm\.weight of shape \(32,\), which is not 2D or 3D"),
+        ({"target_parameters": ["down_proj"], "use_dora": True}, "takes no lora_dropout, no use_dora"),
+    ],
+)
+def test_parameters_that_cannot_be_targeted(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        add_adapter(MODELS["mixtral"](), LoRAConfig(**{"target_modules": ["q_proj"]} | config))
 
 
 def test_a_classifier_has_its_new_head_saved_as_in_peft(tmp_path: Path) -> None:
