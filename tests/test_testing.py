@@ -236,6 +236,16 @@ class LosesDigits(LoRA):
         return y if add is None else y + add
 
 
+@caught_by(arithmetic.works_under_autocast, "look at MixesDtypesUnderAutocast.forward")
+class MixesDtypesUnderAutocast(LoRA):
+    """Products are bfloat16 under autocast, and what is made in the dtype of x is not."""
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        y = torch.zeros_like(y, dtype=x.dtype).index_add(0, torch.arange(len(y)), y)
+        return y if add is None else y + add
+
+
 @caught_by(arithmetic.disabled_is_the_base_bit_for_bit, "disabled: the base")
 class ChangesTheBase(LoRA):
     """PEFT starts PiSSA and OLoRA like this."""

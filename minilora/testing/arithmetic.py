@@ -250,6 +250,26 @@ def keeps_float32_on_a_half_precision_base(trial: Trial, layer: str) -> None:
                 expect(finite, trial, f"a finite gradient of {name} on a {dtype} base", f"{gradient}", trial.computes)
 
 
+@check("linear", "nf4")
+def works_under_autocast(trial: Trial, layer: str) -> None:
+    """Under autocast to bfloat16: the dtype that the base model gives, near the float32 output, float32 gradients."""
+    model = trial.model(layer)
+    x = example_input(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        with disable_adapters(model):
+            base = model(x)
+    expect(y.dtype == base.dtype, trial, f"the base model's {base.dtype}", f"{y.dtype}", trial.computes)
+    expected = "under autocast nearly the float32 output"
+    expect_equal(
+        y, model(x), trial, expected, trial.computes, tolerance=8 * UNITS[torch.bfloat16]
+    )  # W and x are rounded too
+    y.float().pow(2).sum().backward()
+    for name, parameter in trained(model).items():
+        found = "none" if parameter.grad is None else f"{parameter.grad.dtype}"
+        expect(found == "torch.float32", trial, f"a float32 gradient of {name}", found, trial.computes)
+
+
 @check(*LAYERS)
 def disabled_is_the_base_bit_for_bit(trial: Trial, layer: str) -> None:
     """Inside `disable_adapters`, merged or not, and after `unload`, the model is the base model to the last bit."""
