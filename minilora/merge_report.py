@@ -165,10 +165,11 @@ class MergeReport:
         """A rich table, one row a format."""
         from rich.table import Table
 
-        table = Table(title="What a merge keeps of the adapters", title_justify="left")
-        table.add_column("format")
-        for name in ("kept, median", "worst", "cosine, median", "worst", "rel. error, median", "layers erased"):
-            table.add_column(name, justify="right")
+        title = "What a merge keeps of the adapters: median of all layers, and worst layer"
+        table = Table(title=title, title_justify="left")
+        table.add_column("format", no_wrap=True)
+        for name in ("kept", "worst", "cosine", "worst", "rel. error", "erased"):
+            table.add_column(name, justify="right", no_wrap=True)
         for format in self.formats:
             s = self.summary(format)
             table.add_row(
