@@ -130,7 +130,7 @@ def live_triplets(history: list[dict[str, Tensor]]) -> list[int]:
     return [sum(int(E.count_nonzero()) for k, E in step.items() if k.endswith("lora_E")) for step in history]
 
 
-@pytest.mark.parametrize("values", [{}, {"deltaT": 3}, {"tfinal": 0, "tinit": 0, "beta1": 0.5, "beta2": 0.95}])
+@pytest.mark.parametrize("values", [{}, {"deltaT": 4}, {"tfinal": 0, "tinit": 0, "beta1": 0.5, "beta2": 0.95}])
 def test_the_allocation_over_a_whole_training_is_that_of_peft(values: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = (model.double() for model in both(tiny_llama(), *configs(**values)))  # so that no tie is broken
     steps = range(1, SCHEDULE["total_step"] + 1)
@@ -189,6 +189,7 @@ def test_a_loaded_adapter_trains_on_with_the_ranks_it_has(tmp_path: Path) -> Non
     train_to(ours, range(1, 13))
     save_adapter(ours, tmp_path)
     load_adapter(again := tiny_llama(), tmp_path)
+    after_step(again, 9)  # it has nothing to measure or to allocate
     live = live_triplets(train_to(again, range(1, 13)))
     assert live == [6 * SCHEDULE["target_r"]] * 12
 
@@ -211,24 +212,33 @@ def test_a_loop_that_calls_it_wrongly_is_told_so() -> None:
 # --- in minilora.train -----------------------------------------------------------------------------------------------
 
 
-def train_tiny(folder: Path, dropout: float = 0.1, **settings: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def train_tiny(
+    folder: Path, dropout: float = 0.1, weight: float = 0.5, **settings: Any
+) -> tuple[nn.Module, dict[str, Tensor]]:
     model = tiny_base()
     schedule = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 10, "deltaT": 2}
-    add_adapter(model, AdaLoRAConfig(target_modules="all-linear", lora_dropout=dropout, **schedule))
+    config = AdaLoRAConfig(target_modules="all-linear", lora_dropout=dropout, orth_reg_weight=weight, **schedule)
+    add_adapter(model, config)
     defaults = {"max_steps": 10, "batch_size": 2, "gradient_accumulation_steps": 2, "save_every": 1, "keep_last": 20}
     run(model, random_rows(16), folder, **(defaults | settings))
     return model, {key: parameter.detach() for key, parameter in parameters(model).items()}
 
 
-def test_train_brings_the_ranks_down_and_the_factors_together(tmp_path: Path) -> None:
+def test_train_brings_the_ranks_down(tmp_path: Path) -> None:
     model, values = train_tiny(tmp_path)
     assert live_triplets([values]) == [14 * 2]
-    fresh = tiny_base()
-    add_adapter(fresh, next(iter(adapters_named(model, "default").values())).config)
-    assert 0 < regularization(model) < regularization(fresh), "more orthogonal than at the start"
     load_adapter(again := tiny_base(), tmp_path / "adapter")
     ids = torch.tensor([[1, 5, 9, 33]])
     assert_near(again.eval()(ids), model.eval()(ids))
+
+
+def test_train_takes_the_term_into_the_loss(tmp_path: Path) -> None:
+    distances = []
+    for weight in (0.0, 0.5):
+        _, values = train_tiny(tmp_path / str(weight), weight=weight)
+        A = [value for key, value in values.items() if key.endswith("lora_A")]
+        distances.append(sum(float((a @ a.T - torch.eye(4)).norm()) for a in A))
+    assert distances[1] < 0.9 * distances[0], "10 steps have brought A Aᵀ nearer to I"
 
 
 def test_the_term_counts_once_a_step_however_many_passes_it_has(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from minilora.adapters import add_adapter, merge, set_adapter
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig
 from minilora.variants.ia3 import IA3Config
 
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
@@ -88,6 +89,22 @@ def test_several_adapters_scale_one_after_the_other() -> None:
     torch.testing.assert_close(model(x), expected)
     merge(model)
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("feedforward", [["0"], []])
+def test_beside_a_lora_before_or_after_it(feedforward: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(5, 8)
+    add_adapter(model, LoRAConfig(target_modules=["0"], init_lora_weights=False), "lora")
+    add_adapter(model, IA3Config(target_modules=["0"], feedforward_modules=feedforward, init_ia3_weights=False), "ia3")
+    lora, ia3 = (model[0].adapters[name] for name in ("lora", "ia3"))
+    W, b, dW = model[0].weight, model[0].bias, lora.delta()
+    for order, W_, b_ in [
+        (["lora", "ia3"], ia3.merged_weight(W + dW), ia3.merged_bias(b)),
+        (["ia3", "lora"], ia3.merged_weight(W) + dW, ia3.merged_bias(b)),
+    ]:
+        set_adapter(model, order)
+        torch.testing.assert_close(model(x), x @ W_.T + b_)
 
 
 def test_bfloat16_stays_bfloat16_merged_or_not() -> None:

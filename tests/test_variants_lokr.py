@@ -30,7 +30,8 @@ def test_factors_are_those_of_peft(dimension: int, factor: int) -> None:
     "values",
     [
         {"r": 2},
-        {"r": 16},  # W₂ is not decomposed
+        {"r": 4},  # W₂ is not decomposed: its larger side is 8
+        {"r": 16},
         {"r": 2, "decompose_both": True},
         {"r": 2, "decompose_factor": 3},
         {"r": 1, "init_weights": "lycoris"},
