@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from adapter_helpers import tiny_llama
-from method_helpers import both, check_equals_peft, check_folders_both_ways, output, randomize
+from method_helpers import assert_near, both, check_equals_peft, check_folders_both_ways, output, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +15,7 @@ from minilora.adapters import add_adapter, merge, set_adapter
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
+from minilora.peft_format import load_adapter, save_adapter
 from minilora.variants.ia3 import IA3Config
 
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
@@ -89,6 +90,17 @@ def test_several_adapters_scale_one_after_the_other() -> None:
     torch.testing.assert_close(model(x), expected)
     merge(model)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_layers_chosen_in_words_that_peft_lacks_are_saved_by_their_paths(tmp_path: Path) -> None:
+    ours = tiny_llama()
+    add_adapter(ours, IA3Config(**TARGETS, layers_to_transform=[1]))
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    for theirs in (peft.PeftModel.from_pretrained(tiny_llama(), tmp_path), tiny_llama()):
+        if not isinstance(theirs, peft.PeftModel):
+            load_adapter(theirs, tmp_path)
+        assert_near(output(theirs.eval()), output(ours))
 
 
 @pytest.mark.parametrize("feedforward", [["0"], []])
