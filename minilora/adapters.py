@@ -16,7 +16,8 @@ from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
 from minilora.parameter_lora import parameter_updates
 from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
-from minilora.trained_parts import add_parts, settle_tie
+from minilora.trained_parts import add_parts
+from minilora.tying import settle_tie
 
 BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 

@@ -60,8 +60,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
     "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`; for task_type
     "SEQ_CLS" without one, `score` or `classifier`), and but a MultiheadAttention's out_proj, whose forward is never
-    called. Experts that are one tensor are no layers: PEFT adds those of some models, here target_parameters names them.
-    Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
+    called. Experts that are one tensor are no layers; PEFT adds those of some models, here target_parameters names
+    them. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
     """
     modules = modules_before_adapters(model)
     kinds = {path: kind_of(module) for path, module in modules.items()}
@@ -90,17 +90,21 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         named = " and ".join(f"{key}={getattr(config, key)!r}" for key in keys)
         raise InputError(f"{named} excludes every layer that target_modules matches")
     for path in found:
-        if path not in possible:
-            raise InputError(
-                f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
-                " convolutions can take an adapter"
-            )
-        if _is_never_called(modules, path):
-            raise InputError(
-                f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer,"
-                " so that an adapter would do nothing; train a copy of the attention with modules_to_save"
-            )
+        _check_can_be_adapted(modules, path)
     return found
+
+
+def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
+    if kind_of(modules[path]) is None:
+        raise InputError(
+            f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
+            " convolutions can take an adapter"
+        )
+    if _is_never_called(modules, path):
+        raise InputError(
+            f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer, so"
+            " that an adapter would do nothing; train a copy of the attention with modules_to_save"
+        )
 
 
 def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:

@@ -3,14 +3,13 @@
     bias                      b of its own for a layer; on a layer without an update: OwnBias
     modules_to_save           TrainedCopy: the module is replaced by a copy that trains in full
     trainable_token_indices   TrainedRows: some rows of an embedding train, and the logits of a tied head follow
-    ensure_weight_tying       what trains of a tied pair, embedding and head, trains as one: TiedLoRA, or a shared copy
+    ensure_weight_tying       what trains of a tied pair, embedding and head, trains as one: tying.py
 
 PEFT trains biases in the base model itself; here the base model is never changed. All of it is float32, is switched and
 merged with the adapter, and is found in it by `adapter_parameters`.
 """
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,15 +23,14 @@ from minilora.adapter import Adapter, AdapterConfig, Below
 from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind, NF4Kind, kind_of
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRA
 from minilora.targets import (
     find_modules_to_save,
     input_embedding,
     modules_before_adapters,
     nearest_names,
-    output_head,
     tied_head,
 )
+from minilora.tying import ensures_tying, tie_updates
 
 
 def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
@@ -41,12 +39,12 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
     Raises InputError where a layer is named twice, and for token ids that are not in the embedding.
     """
     modules = modules_before_adapters(model)
-    _tie_updates(model, config, adapters)
+    tie_updates(model, config, adapters)
     copies = {path: TrainedCopy(modules[path], config) for path in find_modules_to_save(model, config)}
     if both := sorted(copies.keys() & adapters.keys()):
         raise InputError(f"{both[0]} is named in target_modules and, by its end, in modules_to_save")
     embedding, head = input_embedding(model), tied_head(model)
-    if head in copies and embedding in copies and _ensures_tying(config):
+    if head in copies and embedding in copies and ensures_tying(config):
         copies[head].module.weight = copies[embedding].module.weight
     rows = _trained_rows(model, config)
     for path in rows:
@@ -258,7 +256,7 @@ def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, Adapter]
             tied_to = rows[embedding]
             assert isinstance(tied_to, TrainedRows)
             rows[head] = TrainedRows(modules[head], config, found[embedding], tied_to)
-        elif _ensures_tying(config):
+        elif ensures_tying(config):
             raise InputError(f"ensure_weight_tying: trainable_token_indices differ between {embedding} and {head}")
     return rows
 
@@ -273,74 +271,3 @@ def _check_token_ids(path: str, layer: nn.Module, ids: list[int]) -> None:
         raise InputError(f"trainable_token_indices: {wrong[0]!r} is no token id of {path}, which has 0 to {tokens - 1}")
     if not ids or len(set(ids)) < len(ids):
         raise InputError(f"trainable_token_indices of {path} are none, or some of them are there twice: {ids}")
-
-
-# --- tied pairs ------------------------------------------------------------------------------------------------------
-
-
-def _ensures_tying(config: AdapterConfig) -> bool:
-    return bool(getattr(config, "ensure_weight_tying", False))
-
-
-class TiedLoRA(Adapter):
-    """The LoRA of a head that has its weight from the embedding: ΔW (tokens, dim) is the embedding's, transposed.
-
-    It has no parameters of its own. With the same seed the factors start as PEFT's: as the head's would.
-    """
-
-    def __init__(self, layer: nn.Module, path: str, head: LoRA, embedding: LoRA) -> None:
-        super().__init__(layer, head.config, path)
-        if self.config.init_lora_weights not in (True, False, "gaussian"):
-            raise InputError(
-                f"{path}: init_lora_weights={self.config.init_lora_weights!r} is not for what the embedding shares with"
-                " the head; use True"
-            )
-        self.dropout = head.dropout
-        self._embedding = [embedding]  # a list, so that the embedding's parameters are not found here too
-        with torch.no_grad():
-            embedding.lora_A.copy_(head.lora_B.T)
-            embedding.lora_B.copy_(head.lora_A.T)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, dim) = B_eᵀ and B (tokens, r) = A_eᵀ."""
-        A, B = self._embedding[0].factors()
-        return B.T, A.T
-
-    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        A, B = self.factors()
-        sB = (self._embedding[0].scaling * B).to(x.dtype)
-        return self.kind.pointwise(self.kind.apply(self.dropout(x), A.to(x.dtype)), sB, add)
-
-    def delta(self) -> Tensor:
-        return self._embedding[0].delta().T
-
-    def saved_tensors(self) -> dict[str, Tensor]:
-        A, B = self.factors()
-        return super().saved_tensors() | {"lora_A.weight": A, "lora_B.weight": B}
-
-
-def _tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
-    """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not _ensures_tying(config) or head not in adapters or embedding not in adapters:
-        return
-    of_embedding, of_head = adapters[embedding], adapters[head]
-    if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
-        raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")
-    adapters[head] = TiedLoRA(modules_before_adapters(model)[head], head, of_head, of_embedding)
-
-
-def settle_tie(model: nn.Module) -> None:
-    """Tie again a pair that has become two equal weights; if they differ, have the configuration say that they do."""
-    embedding, head, config = input_embedding(model), output_head(model), getattr(model, "config", None)
-    if not embedding or not head or not getattr(config, "tie_word_embeddings", False):
-        return
-    of_embedding, of_head = model.get_submodule(embedding), model.get_submodule(head)
-    if of_head.weight is of_embedding.weight:
-        return
-    if torch.equal(of_head.weight, of_embedding.weight):  # type: ignore[arg-type]
-        of_head.weight = of_embedding.weight
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
-        model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
-    else:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
