@@ -25,6 +25,8 @@ ON_MODELS = ("LoRA", "DoRA")
 def has_cell(cell: Cell) -> bool:
     if cell.variant.tied_as_one:
         return cell.layers in MODELS and cell.layers.endswith(", tied, head + embedding") and cell.dtype == "float32"
+    if cell.variant.name.endswith("Tucker") and cell.layers not in ("Conv1d", "Conv2d"):  # there is no core elsewhere
+        return False
     if cell.layers in MODELS:
         return cell.variant.name in ON_MODELS and cell.dtype == "float32"
     if cell.dtype == "NF4" and not cell.layers.startswith("Linear"):  # only linear layers have a 4-bit form
@@ -79,6 +81,8 @@ KNOWN = {
     ("LoRA-GA", "Conv1D (GPT-2)", "*", "start"): "PEFT scales B₀ by the number of inputs, not of outputs",
     ("LoRA-GA", "*", "*", "start"): "a randomized decomposition of the gradient: both draw other numbers for it",
     ("PiSSA_niter_4", "*", "*", "start"): "a randomized decomposition of W: both draw other numbers for it",
+    ("LoHa, Tucker", "*", "*", "gradients"): "PEFT's gradients of hada_w1_a and hada_w2_a take the other one's core",
+    ("LoHa, Tucker", "*", "*", "5 steps"): "PEFT's gradients of hada_w1_a and hada_w2_a take the other one's core",
     ("LoRA, tied as one", "*", "*", "start"): "PEFT draws the same numbers, and puts them elsewhere",
     ("LoRA, tied as one", "*", "*", "gradients"): "PEFT has two gradients for what the two share, one for each",
     ("LoRA, tied as one", "*", "*", "5 steps"): "PEFT's optimizer steps twice for what the two share",
@@ -90,21 +94,16 @@ CRASHES = {
     ("OLoRA", "Conv1D (GPT-2)", "*"): "PEFT decomposes the weight as it is stored, transposed: the shapes differ",
     ("LoHa", "*", "NF4"): "PEFT takes the packed bytes of a 4-bit layer for its weight",
     ("LoKr*", "*", "NF4"): "PEFT takes the packed bytes of a 4-bit layer for its weight",
+    ("LoKr, Tucker", "Conv1d", "*"): "PEFT asks for a view of a tensor whose memory does not allow it",
     ("LoRA, orthogonal", "*", "NF4"): "PEFT makes A and B of the integer type of the packed weight",
     ("LoftQ", "*", "*"): "PEFT's LoftQ needs scipy and a CUDA device",
 }
 # What PEFT does not say, where minilora refuses: (variant, layers) -> what it does instead.
-SILENT = {
-    ("LoRA, orthogonal", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
-    ("PiSSA*", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
-    ("OLoRA", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
-    ("EVA", "Embedding"): "PEFT starts an embedding as LoRA without this start does, and does not say so",
-}
-# Where both compute the same, but not the equation of the paper.
-FOLLOWS_PEFT = {
-    ("LoKr*", "Conv1d"): "not the ⊗ of the paper: PEFT multiplies in another order in a 1d convolution, and minilora"
-    " does as PEFT, so that adapters mean the same",
-}
+AS_LORA = "PEFT starts an embedding as LoRA does without this start, and does not say so"
+SILENT = {(name, "Embedding"): AS_LORA for name in ("LoRA, orthogonal", "PiSSA*", "OLoRA", "EVA")}
+# Where both compute the same, but not the equation of the paper: (variant, layers) -> why.
+KRON = "not the ⊗ of the paper: PEFT multiplies in another order, and minilora as PEFT, so that adapters mean the same"
+FOLLOWS_PEFT = {("LoKr", "Conv1d"): KRON, ("LoKr, factored", "Conv1d"): KRON}
 
 
 used: set[tuple[str, ...]] = set()  # which of these said something of a cell
@@ -225,7 +224,8 @@ def half_cell(cells: list[Cell], notes: Notes) -> str:
     for cell in cells:
         worst = max(ratios(cell, ("forward", "gradients", "merge")).values(), default=0.0)
         texts.append(say(cell, notes, f"{worst:.1f}"))
-    return " / ".join(texts) if len(set(texts)) > 1 or texts[0][0].isdigit() else texts[0]
+    words = not any(text[0].isdigit() for text in texts)  # the same ones for both
+    return texts[0] if words and len(set(texts)) == 1 else " / ".join(texts)
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
@@ -390,6 +390,7 @@ or two. float32.
 - Half precision for the rows that differ from LoRA in their start or optimizer only: those are float32 in any case.
 - Grouped, dilated and circular convolutions in half precision, and for rows that compute a convolution as LoRA does.
 - NF4 for layers that have no 4-bit form: only linear layers do.
+- LoHa and LoKr with a Tucker core for what is not a 1d or 2d convolution.
 - Tied models for other variants: tying concerns where a weight lies; there is one variant that adds to W and one that
   does not.
 - Dropout, where DoRA is another: minilora's is m/‖V‖ (W x + s·BA dropout(x)), in PEFT W sees the dropped input too.

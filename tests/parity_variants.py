@@ -105,15 +105,25 @@ def vera(W: Tensor, p: Parameters) -> Tensor:
     return W + torch.diag(p["vera_lambda_b"]) @ B @ torch.diag(p["vera_lambda_d"]) @ A
 
 
+def tucker(T: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """(out, in, *kernel) from a core (r, r, *kernel), A (r, out) and B (r, in): FedPara, proposition 3."""
+    return torch.einsum("ab...,ao,bi->oi...", T, A, B)
+
+
 def loha(W: Tensor, p: Parameters) -> Tensor:
     """Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098, equation 2: (B₁A₁) ⊙ (B₂A₂)."""
-    return W + ALPHA / R * product(p["hada_w1_a"], p["hada_w1_b"], W) * product(p["hada_w2_a"], p["hada_w2_b"], W)
+    factors = [(p.get(f"hada_t{i}"), p[f"hada_w{i}_a"], p[f"hada_w{i}_b"]) for i in (1, 2)]
+    first, second = (product(a, b, W) if t is None else tucker(t, a, b).view(W.shape) for t, a, b in factors)
+    return W + ALPHA / R * first * second
 
 
 def lokr(W: Tensor, p: Parameters) -> Tensor:
     """Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, section 3.3: C₁ ⊗ C₂, of which each may be a product."""
     C1 = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
-    C2 = p["lokr_w2"] if "lokr_w2" in p else p["lokr_w2_a"] @ p["lokr_w2_b"]
+    if "lokr_t2" in p:
+        C2 = tucker(p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+    else:
+        C2 = p["lokr_w2"] if "lokr_w2" in p else p["lokr_w2_a"] @ p["lokr_w2_b"]
     inner = (W.shape[0] // C1.shape[0], W.shape[1] // C1.shape[1], *W.shape[2:])
     kron = torch.einsum("ab,cd...->acbd...", C1, C2.reshape(inner)).reshape(W.shape)
     return W + ALPHA / R * kron
@@ -264,6 +274,8 @@ VARIANTS = [
     Variant("IA3, outputs", ia3_out, "IA3", {"feedforward_modules": []}, bias=lambda b, p: b * p["ia3_l"].flatten()),
     Variant("IA3, inputs", ia3_in, "IA3", {"feedforward_modules": ".*"}),
     Variant("LoHa", loha, "LOHA", {"r": R, "alpha": ALPHA}, dense_groups=False),
+    Variant("LoHa, Tucker", loha, "LOHA", {"r": R, "alpha": ALPHA, "use_effective_conv2d": True}, dense_groups=False),
     Variant("LoKr", lokr, "LOKR", {"r": R, "alpha": ALPHA}, dense_groups=False),
     Variant("LoKr, factored", lokr, "LOKR", {"r": R // 2, "alpha": ALPHA / 2, "decompose_both": True}),
+    Variant("LoKr, Tucker", lokr, "LOKR", {"r": R // 4, "alpha": ALPHA / 4, "use_effective_conv2d": True}),
 ]

@@ -48,7 +48,7 @@ def test_cell(cell: Cell) -> None:
     if (why := result.refusals.get("PEFT", {}).get("all")) and mine is not None:
         assert crash(cell) or why.startswith(SAYS_WHY), f"PEFT fails, and nothing here says why: {why}"
     if follows_peft(cell):
-        assert cell.dtype in HALF or max(result.difference.values()) < FLOAT32["forward"], result.difference
+        assert not wrong({q: d for q, d in result.difference.items() if q != "start"}, cell.dtype), result.difference
         return
     assert not wrong(mine or {}, cell.dtype), mine
     for quantity in wrong(theirs or {}, cell.dtype):
@@ -66,8 +66,6 @@ def test_randomized_starts_are_near(cell: Cell) -> None:
 
 
 def test_every_known_difference_is_one() -> None:
-    for cell in CELLS:
-        test_cell(cell)
     document()
     for patterns in [*KNOWN, *CRASHES, *SILENT, *FOLLOWS_PEFT]:
         assert patterns in used, f"{patterns}: PEFT has changed, or another line comes before: take it out"
