@@ -125,9 +125,7 @@ def merge_equals_forward(trial: Trial, layer: str) -> None:
     expect_equal(model(x), wanted, trial, "the adapted model's output after merge", _merges(trial))
     unload(model, merge=True)
     left = [type(module).__name__ for module in model.modules() if isinstance(module, AdaptedLayer | Adapter)]
-    expect(
-        not left, trial, "plain layers after unload(merge=True)", f"{left}", "__init__ (it must not change the layer)"
-    )
+    expect(not left, trial, "plain layers after unload(merge=True)", f"{left}", "base_for")
     expect_equal(model(x), wanted, trial, "the adapted model's output after unload(merge=True)", _merges(trial))
 
 
@@ -178,7 +176,7 @@ def adds_onto_what_it_is_given(trial: Trial, layer: str) -> None:
 
 @check("linear")
 def drops_in_training_only(trial: Trial, layer: str) -> None:
-    """Every *_dropout of the configuration acts in training, not in evaluation; lora_dropout keeps the expectation."""
+    """Every *_dropout of the configuration acts in training alone; dropping inputs leaves the expectation as it is."""
     for name in [field.name for field in fields(trial.config) if field.name.endswith("_dropout")]:
         model, without = trial.model(layer, **{name: 0.5}), trial.model(layer, **{name: 0.0})
         x = example_input(model)
@@ -187,7 +185,7 @@ def drops_in_training_only(trial: Trial, layer: str) -> None:
         outputs = [model(x) for _ in range(20)]
         drops = any(not torch.equal(y, outputs[0]) for y in outputs)
         expect(drops, trial, f"in training with {name}=0.5 another output each time", "the same", trial.computes)
-        if name == "lora_dropout":
+        if name not in ("rank_dropout", "module_dropout"):  # these drop a part of the update for all rows
             _check_expectation(trial, model)
 
 
@@ -260,10 +258,8 @@ def works_under_autocast(trial: Trial, layer: str) -> None:
         with disable_adapters(model):
             base = model(x)
     expect(y.dtype == base.dtype, trial, f"the base model's {base.dtype}", f"{y.dtype}", trial.computes)
-    expected = "under autocast nearly the float32 output"
-    expect_equal(
-        y, model(x), trial, expected, trial.computes, tolerance=8 * UNITS[torch.bfloat16]
-    )  # W and x are rounded too
+    tolerance = 8 * UNITS[torch.bfloat16]  # here W and x are rounded too
+    expect_equal(y, model(x), trial, "under autocast nearly the float32 output", trial.computes, tolerance)
     y.float().pow(2).sum().backward()
     for name, parameter in trained(model).items():
         found = "none" if parameter.grad is None else f"{parameter.grad.dtype}"

@@ -84,13 +84,8 @@ def trains(trial: Trial, layer: str) -> None:
     found = f"{losses[0]:.3g} at the start and {losses[-1]:.3g} at the end"
     expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, trial.computes)
     idle = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
-    expect(
-        not idle,
-        trial,
-        "every trained parameter to move",
-        f"no change in {idle}",
-        f"{trial.computes} (it takes no part)",
-    )
+    look_at = f"{trial.computes} (does it take part?)"
+    expect(not idle, trial, "every trained parameter to move", f"no change in {idle}", look_at)
 
 
 @check("linear", "nf4", "embedding")
@@ -101,9 +96,11 @@ def leaves_the_base_frozen(trial: Trial, layer: str) -> None:
     _train(model, x, torch.zeros_like(base(x)), steps=2)
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
-            trained = [key for key, p in module.base_layer.named_parameters() if p.requires_grad or p.grad is not None]
+            in_training = [
+                key for key, p in module.base_layer.named_parameters() if p.requires_grad or p.grad is not None
+            ]
             look_at = "__init__ (it must not keep the layer as a submodule)"
-            expect(not trained, trial, f"a frozen base layer {name}", f"{trained} in training", look_at)
+            expect(not in_training, trial, f"a frozen base layer {name}", f"{in_training} in training", look_at)
     own = {key.replace("base_layer.", ""): value for key, value in bits(model).items() if ".adapters." not in key}
     changed = changed_bits(bits(base), own)
     expect(not changed, trial, "the bits of the base model", f"others in {changed}", "__init__")

@@ -80,12 +80,15 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+Add = Callable[[nn.Module, AdapterConfig, str], Any]  # puts an adapter of this name on a model
+
+
 @dataclass(frozen=True)
 class Trial:
     """A variant on trial: its configuration, and what puts it on a model."""
 
     config: AdapterConfig
-    add: Callable[[nn.Module, AdapterConfig, str], None] = add_adapter
+    add: Add = add_adapter
 
     @property
     def variant(self) -> type[Adapter]:
@@ -186,8 +189,6 @@ def changed_bits(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[st
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
-
-Add = Callable[[nn.Module, AdapterConfig, str], Any]  # puts an adapter of this name on a model
 Function = Callable[[Trial, str], None]
 
 
@@ -251,9 +252,7 @@ def expect(holds: bool, trial: Trial, expected: str, found: str, look_at: str) -
 def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
     """Fail where |a − b| / |b| is not below the tolerance."""
     error = distance(a, b)
-    found = (
-        f"shapes {tuple(a.shape)} and {tuple(b.shape)}" if a.shape != b.shape else f"a relative error of {error:.1e}"
-    )
+    found = f"a relative error of {error:.1e}" if a.shape == b.shape else f"shapes {tuple(a.shape)}, {tuple(b.shape)}"
     expect(error < tolerance, trial, f"{expected} (within {tolerance:.0e})", found, look_at)
 
 
