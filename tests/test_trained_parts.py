@@ -279,6 +279,41 @@ def test_checkpointed_blocks_of_a_frozen_model_give_the_same_gradients(use_reent
     assert not unload(model)._forward_pre_hooks
 
 
+# --- layers of other kinds, and half precision ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_of_convolutions(bias: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    ours = copy.deepcopy(base)
+    add_adapter(ours, LoRAConfig(r=2, target_modules=["0"], bias=bias, task_type=None))
+    shake(ours)
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    tuned = ours(x)
+    torch.testing.assert_close(theirs(x), tuned, **FLOAT32)
+    torch.testing.assert_close(ours(x[0:1]), tuned[0:1], **FLOAT32)
+    torch.testing.assert_close(unload(ours, merge=True)(x), tuned, **FLOAT32)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_on_a_bfloat16_model_it_is_float32_rounded_where_it_is_used(case: str) -> None:
+    exact, rounded = (ours_on(tiny_transformer().to(dtype), TRAINED[case]) for dtype in (torch.double, torch.bfloat16))
+    for model in (exact, rounded):
+        shake(model)
+    with torch.no_grad():  # the weights of both are those that bfloat16 has
+        for (_, a), (_, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+            a.copy_(b.to(a.dtype))
+        error = rounded(IDS).double() - exact(IDS)
+        # A dozen roundings of 2^-9 on the way; an adapter that were not there would be wrong by far more.
+        assert error.norm() < 2**-5 * exact(IDS).norm()
+        with disable_adapters(exact):
+            assert (exact(IDS) - rounded(IDS).double()).norm() > 2**-4 * exact(IDS).norm()
+    assert all(parameter.dtype == torch.float32 for parameter in adapter_parameters(rounded).values())
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
