@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_helpers import HALF, Cell
-from parity_table import (
+from parity_cells import (
     AGAINST_PEFT,
     CELLS,
     CRASHES,
@@ -22,14 +21,14 @@ from parity_table import (
     KNOWN,
     SILENT,
     crash,
-    document,
     follows_peft,
     known_reason,
-    ratios,
     result_of,
     used,
     wrong,
 )
+from parity_helpers import HALF, Cell
+from parity_table import document, ratios
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "parity.md"
 
