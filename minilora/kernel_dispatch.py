@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,12 +43,26 @@ def measured_file() -> Path:
     return Path(spec.origin).with_name("crossovers.json")
 
 
+def has_triton() -> bool:
+    """True if Triton 3.6 or newer is installed; torch brings an older one along on some platforms."""
+    try:
+        major, minor = (int(number) for number in metadata.version("triton").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return False
+    return (major, minor) >= (3, 6)
+
+
 @torch.compiler.assume_constant_result
-@cache
 def crossovers(device: torch.device) -> Crossovers:
-    """What is used on this device."""
+    """What is used on this device; a constant in a compiled graph."""
+    return read_crossovers(device)
+
+
+@cache
+def read_crossovers(device: torch.device) -> Crossovers:
+    """What is used on this device: looked up once."""
     wish = os.environ.get("MINILORA_KERNELS", "")
-    if wish == "off" or find_spec("triton") is None:
+    if wish == "off" or not has_triton():
         return NEVER
     if wish == "on":
         return ALWAYS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs triton: pip install minilora[gpu]")
+pytest.importorskip("triton", "3.6", reason="needs triton: pip install minilora[gpu]")
 
 from minilora.kernels.codes import INTERPRETED
 

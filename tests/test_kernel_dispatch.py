@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minilora import kernel_dispatch, nf4
-from minilora.kernel_dispatch import ALWAYS, NEVER, Crossovers, crossovers, fused_product
+from minilora.kernel_dispatch import ALWAYS, NEVER, Crossovers, crossovers, fused_product, read_crossovers
 from minilora.linear4bit import NF4Linear
 
 CPU = torch.device("cpu")
@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MINILORA_KERNELS", raising=False)
-    crossovers.cache_clear()
+    read_crossovers.cache_clear()
     yield
-    crossovers.cache_clear()
+    read_crossovers.cache_clear()
 
 
 @pytest.fixture
 def kernels_on(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     if not torch.cuda.is_available():
         from minilora.kernels.codes import INTERPRETED
 
@@ -36,25 +36,25 @@ def kernels_on(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_uses_no_kernel_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crossovers(CPU) == NEVER
     assert fused_product(torch.randn(1, 64), nf4.quantize(torch.randn(4, 64)), False, None) is None
-    pytest.importorskip("triton")
-    crossovers.cache_clear()
+    pytest.importorskip("triton", "3.6")
+    read_crossovers.cache_clear()
     monkeypatch.setenv("MINILORA_KERNELS", "on")
     assert crossovers(CPU) == ALWAYS
-    crossovers.cache_clear()
-    monkeypatch.setattr(kernel_dispatch, "find_spec", lambda name: None)
-    assert crossovers(CPU) == NEVER, "there is no Triton"
+    read_crossovers.cache_clear()
+    monkeypatch.setattr(kernel_dispatch.metadata, "version", lambda name: "3.5.1")
+    assert crossovers(CPU) == NEVER, "Triton is too old"
 
 
 def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     table = tmp_path / "crossovers.json"
     table.write_text(json.dumps({"Fast GPU": {"forward": 64, "backward": 16, "dequantize": True, "date": "today"}}))
     monkeypatch.setattr(kernel_dispatch, "measured_file", lambda: table)
     for name, expected in {"Fast GPU": Crossovers(64, 16, True), "Unknown GPU": NEVER}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        crossovers.cache_clear()
+        read_crossovers.cache_clear()
         assert crossovers(torch.device("cuda")) == expected
-    crossovers.cache_clear()
+    read_crossovers.cache_clear()
     monkeypatch.setenv("MINILORA_KERNELS", "off")
     assert crossovers(torch.device("cuda")) == NEVER
 
@@ -65,7 +65,7 @@ def test_the_committed_table_is_read() -> None:
 
 
 def test_rows_above_the_crossover_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(forward=4, backward=2))
     q = nf4.quantize(torch.randn(8, 64))
     assert fused_product(torch.randn(4, 64), q, False, None) is not None

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="needs triton: pip install minilora[gpu]")
+pytest.importorskip("triton", "3.6", reason="needs triton: pip install minilora[gpu]")
 
 SPILLS = """
 import triton
