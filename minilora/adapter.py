@@ -38,7 +38,8 @@ class AdapterConfig:
     layers_pattern: str | list[str] | None = None
     """the names that stand before a block's number, such as "layers", where it is not the first number in a path"""
     modules_to_save: list[str] | None = None
-    """modules of which the adapter has a copy of its own, trained in full: names or ends of names"""
+    """modules of which the adapter has a copy of its own, trained in full: ends of paths, and in PEFT's way of letters
+    too: "norm" is the end of "input_layernorm", "model.norm" is not"""
     task_type: str | None = "CAUSAL_LM"
     """written to adapter_config.json for PEFT"""
     base_model_name_or_path: str | None = None

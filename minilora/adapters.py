@@ -15,9 +15,10 @@ from minilora.errors import InputError
 from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
 from minilora.parameter_lora import parameter_updates
+from minilora.progress import progress_bar
 from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
 from minilora.trained_parts import add_parts
-from minilora.tying import settle_tie
+from minilora.tying import check_tie, settle_tie
 
 BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 
@@ -31,7 +32,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     """
     check_every_name_matches(model, config)
     check_new_name(model, name)
-    attach(model, build_adapters(model, config, find_targets(model, config)), name)
+    adapters = build_adapters(model, config, find_targets(model, config))
+    check_tie(model, config, adapters)
+    attach(model, adapters, name)
 
 
 def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
@@ -43,7 +46,11 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     layers = {path: model.get_submodule(path) for path in targets}
     bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
     shared = variant.share(config, bases)
-    adapters = {path: variant.build(base, config, path, shared) for path, base in bases.items()}
+    adapters: dict[str, Adapter] = {}
+    with progress_bar("adapters", len(bases)) as advance:  # a start like PiSSA's takes every weight apart
+        for path, base in bases.items():
+            adapters[path] = variant.build(base, config, path, shared)
+            advance(1)
     adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
     modules = modules_before_adapters(model)

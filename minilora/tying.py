@@ -5,6 +5,7 @@ ensure_weight_tying what trains of one trains of both as one: ΔW of the head = 
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from minilora.targets import input_embedding, modules_before_adapters, output_he
 
 def ensures_tying(config: AdapterConfig) -> bool:
     return bool(getattr(config, "ensure_weight_tying", False))
+
+
+def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Raises InputError where ensure_weight_tying has nothing to tie."""
+    embedding, head = input_embedding(model), tied_head(model)
+    if not ensures_tying(config) or head in adapters:
+        return
+    if head is None:
+        raise InputError("ensure_weight_tying: the model has no output head that shares the embedding's weight")
+    raise InputError(f"ensure_weight_tying: neither {embedding} nor {head} is named for training")
 
 
 class TiedLoRA(Adapter):

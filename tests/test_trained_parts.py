@@ -343,6 +343,7 @@ def test_on_a_bfloat16_model_it_is_float32_rounded_where_it_is_used(case: str) -
             "differ between model.embed_tokens and lm_head",
         ),
         ({"target_modules": ["lm_head"], "ensure_weight_tying": True, "use_dora": True}, "plain LoRA"),
+        ({"ensure_weight_tying": True}, "neither model.embed_tokens nor lm_head is named for training"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line_and_leaves_the_model_alone(config: dict[str, Any], message: str) -> None:
@@ -353,6 +354,12 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_the_model_alone(config: d
     assert "\n" not in str(caught.value)
     assert not adapter_names(model)
     assert torch.equal(logits(model), before)
+
+
+def test_a_model_that_is_not_tied_cannot_be_kept_tied() -> None:
+    config = LoRAConfig(target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(InputError, match="no output head that shares the embedding's weight"):
+        add_adapter(tiny_llama(), config)
 
 
 def test_two_copies_of_one_module_cannot_act_together() -> None:
