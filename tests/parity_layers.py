@@ -25,6 +25,7 @@ class Layers:
 
 
 def linear(Linear: Callable[[int, int], nn.Module]) -> Layers:
+    # Inputs in whole blocks of 64: where a block crosses rows, bitsandbytes 0.50 takes another's scale on a CPU.
     return Layers(lambda: nn.Sequential(Linear(64, 128), nn.Tanh(), Linear(128, 32)), lambda: torch.randn(4, 16, 64))
 
 
