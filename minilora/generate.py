@@ -9,13 +9,12 @@ copied into every batch's cache. Prompts are batched by length, and rows that ha
 Each row may have an adapter of its own; keys and values depend on it, so that no prefix is shared then.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 from minilora.errors import InputError
 from minilora.mixed_batch import adapters_for_rows, refuse_row_names
 from minilora.model import KVCache, Transformer
+from minilora.progress import progress_bar
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 __all__ = ["generate", "generate_tokens", "stream"]
 
@@ -38,7 +35,6 @@ TOKENS_AT_ONCE = 2048  # in a forward over prompts: enough for a matrix product'
 LARGEST_BATCH, CACHE_BYTES = 128, 2**30  # a batch's rows where the caller names no batch_size
 WORTH_SHARING = 64  # prompt tokens saved; below that a forward for the prefix alone costs more than it saves
 WORTH_DROPPING = 0.75  # compact the batch once this share of it, or less, is still being written
-SECONDS_UNTIL_PROGRESS = 2.0
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -379,34 +375,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def progress_bar(label: str | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that advances a bar on stderr; the bar appears after two seconds, without a label never."""
-    done, began, bar = 0, time.monotonic(), None
-
-    def advance(n: int) -> None:
-        nonlocal done, bar
-        done += n
-        if bar is None and label is not None and time.monotonic() - began > SECONDS_UNTIL_PROGRESS:
-            bar = _started_bar(label, total)
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def _started_bar(label: str, total: int) -> "Progress":
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task("", total=total)
-    bar.start()
-    return bar

@@ -363,7 +363,7 @@ def test_a_long_call_shows_its_progress(
     after: float,
     shown: bool,
 ) -> None:
-    monkeypatch.setattr(module, "SECONDS_UNTIL_PROGRESS", after)
+    monkeypatch.setattr("minilora.progress.SECONDS_UNTIL_PROGRESS", after)
     monkeypatch.setenv("FORCE_COLOR", "1")
     generate(*chat, [user("a bee")], 8, progress="answering")
     output = capsys.readouterr()

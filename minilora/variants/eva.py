@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from minilora.adapters import build_adapters, disable_adapters, refuse_merged, replace_adapters
 from minilora.calibration import Forward, as_list, as_mapping, language_model_loss, loras_named
 from minilora.errors import InputError
-from minilora.generate import evaluating, progress_bar
+from minilora.generate import evaluating
 from minilora.incremental_pca import IncrementalPCA
 from minilora.lora import LoRA, LoRAConfig, kaiming, register_initialization, require_linear
+from minilora.progress import progress_bar
 
 MOST_PASSES = 100  # over the batches, for components that do not settle
 

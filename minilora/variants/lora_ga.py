@@ -27,9 +27,9 @@ from minilora.adapted_layer import AdaptedLayer
 from minilora.adapters import disable_adapters, refuse_merged
 from minilora.calibration import Forward, as_list, language_model_loss, loras_named
 from minilora.errors import InputError
-from minilora.generate import progress_bar
 from minilora.lora import LoRA, kaiming, register_initialization, weight_to_decompose
 from minilora.low_rank import randomized_svd
+from minilora.progress import progress_bar
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
