@@ -142,7 +142,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     for path, layer in adapted_layers(model).items():
         together = [name for name in names if name in layer.adapters]
         if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
-            raise InputError(f"{together} cannot act together: each has another {path} in the place of the model's")
+            raise InputError(f"{together} cannot act together: one of them puts a {path} in the place of all else")
     for layer in adapted_layers(model).values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():

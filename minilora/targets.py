@@ -91,6 +91,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         raise InputError(f"{named} excludes every layer that target_modules matches")
     for path in found:
         _check_can_be_adapted(modules, path)
+    _check_nothing_is_hidden(model, config)
     return found
 
 
@@ -105,6 +106,17 @@ def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
             f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer, so"
             " that an adapter would do nothing; train a copy of the attention with modules_to_save"
         )
+
+
+def _check_nothing_is_hidden(model: nn.Module, config: AdapterConfig) -> None:
+    """A layer inside a module of which another adapter has a copy would silently be left out."""
+    by_name = str(config.target_modules).lower() != "all-linear"
+    for path, wrapper in adapted_layers(model).items():
+        for name, module in wrapper.base_layer.named_modules() if wrapper.any_module else ():
+            kind, inside = kind_of(module), f"{path}.{name}"
+            targeted = _is_targeted(config, inside) if by_name else kind is not None and kind.is_linear
+            if targeted and not _matches(config.exclude_modules or [], inside):
+                raise InputError(f"target_modules matches {inside}, and another adapter has its own {path}: exclude it")
 
 
 def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:

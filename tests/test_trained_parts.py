@@ -367,11 +367,19 @@ def test_two_copies_of_one_module_cannot_act_together() -> None:
     config = LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     add_adapter(model, config, "one")
     add_adapter(model, config, "two")
-    with pytest.raises(InputError, match=r"\['one', 'two'\] cannot act together: each has another lm_head"):
+    with pytest.raises(InputError, match=r"\['one', 'two'\] cannot act together: one of them puts a lm_head"):
         set_adapter(model, ["one", "two"])
     add_adapter(model, LoRAConfig(target_modules=["q_proj"], bias="lora_only"), "three")
     set_adapter(model, ["one", "three"])
     assert math.isfinite(logits(model).sum())
+
+
+@pytest.mark.parametrize("targets", [["up_proj"], "all-linear"])
+def test_layers_inside_another_adapters_copy_are_not_left_out_silently(targets: Any) -> None:
+    model = ours_on(tiny_llama(), {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp"]}, "one")
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.\w+, and another adapter has its own model\.layers\.0\.mlp"):
+        ours_on(model, {"target_modules": targets}, "two")
+    ours_on(model, {"target_modules": targets, "exclude_modules": r".*layers\.0\.mlp.*"}, "two")
 
 
 def test_biases_of_several_adapters_add_up() -> None:
