@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted_layer import AdaptedLayer, adapted
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapted_module import adapted
 from minilora.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.errors import InputError
 from minilora.input_gradients import follow_checkpointing, forget_checkpointing

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted_layer import AdaptedLayer, AdaptedModule
+from minilora.adapted_layer import AdaptedLayer
+from minilora.adapted_module import AdaptedModule
 from minilora.adapter import Adapter
 from minilora.bitsandbytes_format import packed, quantization_config
 from minilora.errors import InputError

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.adapted_layer import parameter_dtypes
+from minilora.adapted_module import parameter_dtypes
 from minilora.adapter import Adapter, AdapterConfig, Below
 from minilora.errors import InputError
 from minilora.layer_kinds import EmbeddingKind, NF4Kind, kind_of

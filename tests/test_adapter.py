@@ -9,7 +9,7 @@ from test_layer_kinds import FLOAT32, layers
 from torch import Tensor, nn
 
 from minilora import adapter as registry
-from minilora.adapted_layer import adapted
+from minilora.adapted_module import adapted
 from minilora.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
 from minilora.adapters import add_adapter, disable_adapters, merge, unmerge
 from minilora.errors import InputError
