@@ -244,6 +244,7 @@ class LoRA(Adapter):
         # Set by an initialisation that starts from B₀A₀ ≠ 0, see `start_from`.
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
+        self.awaits_data = False  # set by an initialisation that needs data, until it has seen some
         self.new_base: list[nn.Module] = []  # see base_for; a list, so that the layer is no part of the adapter's state
         try:
             self.reset_parameters(layer)
@@ -272,6 +273,7 @@ class LoRA(Adapter):
         self.lora_A.copy_(A.view_as(self.lora_A))
         self.lora_B.copy_(B.view_as(self.lora_B))
         self.start_A, self.start_B = self.lora_A.clone(), self.lora_B.clone()
+        self.awaits_data = False
 
     def base_for(self, layer: nn.Module) -> nn.Module:
         """What LoftQ made to take the place of `layer`, or else `layer` itself."""

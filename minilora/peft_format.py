@@ -25,6 +25,7 @@ from minilora.adapter import Adapter, AdapterConfig, adapter_class, config_class
 from minilora.adapter_start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters import adapters_named, attach, build_adapters, find_targets
 from minilora.errors import InputError
+from minilora.lora import LoRA
 from minilora.targets import modules_before_adapters, tied_head
 from minilora.trained_parts import Part, TrainedCopy
 
@@ -99,6 +100,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+    for adapter in adapters.values():
+        if isinstance(adapter, LoRA):
+            adapter.awaits_data = False  # what its initialisation would have found is in the file
     attach(model, adapters, name)
 
 

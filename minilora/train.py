@@ -15,9 +15,17 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from minilora.adapters import adapter_parameters, after_step, regularization, set_adapter, trainable_parameters
+from minilora.adapters import (
+    adapter_parameters,
+    adapters_named,
+    after_step,
+    regularization,
+    set_adapter,
+    trainable_parameters,
+)
 from minilora.data import Example, Row, Skipped, as_rows, batches, collate, encode_rows, load_rows
 from minilora.errors import InputError
+from minilora.lora import LoRA
 from minilora.loss import held_out_loss, label_tokens, summed_loss
 from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer
@@ -90,6 +98,8 @@ def train(
 
     refuse_row_names(model)
     set_adapter(model, adapter)
+    if checkpoint is None:
+        _refuse_without_data(model, adapter)
     parameters = _master_parameters(model, adapter)
     optimizer = _optimizer(model, adapter, config)
     optimizer.zero_grad()  # whatever a backward pass before left there
@@ -214,6 +224,17 @@ def _encode(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> tup
             raise InputError(f"no {what} row is left: {message}")
         logger.warning(message)
     return usable, skipped
+
+
+def _refuse_without_data(model: nn.Module, name: str) -> None:
+    """An adapter whose start was to be found in data, and was not, would train as a plain LoRA without a word."""
+    for lora in adapters_named(model, name).values():
+        if isinstance(lora, LoRA) and lora.awaits_data:
+            start = lora.config.init_lora_weights
+            raise InputError(
+                f"adapter {name!r} has init_lora_weights={start!r} and has seen no data:"
+                f" call minilora.variants.{start}.initialize(model, batches, {name!r}) before train"
+            )
 
 
 def _master_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -18,16 +18,19 @@ from training_helpers import (
     random_rows,
     run,
     timeless_log,
+    tiny_base,
     tiny_model,
     trained,
 )
 
+from minilora import variants
 from minilora.adapters import adapter_names, add_adapter, disable_adapters, merge
 from minilora.data import Example, batches, collate, load_rows
 from minilora.errors import InputError
 from minilora.lora import LoRAConfig
 from minilora.loss import held_out_loss
 from minilora.model import Transformer
+from minilora.peft_format import load_adapter
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, learning_rate_factor, train
 from minilora.training_log import read_log
@@ -550,3 +553,18 @@ def character_tokenizer():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="\0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     return Tokenizer(backend, {"eos_token": "\0"})
+
+
+@pytest.mark.parametrize("start", ["eva", "lora_ga"])
+def test_an_adapter_whose_start_needs_data_is_not_trained_without(tmp_path, start):
+    model = tiny_model(init_lora_weights=start)
+    rows = random_rows(4)
+    with pytest.raises(InputError, match=rf"has seen no data: call minilora\.variants\.{start}\.initialize\("):
+        run(model, rows, tmp_path, max_steps=1)
+    batches = [torch.randint(0, LLAMA["vocab_size"], (4, 16)) for _ in range(2)]
+    getattr(variants, start).initialize(model, batches)
+    run(model, rows, tmp_path, max_steps=1)
+    if start == "eva":  # the start of a loaded one was found before it was saved
+        loaded = tiny_base()
+        load_adapter(loaded, tmp_path / "adapter")
+        run(loaded, rows, tmp_path / "again", max_steps=1)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,7 @@ def eva(adapter: LoRA, layer: nn.Module) -> None:
     """A random, B = 0: what stands until `initialize`."""
     require_linear(adapter, layer)
     kaiming(adapter, layer)
+    adapter.awaits_data = True
 
 
 @torch.no_grad()
@@ -93,6 +94,7 @@ def initialize(
     rebuilt = build_adapters(model, new, list(ranks))
     for path in ranks:
         rebuilt[path].get_parameter("lora_A").copy_(components[path])
+        cast(LoRA, rebuilt[path]).awaits_data = False
     replace_adapters(model, rebuilt, name)
 
 

@@ -63,6 +63,7 @@ def lora_ga(adapter: LoRA, layer: nn.Module) -> None:
     if 2 * adapter.r > min(W.shape):
         raise InputError(f"needs 2r singular vectors, and the weight {tuple(W.shape)} has too few for r={adapter.r}")
     kaiming(adapter, layer)
+    adapter.awaits_data = True
 
 
 def initialize(
