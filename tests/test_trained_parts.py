@@ -84,11 +84,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA on both": ("tied llama", {"target_modules": ["lm_head", "embed_tokens"]}),
     "LoRA tied": (
         "tied llama",
-        {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True, "lora_alpha": 24},
+        {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
     ),
     "LoRA tied, by the embedding": (
         "tied llama",
-        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "lora_alpha": 24},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
     ),
 }
 
