@@ -12,6 +12,7 @@ An adapter changes one layer, y = W x + b, into y = W' x + b. There are two ways
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ class AdapterConfig:
     """modules of which the adapter has a copy of its own, trained in full: ends of paths, and in PEFT's way of letters
     too: "norm" is the end of "input_layernorm", "model.norm" is not"""
     task_type: str | None = "CAUSAL_LM"
-    """written to adapter_config.json for PEFT"""
+    """written to adapter_config.json for PEFT; as there, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" save the new head"""
     base_model_name_or_path: str | None = None
     """written to adapter_config.json for PEFT"""
 
@@ -194,6 +195,15 @@ class Below:
         for adapter in self._adapters:
             bias = adapter.merged_bias(bias)
         return bias
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the `with`, products are in the dtype of their factors.
+
+    What a merge adds is float32 then. And autocast keeps what it has cast of a parameter, without a gradient where it
+    casts under no_grad: PyTorch 2.6 would find no gradient for that parameter afterwards.
+    """
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 # --- the registry ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         raise InputError(f"{Path(folder) / CONFIG} does not fit the model: {error}") from None
     parameters = _by_peft_key(adapters)
     tensors = _without_the_base(model, tensors, parameters.keys(), Path(folder) / WEIGHTS)
-    _check_tensors(tensors, {key: tuple(p.shape) for key, p in parameters.items()}, Path(folder) / WEIGHTS)
+    _check_tensors(tensors, parameters, Path(folder) / WEIGHTS)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
@@ -177,15 +177,16 @@ def _without_the_base(
     return kept
 
 
-def _check_tensors(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or unexpected:
         problems = [("lacks", missing), ("has the unexpected", unexpected)]
         raise InputError(f"{path} " + " and ".join(f"{verb} {_some(keys)}" for verb, keys in problems if keys))
-    for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape:
-            raise InputError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, the model needs {shape}")
-        if not tensors[key].is_floating_point():
+    for key, tensor in wanted.items():
+        if tensors[key].shape != tensor.shape:
+            shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
+            raise InputError(f"{path}: {key} has shape {shapes}")
+        if tensor.is_floating_point() and not tensors[key].is_floating_point():
             raise InputError(f"{path}: {key} holds {tensors[key].dtype}, not floating-point numbers")
 
 

@@ -191,6 +191,8 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
+        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+            raise InputError(f"modules_to_save matches {path}, a list of modules that is not called itself")
         for other in [*found, *adapted_layers(model)]:
             if other.startswith(f"{path}."):
                 raise InputError(

@@ -298,6 +298,24 @@ def test_biases_of_convolutions(bias: str, tmp_path: Path) -> None:
     torch.testing.assert_close(unload(ours, merge=True)(x), tuned, **FLOAT32)
 
 
+def test_a_copy_keeps_and_saves_statistics_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    x = 3 + torch.randn(8, 4)
+    ours = copy.deepcopy(base)
+    add_adapter(ours, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"], task_type=None))
+    ours.train()(x)  # moves the running mean and counts, as integers
+    save_adapter(ours.eval(), tmp_path)
+    assert not torch.allclose(ours(x), base(x), **FLOAT32)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(theirs(x), ours(x), **FLOAT32)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(x), ours(x))
+    with disable_adapters(ours):
+        assert torch.equal(ours(x), base(x))
+
+
 @pytest.mark.parametrize("case", TRAINED)
 def test_on_a_bfloat16_model_it_is_float32_rounded_where_it_is_used(case: str) -> None:
     exact, rounded = (ours_on(tiny_transformer().to(dtype), TRAINED[case]) for dtype in (torch.double, torch.bfloat16))
