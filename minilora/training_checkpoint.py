@@ -33,6 +33,7 @@ from minilora.adapters import adapters_named
 from minilora.data import Example
 from minilora.errors import InputError
 from minilora.peft_format import save_adapter
+from minilora.trained_parts import TrainedCopy
 
 __all__ = [
     "Progress",
@@ -204,13 +205,17 @@ def _adapter_buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": buffer
         for path, of_layer in adapters_named(model, adapter).items()
-        for name, buffer in of_layer.named_buffers(recurse=False)
+        for name, buffer in of_layer.named_buffers(recurse=isinstance(of_layer, TrainedCopy))
     }
 
 
 def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
     """The saved ones, and not those that the adapter was made with now, from an SVD that may round otherwise."""
     for path, of_layer in adapters_named(model, adapter).items():
+        if isinstance(of_layer, TrainedCopy):  # the buffers of a whole module, which are there already
+            for name, buffer in of_layer.named_buffers():
+                buffer.copy_(tensors[f"buffer.{path}.{name}"])
+            continue
         for name in of_layer._buffers:
             saved = tensors.get(f"buffer.{path}.{name}")
             setattr(of_layer, name, None if saved is None else saved.to(next(of_layer.parameters()).device))

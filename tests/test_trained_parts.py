@@ -208,6 +208,28 @@ def test_training_and_a_resumed_training_give_one_adapter_and_touch_nothing_else
         assert torch.equal(logits(model), logits(base))
 
 
+class CountingNorm(nn.LayerNorm):
+    """A module whose training changes more than its parameters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return super().forward(x)
+
+
+def test_a_resumed_training_goes_on_with_the_buffers_of_a_copy(tmp_path: Path) -> None:
+    for _ in range(2):
+        model = tiny_transformer()
+        model.model.norm = CountingNorm(32)
+        ours_on(model, {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]})
+        run(model, random_rows(16), tmp_path, max_steps=4, save_every=2, keep_last=2, resume="auto")
+        assert (model.model.norm.adapters["default"].module.calls, model.model.norm.base_layer.calls) == (4, 0)
+        shutil.rmtree(tmp_path / "checkpoint-000004")
+
+
 @pytest.mark.parametrize("case", TRAINED)
 def test_the_merged_folder_computes_the_same_in_transformers_and_here(case: str, tmp_path: Path) -> None:
     model = ours_on(tiny_transformer(), TRAINED[case])
