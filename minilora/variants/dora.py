@@ -12,7 +12,7 @@ Liu et al. 2024, arXiv 2402.09353: equation 5, and section 4.3 for the norm held
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import AdapterConfig, Below, register
+from minilora.adapter import AdapterConfig, Below, register, without_autocast
 from minilora.layer_kinds import ConvKind
 from minilora.lora import LoRA, LoRAConfig
 
@@ -27,12 +27,16 @@ class DoRA(LoRA):
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
         with torch.no_grad():
-            V = super().merged_weight(self.kind.weight(self.base_for(layer)))
+            V = self._direction(self.kind.weight(self.base_for(layer)))
             self.lora_magnitude_vector = nn.Parameter(self._norm(V))
 
     @classmethod
     def handles(cls, config: AdapterConfig) -> bool:
         return super().handles(config) and isinstance(config, LoRAConfig) and config.use_dora
+
+    def _direction(self, W: Tensor) -> Tensor:
+        """V = W + s·BA."""
+        return super().merged_weight(W)
 
     def _norm(self, V: Tensor) -> Tensor:
         """‖V‖ over all that feeds one output, in the shape in which it multiplies y."""
@@ -41,8 +45,8 @@ class DoRA(LoRA):
 
     def transform(self, x: Tensor, below: Below, add: Tensor | None = None) -> Tensor:
         """(m / ‖V‖) (W x + s·BA x) + b (+ add)."""
-        with torch.no_grad():
-            norm = self._norm(super().merged_weight(below.weight()))
+        with torch.no_grad(), without_autocast(x.device):
+            norm = self._norm(self._direction(below.weight()))
         y = below(x, self(x))
         scale = self.lora_magnitude_vector / norm  # float32, as is all until y is rounded once, in its dtype
         scaled = scale * y
@@ -54,6 +58,6 @@ class DoRA(LoRA):
         return y if add is None else y + add
 
     def merged_weight(self, W: Tensor) -> Tensor:
-        V = super().merged_weight(W)
+        V = self._direction(W)
         m = self.lora_magnitude_vector.flatten()
         return V * (m / torch.linalg.vector_norm(V.flatten(1), dim=1)).view(-1, *[1] * (V.dim() - 1))
