@@ -2,10 +2,16 @@
 
 adapter_config.json        the configuration, in PEFT's keys
 adapter_model.safetensors  base_model.model.<path of the layer>.lora_A.weight (r, in) and .lora_B.weight (out, r);
-                           the adapter's name is not in the keys
+                           the adapter's name is not in the keys; beside updates:
+                               .base_layer.bias, or .bias of what has no update    the adapter's own bias
+                               .weight, .bias … of a module                        its copy of a saved module
+                               .token_adapter.trainable_tokens_delta               its rows of an embedding
 README.md                  a model card
 
-Format: peft 0.21.2, `PeftModel.save_pretrained`.
+PEFT puts biases into its base model, where they stay when the adapter is switched off; so it takes no second adapter
+beside one with biases.
+
+Format: peft 0.21.2, `PeftModel.save_pretrained`; weights in several files as transformers divides them.
 """
 
 import json
