@@ -200,7 +200,7 @@ class Below:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the `with`, products are in the dtype of their factors.
 
-    What a merge adds is float32 then. And autocast keeps what it has cast of a parameter, without a gradient where it
+    For a ΔW that is to be float32. And autocast keeps what it has cast of a parameter, without a gradient where it
     casts under no_grad: PyTorch 2.6 would find no gradient for that parameter afterwards.
     """
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
