@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_helpers import tiny_base
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,19 @@ def test_the_example_works_when_pasted(tmp_path):
 
 def test_the_example_is_fifteen_lines_or_fewer():
     assert len([line for line in block("python").splitlines() if line.strip()]) <= 15
+
+
+def test_the_variants_it_shows_can_be_added():
+    import minilora as ml
+
+    model = tiny_base()
+    exec(block("python", 1), {"ml": ml, "model": model})
+    assert ml.adapter_names(model) == ["default", "ia3", "pissa"]
+
+
+def test_every_page_it_links_to_exists():
+    for link in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / link).is_file(), link
 
 
 def test_the_recipe_is_one_the_command_reads(tmp_path):
