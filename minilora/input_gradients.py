@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.targets import input_embedding
+
 
 def follow_checkpointing(model: nn.Module) -> None:
     """Give a transformers model the hook that does this; on another model do nothing."""
@@ -28,7 +30,10 @@ def _hook(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not model.training or not torch.is_grad_enabled() or kwargs.get("inputs_embeds") is not None:
         return
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        embedding = model.get_input_embeddings()
+        path = input_embedding(model)
+        if path is None:
+            return
+        embedding = model.get_submodule(path)
 
         def once(module: nn.Module, args: Any, output: Tensor) -> None:
             handle.remove()

@@ -31,7 +31,10 @@ def input_embedding(model: nn.Module) -> str | None:
     """The path of the layer that the token ids go into, where the model can tell."""
     get = getattr(model, "get_input_embeddings", None)  # every transformers model has it
     if get is not None:
-        return _path_of(model, get())
+        try:
+            return _path_of(model, get())
+        except NotImplementedError:  # of sounds or images
+            return None
     paths = [path for path in modules_before_adapters(model) if _matches(["embed_tokens"], path)]
     return paths[0] if paths else None
 

@@ -29,9 +29,11 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
 )
 
-from minilora.adapters import add_adapter, disable_adapters, merge, unload, unmerge
+from minilora.adapters import adapter_parameters, add_adapter, disable_adapters, merge, unload, unmerge
 from minilora.errors import InputError
 from minilora.lora import LoRAConfig
 from minilora.peft_format import load_adapter, save_adapter
@@ -185,3 +187,20 @@ def test_a_plain_sequential_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
     torch.testing.assert_close(logits(unload(copy.deepcopy(ours), merge=True)), logits(ours), **FLOAT32)
     assert torch.equal(logits(unload(ours)), logits(base))
+
+
+def test_a_model_of_sounds_which_has_no_embedding_of_tokens() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2]}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(**sizes, **convolutions, **positions, mask_time_prob=0.0, layerdrop=0.0)
+    model = Wav2Vec2Model(config).eval()
+    sound = torch.randn(1, 200)
+    base = model(sound).last_hidden_state
+    ours_on(model, {"target_modules": ["q_proj"], "bias": "all"})
+    shake(model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model(sound).last_hidden_state.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(model).values())
+    assert torch.equal(unload(model).eval()(sound).last_hidden_state, base)
