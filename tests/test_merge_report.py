@@ -19,6 +19,7 @@ from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.merge_report import ERASED, MergeReport, compare_changes, merge_report, read_back
+from minilora.variants.adalora import AdaLoRAConfig
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
 from minilora.variants.lokr import LoKrConfig
@@ -167,6 +168,7 @@ VARIANTS = [
     LoKrConfig(r=4, target_modules=["0"]),
     VeRAConfig(r=4, target_modules=["0"]),
     IA3Config(target_modules=["0"], feedforward_modules=[]),
+    AdaLoRAConfig(target_modules=["0"], total_step=10),
 ]
 
 
