@@ -10,6 +10,8 @@ import torch
 import tyro
 
 import minilora as ml
+from minilora import variants
+from minilora.data import batches, collate, encode_rows
 from minilora.demo import DemoConfig, run_demo
 from minilora.errors import InputError
 from minilora.generate import stream
@@ -17,6 +19,7 @@ from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
+from minilora.rows import Row
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig
 
@@ -76,8 +79,23 @@ class Train:
         eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
         model, tokenizer = self.base.load()
         ml.add_adapter(model, self.lora)
+        if self.lora.init_lora_weights in ("eva", "lora_ga"):
+            start_from_data(model, tokenizer, rows, self.lora.init_lora_weights, self.train)
         result = ml.train(model, tokenizer, rows, self.train, eval_rows=eval_rows)
         print(f"adapter saved to {result.adapter_dir}")
+
+
+BATCHES_FOR_A_START = 16
+
+
+def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], start: str, config: TrainConfig) -> None:
+    """Have EVA or LoRA-GA look at the first training batches, in the order in which training will take them."""
+    examples = encode_rows(rows, tokenizer, config.max_length).examples
+    if not examples:
+        raise InputError(f"no training row has a token to learn within max_length={config.max_length}")
+    order = batches(examples, config.batch_size, config.seed, group_by_length=config.group_by_length)
+    first = [collate([examples[i] for i in indices], tokenizer.pad_token_id) for indices in order[:BATCHES_FOR_A_START]]
+    getattr(variants, start).initialize(model, [batch._asdict() for batch in first])
 
 
 @dataclass

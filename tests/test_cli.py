@@ -117,3 +117,18 @@ def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypat
                          "--max-new-tokens", "8")  # fmt: skip
     assert code == 0, err
     assert out.strip().splitlines()[-1] == "go"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("start", ["lora_ga", "eva"])
+def test_a_start_that_needs_data_gets_the_training_rows(capsys, tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Count to {n}.", "completion": " ".join(map(str, range(1, n + 1)))} for n in range(3, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(capsys, "train", "--data", "rows.jsonl", "--init-lora-weights", start, "--r", "2",
+                         "--target-modules", r".*layers\.[01]\.mlp\.up_proj", "--max-steps", "1")  # fmt: skip
+    assert code == 0, err
+    config = json.loads((tmp_path / "minilora-output/adapter/adapter_config.json").read_text())
+    # LoRA-GA is saved as the plain LoRA of twice the rank; EVA shares the ranks out anew
+    assert config["r"] == (4 if start == "lora_ga" else 2)
+    assert config["init_lora_weights"] == (True if start == "lora_ga" else "eva")
