@@ -7,12 +7,12 @@ y_i = W x_i + b + ΔW_i x_i                in a mixed batch, where row i has an 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, Below
+from minilora.adapter import Adapter, Below, without_autocast
 from minilora.errors import InputError
 from minilora.layer_kinds import LayerKind, kind_of, linear_onto
 from minilora.linear4bit import NF4Linear
@@ -125,7 +125,8 @@ class AdaptedLayer(nn.Module):
 
     def active_adapters(self) -> list[Adapter]:
         """The adapters that act here; an active name may be on other layers only."""
-        return [cast(Adapter, self.adapters[name]) for name in self.active if name in self.adapters]
+        adapters = self.adapters
+        return [cast(Adapter, adapters[name]) for name in self.active if name in adapters]
 
     def changes_weight(self) -> bool:
         """True if an active adapter changes W, and not a bias alone."""
@@ -143,8 +144,9 @@ class AdaptedLayer(nn.Module):
 
     def merged_weight(self) -> tuple[Tensor, Tensor | None]:
         """W′ (out, in, *kernel) and b′ with the active adapters folded in, in float32 or better; nothing is changed."""
-        below = self.below(self.active_adapters())
-        return below.weight(), below.bias()
+        with without_autocast(self.base_layer.weight.device):
+            below = self.below(self.active_adapters())
+            return below.weight(), below.bias()
 
     @torch.no_grad()
     def merge(self, name: str = "the layer", safe: bool = True) -> None:
@@ -158,6 +160,8 @@ class AdaptedLayer(nn.Module):
         if self.merged or not self.active_adapters():
             return
         base = self.base_layer
+        if "weight" not in base._parameters and "weight" not in base._buffers:  # weight_norm, spectral_norm, pruning
+            raise InputError(f"{name}: its weight is computed from other tensors; remove what does so before merging")
         try:
             W, bias = self.merged_weight()
         except InputError as error:
@@ -207,22 +211,29 @@ class LoRALinear(AdaptedLayer):
     """
 
     def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
-        if not self._is_plain():
+        base = self.base_layer
+        if not _is_plain(base):
             return super().start(adapters, dtype)
         bias = self.own_bias(adapters)
-        return self.base_layer.bias if bias is None else bias.to(dtype)
+        return base.bias if bias is None else bias.to(dtype)
 
     def onto(self, update: Tensor | None, x: Tensor) -> Tensor:
-        if self._is_plain():
-            return linear_onto(update, x, self.base_layer.weight)
+        base = self.base_layer
+        if _is_plain(base):
+            return linear_onto(update, x, base.weight)
         return self._base(x, update)
 
     def _base(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if isinstance(self.base_layer, NF4Linear):
-            return self.base_layer(x, add if add is None else add.expand(*x.shape[:-1], -1))
-        return super()._base(x, add)
-
-    def _is_plain(self) -> bool:
-        """True if nothing but W x + b happens in the base layer, so that its product can be made here."""
         base = self.base_layer
-        return type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+        if not isinstance(base, NF4Linear):
+            return super()._base(x, add)
+        return base(x, add if add is None or add.dim() == x.dim() else add.expand(*x.shape[:-1], -1))
+
+
+def _is_plain(base: nn.Module) -> TypeGuard[nn.Linear]:
+    """True if nothing but W x + b happens in a call of the base layer, so that its product can be made here."""
+    return (
+        type(base) is nn.Linear
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and "forward" not in base.__dict__  # accelerate sets one there, which fetches the weight first
+    )

@@ -108,7 +108,7 @@ def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
 def check_new_name(model: nn.Module, name: str) -> None:
     if name in adapter_names(model):
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
-    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
 
 
@@ -204,7 +204,7 @@ def merge(model: nn.Module, safe: bool = True) -> None:
     try:
         for path, layer in adapted_layers(model).items():
             layer.merge(path, safe)
-    except InputError:
+    except BaseException:
         unmerge(model)
         raise
 

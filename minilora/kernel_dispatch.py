@@ -78,7 +78,7 @@ def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor
     rows (M, K) and add (M, N) in float32, bfloat16 or float16 (with `transpose` (M, N), and no add).
     """
     limit = crossovers(rows.device)
-    if len(rows) > (limit.backward if transpose else limit.forward) or not _blocks_lie_in_rows(q):
+    if not 0 < len(rows) <= (limit.backward if transpose else limit.forward) or not _blocks_lie_in_rows(q):
         return None
     if rows.dtype == torch.float64 or (transpose and add is not None):
         return None

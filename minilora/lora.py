@@ -281,9 +281,11 @@ class LoRA(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in, *kernel) and B (out, r, *1) with ΔW = s·BA: the parameters; of rank 2r after `start_from`."""
-        A, B, A0, B0 = self.lora_A, self.lora_B, self.start_A, self.start_B
-        if A0 is None or B0 is None:
+        A, B, A0 = self.lora_A, self.lora_B, self.start_A
+        if A0 is None:
             return A, B
+        B0 = self.start_B
+        assert B0 is not None
         # BA − B₀A₀ = (B − B₀) A + B₀ (A − A₀): small from the start, where the difference of two large products
         # would lose in bfloat16 what has been learnt.
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
@@ -311,10 +313,11 @@ class LoRA(Adapter):
         if not x.is_floating_point():
             return self._product(x, A, B, A.dtype, add)
         kept = self.dropout(x)
-        A0, B0 = self.start_A, self.start_B
-        if A0 is not None and B0 is not None and self.training and self.config.lora_dropout:
-            # s·(B A dropout(x) − B₀A₀ x): what PEFT takes out of W sees all of x
-            add = self._product(x - kept, A0, -B0, x.dtype, add)
+        if self.training and self.config.lora_dropout:
+            A0, B0 = self.start_A, self.start_B
+            if A0 is not None and B0 is not None:
+                # s·(B A dropout(x) − B₀A₀ x): what PEFT takes out of W sees all of x
+                add = self._product(x - kept, A0, -B0, x.dtype, add)
         return self._product(kept, A, B, x.dtype, add)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, add: Tensor | None) -> Tensor:

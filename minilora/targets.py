@@ -19,12 +19,14 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by path, without the root, adapted layers as the layers that they were, nothing from inside them."""
-    inside = tuple(path + "." for path in adapted_layers(model))
-    return {
-        path: module.base_layer if isinstance(module, AdaptedLayer) else module
-        for path, module in model.named_modules()
-        if path and not path.startswith(inside)
-    }
+    found: dict[str, nn.Module] = {}
+    inside: str | None = None  # the adapted layer before, whose own modules follow it
+    for path, module in model.named_modules():
+        if not path or (inside is not None and path.startswith(inside)):
+            continue
+        inside = f"{path}." if isinstance(module, AdaptedLayer) else None
+        found[path] = module.base_layer if isinstance(module, AdaptedLayer) else module
+    return found
 
 
 def input_embedding(model: nn.Module) -> str | None:

@@ -305,7 +305,7 @@ def test_the_last_adapter_added_is_the_active_one_and_the_first_freezes() -> Non
     assert "model.norm.weight" in trainable_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["default", "", "a.b", "keys"])
+@pytest.mark.parametrize("name", ["default", "", "a.b", "keys", "training"])
 def test_a_name_that_cannot_be_is_refused(name: str) -> None:
     model = adapted_llama()
     with pytest.raises(InputError, match=re.escape(repr(name))):
@@ -370,6 +370,15 @@ def test_a_merge_that_fails_leaves_the_whole_model_unmerged() -> None:
         assert not any(layer.merged for layer in adapted_layers(model).values())
     broken[0, 0] = was
     assert torch.equal(logits(model), before)
+
+
+def test_a_merge_that_is_interrupted_leaves_the_whole_model_unmerged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted_llama()
+    layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
+    monkeypatch.setattr(layer.adapters["default"], "delta", lambda: bytes(-1))  # stands for running out of memory
+    with pytest.raises(ValueError, match="negative"):
+        merge(model)
+    assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
 def test_unload_gives_the_plain_model_back() -> None:

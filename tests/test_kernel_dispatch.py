@@ -90,6 +90,14 @@ def test_what_no_fused_kernel_can_do_goes_to_pytorch(
     torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-5, atol=1e-5)  # float32 sums of at most 96 products
 
 
+@pytest.mark.parametrize("known", [NEVER, ALWAYS])
+def test_a_batch_without_rows_needs_no_kernel(known: Crossovers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert of a Mixture-of-Experts that no token chose is given one."""
+    monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: known)
+    assert fused_product(torch.empty(0, 64), nf4.quantize(torch.randn(8, 64)), False, None) is None
+    assert fused_product(torch.empty(0, 8), nf4.quantize(torch.randn(8, 64)), True, None) is None
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("with_add", [True, False])
 def test_nf4linear_gives_the_same_by_kernels_and_by_pytorch(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -375,6 +375,17 @@ def test_a_subclass_or_a_hooked_layer_is_called_and_not_bypassed() -> None:
     torch.testing.assert_close(hooked(x), before)
     assert len(seen) == 1
 
+    hooked = lora_layer(nn.Linear(IN, OUT))
+    hooked.base_layer.register_full_backward_hook(lambda module, grad_x, grad_y: seen.append(grad_y))
+    hooked(x.requires_grad_()).sum().backward()
+    assert len(seen) == 2
+
+    replaced = lora_layer(nn.Linear(IN, OUT))
+    fill([replaced])
+    update, own = x @ replaced.adapters["default"].delta().T, replaced.base_layer.forward
+    replaced.base_layer.forward = lambda x: 2 * own(x)  # as accelerate replaces it, to fetch the weight first
+    torch.testing.assert_close(replaced(x), 2 * own(x) + update)
+
 
 def test_compiles_without_a_graph_break() -> None:
     layer = lora_layer(nn.Linear(IN, OUT), "one", "two", lora_dropout=0.1).eval()
@@ -440,6 +451,28 @@ def test_merging_what_is_not_finite_is_an_error_that_names_the_layer(value: floa
     with pytest.raises(InputError, match=r"model\.layers\.3\.q_proj.*NaN"):
         layer.merge("model.layers.3.q_proj")
     assert not layer.merged
+
+
+def test_autocast_does_not_round_what_is_merged() -> None:
+    layer = lora_layer(nn.Linear(IN, OUT))
+    fill([layer])
+    layer.merge()
+    W = layer.base_layer.weight
+    layer.unmerge()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, W)
+
+
+@pytest.mark.parametrize("normed", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_merging_into_a_weight_that_is_computed_is_refused(normed: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = lora_layer(normed(nn.Linear(IN, OUT))), torch.randn(TOKENS, IN)
+    fill([layer])
+    before = layer(x)
+    with pytest.raises(InputError, match=r"q_proj: its weight is computed"):
+        layer.merge("q_proj")
+    assert torch.equal(layer(x), before)
 
 
 def test_merging_into_a_foreign_4_bit_layer_is_refused() -> None:

@@ -110,6 +110,21 @@ def test_the_norm_is_held_constant_in_the_backward_pass() -> None:
     torch.testing.assert_close(dora.lora_A.grad, dora.scaling * (g @ dora.lora_B).T @ x, **FLOAT32)
 
 
+@pytest.mark.parametrize("layer", ["lin", "conv1"])
+def test_an_output_whose_weights_are_zero_stays_zero(layer: str) -> None:
+    """As pruning leaves some: the equation has 0/0 there."""
+    torch.manual_seed(0)
+    model = Net()
+    getattr(model, layer).weight.data[3] = 0
+    before = model(X)
+    add_adapter(model, LoRAConfig(r=4, target_modules=[layer], use_dora=True))
+    torch.testing.assert_close(model(X), before, **FLOAT32)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter_parameters(model).values())
+    merge(model)
+    torch.testing.assert_close(model(X), before, **FLOAT32)
+
+
 def test_on_a_4_bit_base_it_is_dora_on_the_dequantized_weight() -> None:
     torch.manual_seed(0)
     packed = NF4Linear.from_linear(nn.Linear(64, 48))

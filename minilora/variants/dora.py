@@ -48,7 +48,7 @@ class DoRA(LoRA):
         with torch.no_grad(), without_autocast(x.device):
             norm = self._norm(self._direction(below.weight()))
         y = below(x, self(x))
-        scale = self.lora_magnitude_vector / norm  # float32, as is all until y is rounded once, in its dtype
+        scale = self.lora_magnitude_vector / _divisor(norm)  # float32, as is all until y is rounded once, in its dtype
         scaled = scale * y
         bias = below.bias()  # y holds it, and it is not to be scaled
         if bias is not None:
@@ -59,5 +59,10 @@ class DoRA(LoRA):
 
     def merged_weight(self, W: Tensor) -> Tensor:
         V = self._direction(W)
-        m = self.lora_magnitude_vector.flatten()
-        return V * (m / torch.linalg.vector_norm(V.flatten(1), dim=1)).view(-1, *[1] * (V.dim() - 1))
+        scale = (self.lora_magnitude_vector / _divisor(self._norm(V))).flatten()
+        return V * scale.view(-1, *[1] * (V.dim() - 1))
+
+
+def _divisor(norm: Tensor) -> Tensor:
+    """The norm, or 1 for an output whose weights are all zero, pruned ones: m is 0 too, and 0/0 would be NaN."""
+    return torch.where(norm == 0, 1, norm)

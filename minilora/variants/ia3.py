@@ -41,7 +41,6 @@ class IA3Config(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        super().__post_init__()
         if self.feedforward_modules is None:
             raise InputError(
                 'IA3Config: name the layers whose inputs are scaled in feedforward_modules, such as ["down_proj"],'
