@@ -11,9 +11,10 @@ An adapter changes one layer, y = W x + b, into y = W' x + b. There are two ways
 `minilora.testing.check_variant` tries everything that a user of the variant will.
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,13 @@ class AdapterConfig:
     """written to adapter_config.json for PEFT"""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), set | frozenset):  # as in PEFT; JSON has none
+                object.__setattr__(self, field.name, sorted(value, key=str))
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            names = getattr(self, key)
+            if names is not None and not (isinstance(names, str | list | tuple) and all(type(n) is str for n in names)):
+                raise InputError(f"{key} must be a string or a list of strings, not {names!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(
                 "layers_pattern says where a block's number stands: give the numbers in layers_to_transform"
@@ -58,6 +66,17 @@ class AdapterConfig:
             )
         if isinstance(self.modules_to_save, str):
             raise InputError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
+
+
+def ends_with(pattern: str, path: str) -> bool:
+    """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern.
+
+    Raises InputError for what is no regular expression.
+    """
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
 class Adapter(nn.Module):

@@ -17,7 +17,13 @@ from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
 from minilora.parameter_lora import parameter_updates
 from minilora.progress import progress_bar
-from minilora.targets import adapted_layers, check_every_name_matches, find_targets, modules_before_adapters
+from minilora.targets import (
+    adapted_layers,
+    check_every_name_matches,
+    check_every_pattern_matches,
+    find_targets,
+    modules_before_adapters,
+)
 from minilora.trained_parts import add_parts
 from minilora.tying import check_tie, settle_tie
 
@@ -31,9 +37,14 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
     Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
     """
+    if not isinstance(config, AdapterConfig):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise InputError(f"a {kind} is no configuration of an adapter: give one of minilora's, such as LoRAConfig")
     check_every_name_matches(model, config)
     check_new_name(model, name)
-    adapters = build_adapters(model, config, find_targets(model, config))
+    targets = find_targets(model, config)
+    check_every_pattern_matches(model, config, targets)
+    adapters = build_adapters(model, config, targets)
     check_tie(model, config, adapters)
     attach(model, adapters, name)
 

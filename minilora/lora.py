@@ -34,7 +34,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, AdapterConfig, register
+from minilora.adapter import Adapter, AdapterConfig, ends_with, register
 from minilora.errors import InputError
 from minilora.layer_kinds import ConvKind, EmbeddingKind, LayerKind
 
@@ -136,7 +136,7 @@ class LoRAConfig(AdapterConfig):
 
 def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """The value of the first pattern that matches the end of the path, by PEFT's rule."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if ends_with(key, path)), default)
 
 
 # --- where A and B start ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule  # what torch.compile returns
 
 from minilora.adapter import Adapter, AdapterConfig, adapter_class, config_class
 from minilora.adapter_start import adapters_to_write, check_derived_start, not_derivable
@@ -65,6 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as
     Raises InputError where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
     what is no LoRA.
     """
+    model = _without_wrappers(model)
     adapters = adapters_to_write(adapters_named(model, name), as_lora)
     parameters = _by_peft_key(adapters)
     # A tied pair has one tensor under two keys, which the format does not allow.
@@ -88,6 +90,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises InputError naming the file, and the option, key or shape in it, that is not as it must be: a method or option
     that is not known, a missing or unexpected tensor, a wrong shape, a damaged file. The model is then unchanged.
     """
+    model = _without_wrappers(model)
     config = _read_config(Path(folder) / CONFIG)
     tensors = _read_tensors(Path(folder) / WEIGHTS)
     head = tied_head(model)
@@ -110,6 +113,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if isinstance(adapter, LoRA):
             adapter.awaits_data = False  # what its initialisation would have found is in the file
     attach(model, adapters, name)
+
+
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers, whose names belong into no file."""
+    while isinstance(model, OptimizedModule | nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 # --- keys and tensors ------------------------------------------------------------------------------------------------
@@ -209,6 +219,8 @@ def _read_config(path: Path) -> AdapterConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: {path.parent} is not an adapter folder of PEFT's form") from None
+    except NotADirectoryError:
+        raise InputError(f"{path.parent} is a file: give the folder that it is in") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(values, dict):

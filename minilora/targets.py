@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from minilora.adapted_layer import AdaptedLayer
-from minilora.adapter import AdapterConfig
+from minilora.adapter import AdapterConfig, ends_with
 from minilora.errors import InputError
 from minilora.layer_kinds import kind_of
 
@@ -231,6 +231,20 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
             raise InputError(f"layers_to_transform: there is no block {number}; the blocks{pattern} are {existing}")
 
 
+def check_every_pattern_matches(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
+    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for.
+
+    Raises InputError for a key of rank_pattern or alpha_pattern that no target's path ends with.
+    """
+    of_parameters = dict(model.named_parameters()) if getattr(config, "target_parameters", None) else {}
+    of_adalora = [f"{path}.lora_E" for path in targets]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(ends_with(pattern, path) for path in [*targets, *of_parameters, *of_adalora]):
+                near = nearest_names([pattern], [*targets, *of_parameters])
+                raise InputError(f"{key}: {pattern!r} matches no layer that is adapted; {near}")
+
+
 def _in_blocks(config: AdapterConfig) -> str:
     return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
 
@@ -246,7 +260,7 @@ def nearest_names(targets: str | Iterable[str], paths: list[str]) -> str:
     """The existing names nearest to the wanted ones."""
     names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = [name for want in wanted for name in get_close_matches(want, names, n=3)]
+    near = list(dict.fromkeys(name for want in wanted for name in get_close_matches(want, names, n=3)))
     hint = f"the nearest names are {near}" if near else f"the layers' names are {names[:12]}"
     if isinstance(targets, str):
         hint += "; a string is a regular expression for the whole name, a list holds names or ends of names"

@@ -112,12 +112,18 @@ def test_targets_ranks_and_scalings_are_those_of_peft(
         with pytest.raises(InputError, match="there is no block"):
             add_adapter(ours, LoRAConfig(**config))
         return
-    add_adapter(ours, LoRAConfig(r=3, lora_alpha=5, **config))
     expected = {
         path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
         for path, module in theirs.named_modules()
         if hasattr(module, "lora_A")
     }
+    for key in ("rank_pattern", "alpha_pattern"):  # of a key that matches nothing PEFT only warns
+        dead = [p for p in config[key] if not any(re.match(rf"(.*\.)?({p})$", path) for path in expected)]
+        if dead:
+            with pytest.raises(InputError, match=r"_pattern: .* matches no layer that is adapted"):
+                add_adapter(ours, LoRAConfig(**config))
+            config[key] = {pattern: value for pattern, value in config[key].items() if pattern not in dead}
+    add_adapter(ours, LoRAConfig(r=3, lora_alpha=5, **config))
     found = {
         path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
         for path, layer in adapted_layers(ours).items()
@@ -148,6 +154,9 @@ def test_all_linear_leaves_out_the_output_head() -> None:
         ({"target_modules": ["input_layernorm"]}, "input_layernorm, a LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules=.* excludes every layer"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, "modules_to_save=.* excludes every layer"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"qproj": 2}}, r"rank_pattern: 'qproj' matches no.*'q_proj'"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, r"alpha_pattern: 'v_proj' matches no layer"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"*q": 2}}, r"'\*q' is not a regular expression"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, r"'lm_haed' matches no module.*'lm_head'"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, r"no block 2; the blocks are \[0, 1\]"),
         (
@@ -174,6 +183,7 @@ def test_targets_that_cannot_be_are_explained_and_leave_the_model_alone(config: 
         ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "blocks' numbers into the regular expression"),
         ({"modules_to_save": "lm_head"}, r"such as \['lm_head'\]"),
         ({"bias": "some"}, "bias='some' is not one of"),
+        ({"target_modules": [0, 2]}, r"target_modules must be a string or a list of strings, not \[0, 2\]"),
     ],
 )
 def test_settings_that_exclude_one_another_are_refused_at_once(config: dict[str, Any], message: str) -> None:

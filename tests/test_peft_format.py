@@ -126,6 +126,32 @@ def test_names_that_match_nothing_in_peft_s_own_config_are_let_be(tmp_path: Path
     torch.testing.assert_close(logits(ours), logits(theirs), **FLOAT32)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "data parallel"])
+def test_the_names_of_wrappers_are_in_no_file(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = saved_by_us(tmp_path / "plain", r=4, target_modules=["q_proj"])
+    save_adapter(wrap(model), tmp_path / "wrapped")
+    plain, wrapped = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "wrapped"))
+    assert plain.keys() == wrapped.keys()
+    loaded = tiny_llama()
+    load_adapter(wrap(loaded), tmp_path / "plain")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_sets_of_names_are_taken_and_saved(tmp_path: Path) -> None:
+    model = saved_by_us(tmp_path, r=4, target_modules={"q_proj", "v_proj"}, modules_to_save=("lm_head",))
+    loaded = tiny_llama()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    read = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (read["target_modules"], read["modules_to_save"]) == (["q_proj", "v_proj"], ["lm_head"])
+
+
+def test_a_file_of_the_folder_is_not_the_folder(tmp_path: Path) -> None:
+    saved_by_us(tmp_path, r=4, target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"adapter_model.safetensors is a file: give the folder that it is in"):
+        load_adapter(tiny_llama(), tmp_path / "adapter_model.safetensors")
+
+
 def test_a_second_adapter_beside_the_first_and_16_bit_files(tmp_path: Path) -> None:
     theirs = saved_by_peft(tmp_path, r=4, target_modules=["q_proj"])
     path = tmp_path / "adapter_model.safetensors"
