@@ -190,6 +190,12 @@ class AdaptedLayer(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def train(self, mode: bool = True) -> "AdaptedLayer":
+        for layer in self._unmerged:
+            layer.train(mode)
+        super().train(mode)
+        return self
+
     def __getattr__(self, name: str) -> Any:
         """weight, bias, in_features, …: models look at their layers' attributes, so give the base layer's."""
         try:

@@ -158,6 +158,21 @@ def test_switched_merged_unmerged_and_unloaded(case: str) -> None:
         assert torch.equal(ours.state_dict()[name], tensor)
 
 
+def test_the_module_that_a_merge_sets_aside_follows_train_and_eval() -> None:
+    model = nn.Sequential()
+    model.up, model.head = nn.Linear(8, 8), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 8))
+    add_adapter(model, LoRAConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
+    merge(model)
+    model.eval()
+    x = torch.randn(2, 8)
+    with disable_adapters(model):
+        y = model(x)
+    unmerge(model)
+    with disable_adapters(model):
+        assert torch.equal(model(x), y)
+    torch.testing.assert_close(y, model.head.base_layer[1](model.up.base_layer(x)))
+
+
 # --- minilora's own model: training, and the merged folder ------------------------------------------------------------
 
 TRAINED: dict[str, dict[str, Any]] = {
