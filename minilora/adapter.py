@@ -231,7 +231,19 @@ _variants: list[type[Adapter]] = []
 
 
 def register(variant: type[Adapter]) -> type[Adapter]:
-    """Class decorator: make `add_adapter` and `load_adapter` know this variant."""
+    """Class decorator: make `add_adapter` and `load_adapter` know this variant.
+
+    Raises InputError where its configuration has no peft_type, or that of another one, which a file could not tell
+    apart. Of the same name it is the same, edited: the cell of a notebook, run again.
+    """
+    config = variant.config_class
+    if not config.peft_type:
+        raise InputError(
+            f"{variant.__name__}: config_class must be a configuration with a peft_type, its name in files"
+        )
+    for other in (each.config_class for each in _variants):
+        if other.peft_type == config.peft_type and other.__qualname__ != config.__qualname__:
+            raise InputError(f"{config.__name__}: peft_type {config.peft_type!r} is {other.__name__}'s: choose another")
     _variants.append(variant)
     return variant
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import peft
 import pytest
 import torch
 from test_layer_kinds import FLOAT32, layers
@@ -121,6 +122,34 @@ def test_the_registry_gives_the_class_registered_last_that_handles_a_configurati
     assert config_class("FULL") is FullConfig
     with pytest.raises(InputError, match=r"'BOFT'.*not one of.*'FULL'.*'LORA'"):
         config_class("BOFT")
+
+
+def test_every_method_has_a_name_of_its_own_in_files() -> None:
+    class Nameless(Full):
+        config_class = AdapterConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class AlsoLoRA(LoRAConfig):
+        pass
+
+    class Other(LoRA):
+        config_class = AlsoLoRA
+
+    with pytest.raises(InputError, match="Nameless: config_class must be a configuration with a peft_type"):
+        register(Nameless)
+    with pytest.raises(InputError, match="AlsoLoRA: peft_type 'LORA' is LoRAConfig's"):
+        register(Other)
+    assert config_class("LORA") is LoRAConfig
+
+    again = type("Full", (Full,), {"config_class": type("FullConfig", (FullConfig,), {})})
+    again.config_class.__qualname__ = FullConfig.__qualname__
+    assert adapter_class(register(again).config_class()) is again, "the cell of a notebook, run again"
+
+
+def test_what_is_no_configuration_is_named() -> None:
+    for wrong, name in ((peft.LoraConfig(target_modules=["0"]), "peft.*LoraConfig"), ({"r": 8}, "builtins.dict")):
+        with pytest.raises(InputError, match=f"a {name} is no configuration of an adapter.*LoRAConfig"):
+            add_adapter(nn.Sequential(nn.Linear(4, 4)), wrong)  # type: ignore[arg-type]
 
 
 def test_a_configuration_without_a_variant_leaves_the_model_alone() -> None:

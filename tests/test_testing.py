@@ -153,6 +153,12 @@ class StartsElsewhere(LoRA):
         nn.init.normal_(self.lora_B)
 
 
+@caught_by(arithmetic.starts_as_the_base_model, "look at TakesNoAdd.forward")
+class TakesNoAdd(LoRA):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the caller is torch's _call_impl
+        return super().forward(x)
+
+
 @caught_by(arithmetic.gradients_equal_finite_differences, "the gradient of first.lora_B that finite differences give")
 class HalfAGradient(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:

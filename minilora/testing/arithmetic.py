@@ -40,7 +40,8 @@ def starts_as_the_base_model(trial: Trial, layer: str) -> None:
     x = example_input(model)
     before = model(x)
     trial.put_on(model, "default")
-    expect_equal(model(x), before, trial, "the base model's output after add_adapter", "__init__ (where it starts)")
+    look_at = f"__init__ (where it starts) and {trial.computes} (does it add `add`?)"
+    expect_equal(model(x), before, trial, "the base model's output after add_adapter", look_at)
 
 
 @check(*LAYERS)

@@ -159,7 +159,8 @@ def several_live_on_one_base(trial: Trial, layer: str) -> None:
         set_adapter(both, name)
         found = f"an error of {distance(both(x), alone[name]):.1e}"
         expected = f"after set_adapter({name!r}) what this adapter gives when it is alone"
-        expect(torch.equal(both(x), alone[name]), trial, expected, found, "__init__ (is something kept in the class?)")
+        look_at = "__init__ (is something kept in the class, or drawn at random and not in the state dict?)"
+        expect(torch.equal(both(x), alone[name]), trial, expected, found, look_at)
     if trial.variant.additive:
         first = both.get_submodule("first")
         base, updates = trial.base(layer).get_submodule("first")(x), torch.tensor(0.0)
@@ -269,7 +270,7 @@ def saves_and_loads(trial: Trial, layer: str) -> None:
     model, other = trial.model(layer), trial.base(layer)
     x = example_input(model)
     wanted = model(x)
-    look_at = "peft_name (one key for each parameter) and the config's fields"
+    look_at = "peft_name (one key for each parameter) and the config's fields (all but the parameters is made of them)"
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         expect(torch.equal(model(x), wanted), trial, "a model that saving leaves alone", "another output", look_at)

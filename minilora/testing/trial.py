@@ -257,11 +257,14 @@ def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str
 
 
 def _method_that_raised(error: Exception, trial: Trial) -> str:
-    """The innermost method of an adapter that was running; by default, as torch.compile does not tell, what gives y."""
+    """The innermost method of an adapter that was running, and that is not torch's own, as `__getattr__` is.
+
+    By default, as torch.compile does not tell, what gives y.
+    """
     found, frame = f"{trial.variant.__name__}.{trial.computes}", error.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
-        if isinstance(owner, Adapter):
+        if isinstance(owner, Adapter) and not frame.tb_frame.f_globals["__name__"].startswith("torch."):
             found = f"{type(owner).__name__}.{frame.tb_frame.f_code.co_name}"
         frame = frame.tb_next
     return found
