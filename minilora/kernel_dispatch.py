@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 import torch
@@ -94,10 +95,10 @@ def _blocks_lie_in_rows(q: QuantizedTensor) -> bool:
     return q.block_size >= 64 and q.shape[1] % q.block_size == 0
 
 
-def dequantize(q: QuantizedTensor, out: Tensor) -> Tensor:
-    """W in `out`, by a kernel or by PyTorch: the same bytes."""
-    if crossovers(q.codes.device).dequantize and out.dtype != torch.float64:
+def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """W, by a kernel or by PyTorch: the same bytes. For one product: the next call on this thread may overwrite it."""
+    if crossovers(q.codes.device).dequantize and dtype != torch.float64:
         from minilora.kernels import ops
 
-        return ops.nf4_dequantize(*ops.packed(q), out.dtype)
-    return nf4.dequantize(q, out=out)
+        return ops.nf4_dequantize(*ops.packed(q), dtype)
+    return nf4.dequantize(q, out=nf4.workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))

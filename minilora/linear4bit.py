@@ -8,16 +8,14 @@ Blocks run over the flattened weight: where in_features is not a multiple of the
 """
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora import kernel_dispatch
 from minilora.errors import InputError
-from minilora.kernel_dispatch import fused_product
-from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize, workspace
+from minilora.kernel_dispatch import fused_product, temporary_weight
+from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize
 
 
 class _NF4Product(torch.autograd.Function):
@@ -53,8 +51,7 @@ def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | No
     y = fused_product(rows, q, transpose, add)
     if y is not None:
         return y
-    # W is for this product alone: the next one on this thread overwrites it.
-    W = kernel_dispatch.dequantize(q, workspace("weight", prod(q.shape), rows.dtype, q.codes.device).view(q.shape))
+    W = temporary_weight(q, rows.dtype)
     matrix = W if transpose else W.T
     return rows @ matrix if add is None else torch.addmm(add, rows, matrix)
 

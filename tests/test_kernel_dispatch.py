@@ -90,6 +90,15 @@ def test_what_no_fused_kernel_can_do_goes_to_pytorch(
     torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-5, atol=1e-5)  # float32 sums of at most 96 products
 
 
+def test_what_the_kernel_dequantizes_takes_no_second_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", "3.6")
+    monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(dequantize=True))
+    layer, x = NF4Linear.from_linear(nn.Linear(64, 48)), torch.randn(3, 64)
+    y = x @ layer.dequantize().T + layer.bias
+    monkeypatch.setattr(nf4, "workspace", lambda role, *size: pytest.fail(f"a buffer for the {role}"))
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products
+
+
 @pytest.mark.parametrize("known", [NEVER, ALWAYS])
 def test_a_batch_without_rows_needs_no_kernel(known: Crossovers, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert of a Mixture-of-Experts that no token chose is given one."""
