@@ -186,7 +186,8 @@ def check_names(model: nn.Module, names: list[str]) -> None:
     existing = adapter_names(model)
     for name in names:
         if name not in existing:
-            raise InputError(f"the model has no adapter named {name!r}; it has {existing}")
+            has = f"it has {existing}" if existing else "it has none yet: add_adapter or load_adapter puts one on"
+            raise InputError(f"the model has no adapter named {name!r}; {has}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minilora.errors import InputError
 from minilora.mixed_batch import adapters_for_rows, refuse_row_names
-from minilora.model import KVCache, Transformer
+from minilora.model import KVCache, Transformer, require_own_model
 from minilora.progress import progress_bar
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
@@ -70,9 +70,10 @@ def generate(
     A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
     `progress` labels a progress bar, shown once the call has taken two seconds.
     `adapter_names` names for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
-    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, and for adapter names that are
-    not the model's or not one for each prompt.
+    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, for adapter names that are
+    not the model's or not one for each prompt, and for a model of transformers.
     """
+    require_own_model(model, "with transformers, call model.generate(input_ids)")
     one = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
     prompts = cast(list[str | Conversation], [messages] if one else messages)
     tokens = generate_tokens(

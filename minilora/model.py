@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minilora.attention import attend, attention_mask_to_add
+from minilora.errors import InputError
 from minilora.model_config import ModelConfig
 
 __all__ = ["KVCache", "ModelConfig", "Transformer"]
@@ -158,6 +159,12 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def require_own_model(model: nn.Module, otherwise: str) -> None:
+    """Raises InputError for a model that is not minilora's own, saying what to do otherwise."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise InputError(f"a {type(model).__name__} is not minilora's own model: {otherwise}")
 
 
 class Transformer(nn.Module):

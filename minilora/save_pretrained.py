@@ -16,7 +16,7 @@ from minilora.adapter import Adapter
 from minilora.bitsandbytes_format import packed, quantization_config
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
-from minilora.model import Transformer
+from minilora.model import Transformer, require_own_model
 
 if TYPE_CHECKING:
     from minilora.tokenizer import Tokenizer
@@ -42,8 +42,10 @@ def save_pretrained(
     layout of bitsandbytes, which transformers loads too.
     Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
     a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
-    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer.
+    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer; and
+    for a model of transformers, which has a method of this name: after `unload(model, merge=True)`.
     """
+    require_own_model(model, "with transformers, unload(model, merge=True), then model.save_pretrained(folder)")
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the model in")

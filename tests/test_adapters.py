@@ -328,6 +328,8 @@ def test_unknown_names_are_named_with_those_that_exist() -> None:
     for call in (set_adapter, adapter_parameters):
         with pytest.raises(InputError, match=r"'other'.*\['default'\]"):
             call(model, "other")
+    with pytest.raises(InputError, match="no adapter named 'default'; it has none yet: add_adapter"):
+        set_adapter(tiny_llama(), "default")
 
 
 # --- off, merged, unloaded -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapter_helpers import tiny_llama
 from chat_helpers import CHATML, tiny
 from gguf_helpers import logits
 from model_helpers import CONFIGS, our_model, relative_error, transformers_model
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unmerge
 from minilora.checkpoint import load, save_pretrained
 from minilora.errors import InputError
+from minilora.generate import generate
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.model import ModelConfig, Transformer
@@ -228,6 +230,15 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
         save_pretrained(model, TOKENIZER, folder)
     assert files(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_model_of_transformers_is_told_its_own_way(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(InputError, match=r"a LlamaForCausalLM is not .*model.save_pretrained\(folder\)"):
+        save_pretrained(model, None, tmp_path / "folder")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a LlamaForCausalLM is not .*model.generate\(input_ids\)"):
+        generate(model, None, "text")  # type: ignore[arg-type, call-overload]
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_file_in_the_folders_place_is_an_input_error(tmp_path: Path) -> None:
