@@ -1,4 +1,4 @@
-"""LoRA on one layer: the configuration, where A and B start, and the low-rank update.
+"""LoRA on one layer: the configuration, and the low-rank update.
 
                  x (…, in)
                  │
@@ -26,9 +26,8 @@ QLoRA, W kept in NF4 and dequantized to use it: Dettmers et al. 2023, arXiv 2305
 
 import copy
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, AdapterConfig, ends_with, register
 from minilora.errors import InputError
+from minilora.initialization import gaussian, initialization, initializations, kaiming, options_by_key, read_options
 from minilora.layer_kinds import ConvKind, EmbeddingKind, LayerKind
 
 Value = TypeVar("Value")
@@ -96,10 +96,10 @@ class LoRAConfig(AdapterConfig):
         if self.bias not in ("none", "lora_only", "all"):
             raise InputError(f"LoRAConfig: bias={self.bias!r} is not one of 'none', 'lora_only', 'all'")
         if initialization(self.init_lora_weights) is None:
-            known = ", ".join(["True", "False", *sorted(repr(name) for name in _initializations)])
+            known = ", ".join(["True", "False", *sorted(repr(name) for name in initializations)])
             raise InputError(f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of {known}")
-        for key, options in _options.items():
-            checked = _read_options(key, options, getattr(self, key) or {})
+        for key, options in options_by_key.items():
+            checked = read_options(key, options, getattr(self, key) or {})
             if key == f"{self.init_lora_weights}_config":
                 object.__setattr__(self, key, asdict(checked))  # the defaults are written to PEFT's file too
 
@@ -112,7 +112,7 @@ class LoRAConfig(AdapterConfig):
     def init_options(self) -> Any:
         """The options of init_lora_weights: an EVAOptions for "eva", and so on."""
         key = f"{self.init_lora_weights}_config"
-        return _read_options(key, _options[key], getattr(self, key))
+        return read_options(key, options_by_key[key], getattr(self, key))
 
     def as_plain(self, times: int) -> "LoRAConfig":
         """The configuration of an adapter of `times` the rank, the same scaling and no special start."""
@@ -137,84 +137,6 @@ class LoRAConfig(AdapterConfig):
 def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
     """The value of the first pattern that matches the end of the path, by PEFT's rule."""
     return next((value for key, value in patterns.items() if ends_with(key, path)), default)
-
-
-# --- where A and B start ---------------------------------------------------------------------------------------------
-
-Initialization = Callable[["LoRA", nn.Module], None]  # sets lora_A and lora_B, given the layer that they adapt
-_initializations: dict[str, Initialization] = {}
-
-
-_options: dict[str, type] = {}  # of an initialisation, by the key of LoRAConfig that holds them
-
-
-def register_initialization(name: str, options: type | None = None) -> Callable[[Initialization], Initialization]:
-    """Decorator: `init_lora_weights=name` calls this; the name is a regular expression: "pissa_niter_[0-9]+".
-
-    options: a dataclass for what stands in `<name>_config` of LoRAConfig.
-    """
-
-    def remember(function: Initialization) -> Initialization:
-        _initializations[name] = function
-        if options is not None:
-            _options[f"{name}_config"] = options
-        return function
-
-    return remember
-
-
-def initialization(name: bool | str) -> Initialization | None:
-    """The function for a value of init_lora_weights, or None where there is none."""
-    if isinstance(name, bool):
-        return kaiming if name else random_start
-    return next((function for key, function in _initializations.items() if re.fullmatch(key, name)), None)
-
-
-def _read_options(key: str, options: type, values: Any) -> Any:
-    known = [field.name for field in fields(options)]
-    if not isinstance(values, Mapping) or not set(values) <= set(known):
-        raise InputError(f"LoRAConfig: {key} must be a dict with keys among {', '.join(known)}, not {values!r}")
-    try:
-        return options(**values)
-    except (InputError, TypeError) as error:  # TypeError: a value that cannot be compared with the limits
-        raise InputError(f"LoRAConfig: {key}: {error}") from None
-
-
-def require_linear(adapter: "LoRA", layer: nn.Module) -> None:
-    """Raises InputError for an embedding or a convolution, which PEFT has no such initialisation for either."""
-    if not adapter.kind.is_linear:
-        raise InputError(f"needs a linear layer, not {type(layer).__name__}: exclude it, or initialize with True")
-
-
-def weight_to_decompose(adapter: "LoRA", layer: nn.Module) -> Tensor:
-    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
-
-    Raises InputError for another layer, for a rank that W cannot have and for a scaling that is not positive.
-    """
-    require_linear(adapter, layer)
-    W = adapter.kind.weight(layer).detach().float()
-    if adapter.r > min(W.shape):
-        raise InputError(f"needs r of at most {min(W.shape)}, the rank of its weight {tuple(W.shape)}, not {adapter.r}")
-    if not adapter.scaling > 0:
-        raise InputError(f"needs lora_alpha above 0, not {adapter.lora_alpha:g}")
-    return W
-
-
-def kaiming(adapter: "LoRA", layer: nn.Module) -> None:
-    """A uniform in ±1/√in, B = 0: s·BA = 0, and training starts from the base model itself."""
-    nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
-    nn.init.zeros_(adapter.lora_B)
-
-
-def random_start(adapter: "LoRA", layer: nn.Module) -> None:
-    """A and B as they were drawn, so that the update is not zero: for tests."""
-
-
-@register_initialization("gaussian")
-def gaussian(adapter: "LoRA", layer: nn.Module) -> None:
-    """A ~ N(0, 1/r²), B = 0."""
-    nn.init.normal_(adapter.lora_A, std=1 / adapter.r)
-    nn.init.zeros_(adapter.lora_B)
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------

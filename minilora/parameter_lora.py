@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minilora.adapter import AdapterConfig
 from minilora.errors import InputError
+from minilora.initialization import gaussian, kaiming
 from minilora.layer_kinds import kind_of
-from minilora.lora import LoRAConfig, gaussian, kaiming
+from minilora.lora import LoRAConfig
 from minilora.targets import modules_before_adapters, nearest_names
 from minilora.trained_parts import Part
 

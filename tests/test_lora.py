@@ -539,6 +539,7 @@ def test_no_adapter_arithmetic_when_disabled_or_merged() -> None:
         ({"lora_alpha": "16"}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights"),
+        ({"init_lora_weights": None}, "init_lora_weights"),
     ],
 )
 def test_a_value_out_of_range_is_named(values: dict[str, Any], message: str) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import minilora.testing
 from minilora import adapter as registry
-from minilora import lora
 from minilora.adapter import AdapterConfig
 from minilora.adapters import add_adapter
 from minilora.errors import InputError
+from minilora.initialization import initializations
 from minilora.layer_kinds import EmbeddingKind
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
@@ -98,7 +98,7 @@ def test_no_variant_is_left_out() -> None:
     here = {variant for variant in registry._variants if variant.__module__.startswith("minilora.")}
     assert {registry.adapter_class(config) for config in VARIANTS.values()} == here
     starts = [config.init_lora_weights for config in VARIANTS.values() if isinstance(config, LoRAConfig)]
-    for name in lora._initializations:
+    for name in initializations:
         assert any(re.fullmatch(name, str(start)) for start in starts), name
 
 

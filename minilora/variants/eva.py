@@ -31,7 +31,8 @@ from minilora.calibration import Forward, as_list, as_mapping, language_model_lo
 from minilora.errors import InputError
 from minilora.generate import evaluating
 from minilora.incremental_pca import IncrementalPCA
-from minilora.lora import LoRA, LoRAConfig, kaiming, register_initialization, require_linear
+from minilora.initialization import kaiming, register_initialization, require_linear
+from minilora.lora import LoRA, LoRAConfig
 from minilora.progress import progress_bar
 
 MOST_PASSES = 100  # over the batches, for components that do not settle

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
+from minilora.initialization import register_initialization, weight_to_decompose
 from minilora.layer_kinds import NF4Kind
 from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRA, register_initialization, weight_to_decompose
+from minilora.lora import LoRA
 from minilora.nf4 import dequantize, quantize
 from minilora.variants.pissa import halves
 

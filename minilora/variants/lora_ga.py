@@ -27,7 +27,8 @@ from minilora.adapted_layer import AdaptedLayer
 from minilora.adapters import disable_adapters, refuse_merged
 from minilora.calibration import Forward, as_list, language_model_loss, loras_named
 from minilora.errors import InputError
-from minilora.lora import LoRA, kaiming, register_initialization, weight_to_decompose
+from minilora.initialization import kaiming, register_initialization, weight_to_decompose
+from minilora.lora import LoRA
 from minilora.low_rank import randomized_svd
 from minilora.progress import progress_bar
 

@@ -9,7 +9,8 @@ Büyükakyüz 2024, arXiv 2406.01775, section 3.
 import torch
 from torch import nn
 
-from minilora.lora import LoRA, register_initialization, weight_to_decompose
+from minilora.initialization import register_initialization, weight_to_decompose
+from minilora.lora import LoRA
 
 
 @register_initialization("olora")

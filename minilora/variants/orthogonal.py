@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.lora import LoRA, register_initialization, require_linear
+from minilora.initialization import register_initialization, require_linear
+from minilora.lora import LoRA
 
 
 @register_initialization("orthogonal")

@@ -11,7 +11,8 @@ Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 4. The randomized 
 import torch
 from torch import Tensor, nn
 
-from minilora.lora import LoRA, register_initialization, weight_to_decompose
+from minilora.initialization import register_initialization, weight_to_decompose
+from minilora.lora import LoRA
 from minilora.low_rank import randomized_svd
 
 
