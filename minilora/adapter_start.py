@@ -3,8 +3,9 @@
     "pissa", "olora"            B₀A₀ follows from the base weights: who loads the file derives it again, as PEFT does
     "pissa_niter_4", "lora_ga"  B₀A₀ came from random numbers or from data, which the file does not hold
     a base in 4 bits            B₀A₀ follows from the dequantized weights, which other tools and precisions do not have
+    "olora" on a Conv1D         PEFT decomposes W as it is stored, transposed, and so derives another B₀A₀
 
-In the last two cases, or when asked to, the adapter is written as the plain LoRA of twice the rank that it equals:
+In the last three cases, or when asked to, the adapter is written as the plain LoRA of twice the rank that it equals:
 
     s·(BA − B₀A₀) = s·[B − B₀, B₀] [A; A − A₀]
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from minilora.adapter import Adapter
 from minilora.errors import InputError
-from minilora.layer_kinds import NF4Kind
+from minilora.layer_kinds import NF4Kind, TransposedLinearKind
 from minilora.lora import LoRA, LoRAConfig
 
 
@@ -26,7 +27,9 @@ def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, 
     Raises InputError where as_lora is asked of what is no LoRA, or belongs on a base that LoftQ made.
     """
     lost = any(
-        not_derivable(getattr(adapter.config, "init_lora_weights", None)) or _starts_in_4_bits(adapter)
+        not_derivable(getattr(adapter.config, "init_lora_weights", None))
+        or _starts_in_4_bits(adapter)
+        or _starts_elsewhere_in_peft(adapter)
         for adapter in adapters.values()
     )
     return _plain(adapters) if as_lora or lost else adapters
@@ -58,7 +61,17 @@ def check_derived_start(adapters: Mapping[str, Adapter]) -> None:
                 f"init_lora_weights={adapter.config.init_lora_weights!r} starts from the full weights, and {path} is in"
                 " 4 bits: load the model without quantize=, and from there save_adapter(..., as_lora=True)"
             )
+        if _starts_elsewhere_in_peft(adapter):
+            raise InputError(
+                f"init_lora_weights='olora' on {path}, a Conv1D, whose weight PEFT decomposes transposed: the start is"
+                " not OLoRA's; merge the adapter where it was trained, with PEFT's merge_and_unload()"
+            )
 
 
 def _starts_in_4_bits(adapter: Adapter) -> bool:
     return isinstance(adapter, LoRA) and adapter.start_A is not None and isinstance(adapter.kind, NF4Kind)
+
+
+def _starts_elsewhere_in_peft(adapter: Adapter) -> bool:
+    is_olora = isinstance(adapter, LoRA) and adapter.config.init_lora_weights == "olora"
+    return is_olora and isinstance(adapter.kind, TransposedLinearKind)

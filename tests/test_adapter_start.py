@@ -11,6 +11,7 @@ import torch
 from adapter_helpers import IDS, logits, tiny_llama
 from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft_helpers import tiny_gpt2
 from torch import nn
 from training_helpers import PADDING, random_rows, tiny_base
 
@@ -143,6 +144,23 @@ def test_as_plain_lora_any_adapter_serves_anywhere(tmp_path: Path, init: str, co
         assert written["lora_alpha"] == 12
     if config == {"use_rslora": True}:
         assert written["lora_alpha"] == pytest.approx(6 * math.sqrt(times))
+
+
+def test_olora_on_a_conv1d_which_peft_starts_elsewhere(tmp_path: Path) -> None:
+    """GPT-2's attn.c_proj is square, so that no shape would tell."""
+    model = ours("olora", tiny_gpt2(), target_modules=["attn.c_proj"])
+    save_adapter(model, tmp_path / "ours")
+    assert config_in(tmp_path / "ours")["init_lora_weights"] is True
+    by_peft = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(by_peft), logits(model), **FLOAT32)
+    loaded = tiny_gpt2()
+    load_adapter(loaded, tmp_path / "ours")
+    torch.testing.assert_close(logits(loaded), logits(model), **FLOAT32)
+
+    config = peft.LoraConfig(target_modules=["attn.c_proj"], init_lora_weights="olora", fan_in_fan_out=True)
+    peft.get_peft_model(tiny_gpt2(), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(InputError, match=r"'olora' on transformer.h.0.attn.c_proj, a Conv1D"):
+        load_adapter(tiny_gpt2(), tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("init", LOST)
