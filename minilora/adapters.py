@@ -146,10 +146,12 @@ def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make these adapters, and no others, act and train; the updates of several add up.
 
-    Raises InputError for a name that the model does not have, and on a merged model.
+    Raises InputError for a name that the model does not have or that is given twice, and on a merged model.
     """
     names = [names] if isinstance(names, str) else list(names)
     check_names(model, names)
+    if len(set(names)) < len(names):
+        raise InputError(f"{names} has a name twice, whose update would count twice: give each once")
     refuse_merged(model)
     for path, layer in adapted_layers(model).items():
         together = [name for name in names if name in layer.adapters]

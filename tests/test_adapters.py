@@ -323,6 +323,14 @@ def test_a_name_that_cannot_be_is_refused(name: str) -> None:
     assert adapter_names(model) == ["default"]
 
 
+def test_an_adapter_cannot_act_twice() -> None:
+    model = adapted_llama()
+    before = logits(model)
+    with pytest.raises(InputError, match="twice"):
+        set_adapter(model, ["default", "default"])
+    assert torch.equal(logits(model), before)
+
+
 def test_unknown_names_are_named_with_those_that_exist() -> None:
     model = adapted_llama()
     for call in (set_adapter, adapter_parameters):
