@@ -87,11 +87,14 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, key), bool):  # a text "False" would count as true
+                raise InputError(f"LoRAConfig: {key} must be True or False, not {getattr(self, key)!r}")
         self.check_ranks()
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float):
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise InputError(f"LoRAConfig: lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
         if self.bias not in ("none", "lora_only", "all"):
             raise InputError(f"LoRAConfig: bias={self.bias!r} is not one of 'none', 'lora_only', 'all'")

@@ -101,10 +101,14 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
+    if type(modules[path]).__module__.startswith("peft."):
+        raise InputError(f"target_modules matches {path}, an adapter of PEFT: take it off with peft_model.unload()")
     if kind_of(modules[path]) is None:
+        matrices = [name for name, value in modules[path].named_parameters(recurse=False) if value.dim() in (2, 3)]
+        hint = f"; its {' and '.join(matrices)} can, named in target_parameters" if matrices else ""
         raise InputError(
             f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
-            " convolutions can take an adapter"
+            f" convolutions can take an adapter{hint}"
         )
     if _is_never_called(modules, path):
         raise InputError(

@@ -132,6 +132,15 @@ def test_targets_ranks_and_scalings_are_those_of_peft(
     assert found == expected
 
 
+def test_experts_and_peft_s_layers_are_told_where_they_go() -> None:
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4))
+    with pytest.raises(InputError, match="its gate_up_proj can, named in target_parameters"):
+        add_adapter(nn.ModuleDict({"experts": experts}), LoRAConfig(target_modules=["experts"]))
+    with pytest.raises(InputError, match=r"q_proj, an adapter of PEFT: take it off with peft_model.unload\(\)"):
+        add_adapter(peft_model(tiny_llama(), target_modules=["q_proj"]), LoRAConfig(target_modules=["q_proj"]))
+
+
 def test_all_linear_leaves_out_the_output_head() -> None:
     ours = Transformer(ModelConfig.from_hf({**SHAPE, "model_type": "llama", "rms_norm_eps": 1e-5}))
     for model in (tiny_llama(), tiny_llama(tied=True), ours):
@@ -154,6 +163,7 @@ def test_all_linear_leaves_out_the_output_head() -> None:
         ({"target_modules": ["input_layernorm"]}, "input_layernorm, a LlamaRMSNorm"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules=.* excludes every layer"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, "modules_to_save=.* excludes every layer"),
+        ({"target_modules": ["input_layernorm"]}, "can take an adapter$"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"qproj": 2}}, r"rank_pattern: 'qproj' matches no.*'q_proj'"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, r"alpha_pattern: 'v_proj' matches no layer"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"*q": 2}}, r"'\*q' is not a regular expression"),

@@ -452,6 +452,12 @@ def test_merging_what_is_not_finite_is_an_error_that_names_the_layer(value: floa
         layer.merge("model.layers.3.q_proj")
     assert not layer.merged
 
+    layer = lora_layer(nn.Linear(IN, OUT))
+    layer.adapters["default"].train_bias(layer.base_layer)
+    layer.adapters["default"].bias.data[2] = value
+    with pytest.raises(InputError, match=r"q_proj.*NaN"):
+        layer.merge("q_proj")
+
 
 def test_autocast_does_not_round_what_is_merged() -> None:
     layer = lora_layer(nn.Linear(IN, OUT))
@@ -537,7 +543,10 @@ def test_no_adapter_arithmetic_when_disabled_or_merged() -> None:
         ({"r": 2.5}, "rank"),
         ({"rank_pattern": {"q_proj": 0}}, "rank"),
         ({"lora_alpha": "16"}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"lora_dropout": "0.1"}, "lora_dropout"),
+        ({"use_dora": "False"}, "use_dora must be True or False, not 'False'"),
         ({"init_lora_weights": "pizza"}, "init_lora_weights"),
         ({"init_lora_weights": None}, "init_lora_weights"),
     ],
