@@ -168,7 +168,7 @@ class AdaptedLayer(nn.Module):
             raise InputError(f"{name}: cannot merge into a {type(base).__name__}: {error}") from None
         dtype = (base.compute_dtype or torch.float32) if isinstance(base, NF4Linear) else base.weight.dtype
         W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
-        if safe and not torch.isfinite(W).all():
+        if safe and not all(tensor.isfinite().all() for tensor in (W, bias) if tensor is not None):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
         dense = self.kind.with_weight(base, W, bias)
         self.put_in_place(dense)

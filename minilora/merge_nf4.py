@@ -87,7 +87,7 @@ def _belongs_in_4_bits(layer: AdaptedLayer, is_head: bool) -> bool:
 
 def _merged_weight(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
     W, bias = layer.merged_weight()
-    if not W.isfinite().all():
+    if not all(tensor.isfinite().all() for tensor in (W, bias) if tensor is not None):
         raise InputError(f"{path}: merging {layer.active} gives NaN or infinity; nothing was merged")
     return W, bias
 

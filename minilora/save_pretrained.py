@@ -116,12 +116,13 @@ def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -
 def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """weight, and bias if there is one, merged and dense, on the CPU."""
     W, bias = _weight_and_bias(layer)
-    W = W.to("cpu", dtype).contiguous()
-    if not W.isfinite().all():
-        raise InputError(f"{path}: the weight to save has NaN or infinity in {dtype}; nothing was saved")
-    tensors = {f"{path}.weight": W}
+    tensors = {f"{path}.weight": W.to("cpu", dtype).contiguous()}
     if bias is not None:
         tensors[f"{path}.bias"] = bias.detach().to("cpu", dtype)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            what = name.removeprefix(f"{path}.")
+            raise InputError(f"{path}: the {what} to save has NaN or infinity in {dtype}; nothing was saved")
     return tensors
 
 

@@ -458,6 +458,12 @@ def test_merging_what_is_not_finite_is_an_error_that_names_the_layer(value: floa
     with pytest.raises(InputError, match=r"q_proj.*NaN"):
         layer.merge("q_proj")
 
+    layer = lora_layer(nn.Linear(IN, OUT))
+    layer.adapters["default"].train_bias(layer.base_layer)
+    layer.adapters["default"].bias.data[2] = value
+    with pytest.raises(InputError, match=r"q_proj.*NaN"):
+        layer.merge("q_proj")
+
 
 def test_autocast_does_not_round_what_is_merged() -> None:
     layer = lora_layer(nn.Linear(IN, OUT))

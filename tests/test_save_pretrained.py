@@ -228,6 +228,11 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
         model.model.layers[1].mlp.up_proj.adapters["default"].lora_B[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: the weight to save has NaN or infinity"):
         save_pretrained(model, TOKENIZER, folder)
+    model = adapted("llama-bias")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.base_layer.bias[0] = float("inf")
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: the bias to save has NaN or infinity"):
+        save_pretrained(model, TOKENIZER, folder)
     assert files(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
