@@ -213,8 +213,11 @@ def merge(model: nn.Module, safe: bool = True) -> None:
     """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
 
     Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
-    saves the time of looking.
+    saves the time of looking. Raises it too where the model has adapters and none of them is active.
     """
+    layers = adapted_layers(model).values()
+    if layers and not any(layer.active for layer in layers):
+        raise InputError(f"no adapter is active, to be merged: set_adapter chooses among {adapter_names(model)}")
     try:
         for path, layer in adapted_layers(model).items():
             layer.merge(path, safe)

@@ -20,6 +20,7 @@ from minilora.adapters import (
     adapter_parameters,
     add_adapter,
     count_parameters,
+    delete_adapter,
     disable_adapters,
     find_targets,
     merge,
@@ -386,6 +387,17 @@ def test_merge_and_unmerge() -> None:
     assert torch.equal(logits(model), tuned)
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_merge_of_nothing_is_refused_where_there_are_adapters() -> None:
+    model = adapted_llama()
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"]), "second")
+    delete_adapter(model, "second")  # the active one
+    for call in (merge, lambda model: unload(model, merge=True)):
+        with pytest.raises(InputError, match=r"no adapter is active.*\['default'\]"):
+            call(model)
+    assert adapter_names(model) == ["default"]
+    merge(tiny_llama())
 
 
 def test_a_merge_that_fails_leaves_the_whole_model_unmerged() -> None:
