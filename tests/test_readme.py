@@ -33,9 +33,10 @@ def test_the_example_is_fifteen_lines_or_fewer():
 def test_the_variants_it_shows_can_be_added():
     import minilora as ml
 
-    model = tiny_base()
+    model = tiny_base(nf4=True)  # as the example above them leaves it
+    ml.add_adapter(model, ml.LoRAConfig(r=4, target_modules="all-linear"))
     exec(block("python", 1), {"ml": ml, "model": model})
-    assert ml.adapter_names(model) == ["default", "ia3", "pissa"]
+    assert ml.adapter_names(model) == ["default", "dora", "ia3", "pissa"]
 
 
 def test_every_page_it_links_to_exists():
