@@ -473,3 +473,12 @@ def test_deepcopy_and_state_dict_round_trip() -> None:
     twin.load_state_dict(model.state_dict())
     assert torch.equal(logits(twin), logits(model))
     assert any(isinstance(module, LoRALinear) for module in twin.modules())
+
+
+def test_no_adapter_is_added_where_adapters_are_switched_off() -> None:
+    """It would act in a `with` that promises the base model."""
+    model = adapted_llama(target_modules=["q_proj"])
+    with disable_adapters(model), pytest.raises(InputError, match="leave disable_adapters before 'two' is added"):
+        add_adapter(model, LoRAConfig(target_modules=["v_proj"]), "two")
+    assert adapter_names(model) == ["default"]
+    add_adapter(model, LoRAConfig(target_modules=["v_proj"]), "two")
