@@ -1,13 +1,14 @@
 """Kernels run on a GPU where there is one, and else in Triton's interpreter, on the CPU."""
 
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", "3.6", reason="needs triton: pip install minilora[gpu]")
+pytest.importorskip("triton", "3.6", reason="needs triton: pip install minilora[gpu]")
 
 from minilora.kernels.codes import INTERPRETED
 
@@ -17,7 +18,7 @@ from minilora.nf4 import QuantizedTensor
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-if INTERPRETED and triton.__version__.startswith("3.6"):
+if INTERPRETED and metadata.version("triton").startswith("3.6"):
     pytest.skip("Triton 3.6's interpreter fails with NumPy 2.4: needs a newer one, or a GPU", allow_module_level=True)
 
 runs_somewhere = pytest.mark.skipif(
