@@ -32,6 +32,7 @@ from minilora.adapter import Adapter, AdapterConfig, adapter_class, config_class
 from minilora.adapter_start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters import adapters_named, attach, build_adapters, find_targets
 from minilora.errors import InputError
+from minilora.layer_kinds import TransposedLinearKind
 from minilora.lora import LoRA
 from minilora.targets import modules_before_adapters, tied_head
 from minilora.trained_parts import Part, TrainedCopy
@@ -260,6 +261,8 @@ def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str,
         # PEFT knows a tied pair by the name lm_head, and would leave another one's head out.
         copies = [path for path, adapter in adapters.items() if isinstance(adapter, TrainedCopy)]
         values |= {"target_modules": targets, "modules_to_save": copies or None}
+    if "fan_in_fan_out" in values:  # as the layers are, whatever the user said
+        values["fan_in_fan_out"] = any(isinstance(adapters[path].kind, TransposedLinearKind) for path in targets)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     values = WRITTEN | values

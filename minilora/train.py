@@ -105,6 +105,7 @@ def train(
     optimizer.zero_grad()  # whatever a backward pass before left there
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
+    _check_rank_schedule(model, adapter, total_steps)
 
     _seed_everything(config.seed)
     run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
@@ -235,6 +236,16 @@ def _refuse_without_data(model: nn.Module, name: str) -> None:
                 f"adapter {name!r} has init_lora_weights={start!r} and has seen no data:"
                 f" call minilora.variants.{start}.initialize(model, batches, {name!r}) before train"
             )
+
+
+def _check_rank_schedule(model: nn.Module, name: str, total_steps: int) -> None:
+    """AdaLoRA's ranks come down over the steps that its configuration counts: in fewer they would not get there."""
+    planned = getattr(next(iter(adapters_named(model, name).values())).config, "total_step", None)
+    if planned is not None and planned > total_steps:
+        raise InputError(
+            f"adapter {name!r} was made with total_step={planned}, and this run has {total_steps} steps: its ranks"
+            " would not come down to target_r"
+        )
 
 
 def _master_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 from adapter_helpers import logits, peft_model, randomize, tiny_llama
+from peft_helpers import tiny_gpt2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -398,3 +400,15 @@ def test_only_keys_of_pefts_own_configurations_are_written() -> None:
         ours = config_class(peft_type)
         written = {field.name for field in fields(ours)} | peft_format.WRITTEN.keys()
         assert written - ours.peft_lacks <= {field.name for field in fields(theirs)}, peft_type
+
+
+@pytest.mark.parametrize(("target", "is_transposed"), [("c_attn", True), ("lm_head", False)])
+def test_how_the_layers_store_their_weight_is_written(tmp_path: Path, target: str, is_transposed: bool) -> None:
+    """PEFT warns, and mends it, where fan_in_fan_out is not what the layers are."""
+    model = tiny_gpt2()
+    add_adapter(model, LoRAConfig(target_modules=[target], fan_in_fan_out=not is_transposed))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is is_transposed
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fan_in_fan_out")
+        peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)

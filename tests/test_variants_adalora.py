@@ -244,9 +244,14 @@ def test_train_takes_the_term_into_the_loss(tmp_path: Path) -> None:
 def test_the_term_counts_once_a_step_however_many_passes_it_has(tmp_path: Path) -> None:
     values = []
     for passes in (1, 4):
-        split = {"batch_size": 4 // passes, "gradient_accumulation_steps": passes, "max_steps": 2}
+        split = {"batch_size": 4 // passes, "gradient_accumulation_steps": passes}
         values.append(train_tiny(tmp_path / str(passes), dropout=0.0, eps=1e-3, **split)[1])
     assert_same(*values, atol=1e-5)  # float32 sums in another order; eps keeps AdamW from dividing them by themselves
+
+
+def test_fewer_steps_than_the_ranks_need_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="total_step=10, and this run has 9 steps"):
+        train_tiny(tmp_path, max_steps=9)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 8])  # before the first allocation, between two, after the last
