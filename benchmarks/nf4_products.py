@@ -172,7 +172,7 @@ def run(rounds: int | None, device: torch.device) -> Result:
     seconds = {case: time_case(case, rounds, device) for case in track(cases(device.type), "products")}
     return Result(
         benchmark="kernels",
-        title="Products with an NF4 weight: ratio to each peer's time (below 1: faster), and share of the roofline",
+        title="Products with an NF4 weight; ratios: minilora's time over the peer's",
         machine=where,
         settings={
             "rounds": rounds,
