@@ -181,9 +181,9 @@ def test_defaults_are_those_of_peft() -> None:
 
 @pytest.mark.usefixtures("peft_on_the_cpu")
 def test_a_folder_goes_both_ways(tmp_path: Any) -> None:
-    """Who loads it has the full weights, and quantizes them again to the same Q."""
+    """Who loads it has the full weights, and quantizes them again to the same Q, which does not depend on s."""
     x = torch.randn(5, IN)
-    model = ours("loftq", **loftq(2, lora_alpha=R))
+    model = ours("loftq", **loftq(2, lora_alpha=3 * R))
     train(model)
     save_adapter(model, tmp_path / "ours")
     expected = peft.PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True)
