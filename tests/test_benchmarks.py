@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_table_json_and_plot(benchmarks, tmp_path, capsys):
     assert content["rows"] == result.rows
     assert content["raw"] == result.raw
     assert content["machine"]["threads"] == torch.get_num_threads()
-    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["machine"]["versions"]["torch"] == metadata.version("torch")
     assert set(content["machine"]) >= {"date", "device", "cpu", "cores", "load_average_before", "commit"}
 
 
