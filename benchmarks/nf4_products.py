@@ -69,17 +69,13 @@ def minilora(case: Case, weights: list[Tensor], x: Tensor) -> Call:
 
 
 def fused(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """The fused kernel alone, whatever NF4Linear would choose."""
-    from minilora.kernels.backward import backward
-    from minilora.kernels.gemv import gemv
-    from minilora.kernels.matmul import matmul
+    """The fused kernel alone, by the operator that NF4Linear calls below its crossover."""
+    from minilora.kernels import ops
 
-    packed = [nf4.quantize(W) for W in weights]
+    packed = [ops.packed(nf4.quantize(W)) for W in weights]
     if case.backward:
-        return lambda i: backward(x, packed[i % len(packed)])
-    if case.M == 1:
-        return lambda i: gemv(x[0], packed[i % len(packed)])
-    return lambda i: matmul(x, packed[i % len(packed)])
+        return lambda i: ops.nf4_backward(x, *packed[i % len(packed)])
+    return lambda i: ops.nf4_matmul(x, *packed[i % len(packed)], None)
 
 
 def one_pass(case: Case, weights: list[Tensor], x: Tensor) -> Call:

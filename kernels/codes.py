@@ -8,35 +8,27 @@ The product and the sum round twice, as bitsandbytes does it: every kernel is co
 that they do not become one fused multiply-add, and where a fused one is wanted, tl.fma says so.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minilora.errors import InputError
-from minilora.nf4 import QuantizedTensor, code, dynamic_map
+from minilora.kernel_dispatch import blocks_lie_in_rows
+from minilora.nf4 import QuantizedTensor, byte_pairs, dynamic_map
 
 NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.NESTED_BLOCK_SIZE
 
 
-@cache
-def pair_table(device: torch.device) -> Tensor:
-    """The two float32 values of each byte, the high nibble's in the low half of one int64: (256,)."""
-    byte = torch.arange(256, device=device)
-    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).view(torch.int64).view(-1)
-
-
 def buffers(q: QuantizedTensor) -> tuple[Tensor, ...]:
-    """What every kernel takes of q: codes, absmax, nested_absmax, offset, dynamic map, pair table.
+    """What every kernel takes of q: codes, absmax, nested_absmax, offset, dynamic map, table of pairs.
 
     Without double quantization the two in the middle are never read.
     """
     nested = q.absmax if q.nested_absmax is None else q.nested_absmax
     offset = q.absmax if q.offset is None else q.offset
     device = q.codes.device
-    return q.codes, q.absmax, nested, offset, dynamic_map(device), pair_table(device)
+    return q.codes, q.absmax, nested, offset, dynamic_map(device), byte_pairs(device)
 
 
 @triton.jit
@@ -67,7 +59,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # kernels run as Python, on a CPU
 
 def check_rows(q: QuantizedTensor) -> None:
     """Raise InputError where the blocks of a matrix do not lie within its rows, 64 or more weights each."""
-    if q.block_size < 64 or q.shape[1] % q.block_size:
+    if not blocks_lie_in_rows(q):
         raise InputError(
             f"blocks of {q.block_size} in rows of {q.shape[1]}: the fused kernels need block_size >= 64, and rows that"
             " it divides; dequantize and multiply instead"

@@ -5,7 +5,7 @@
                                                      x_A = x A^T, B with the LoRA scaling in it
 
 Memory traffic for M ≪ N, K: the N·K weights at 4.127 bits (double quantization) against 16 in bfloat16: at M = 1 a
-bandwidth-bound layer can be at most 3.87 times as fast. It stays bandwidth-bound up to M ≈ 76 on an H100.
+bandwidth-bound layer can be at most 3.87 times as fast. By arithmetic it stays bandwidth-bound up to M ≈ 76 on an H100.
 
 A byte holds the weights of two neighbouring k. A sum has no order, so instead of putting them side by side again,
 which costs more than the product, x is split the same way:  Σ_k = Σ_{even k} + Σ_{odd k}, two products of half the

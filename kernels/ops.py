@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
 
-from . import backward, dequantize, matmul
+from . import backward, dequantize, gemv, matmul
 
 
 def packed(q: QuantizedTensor) -> tuple[Any, ...]:
@@ -43,8 +43,11 @@ def nf4_matmul(
     x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
     N: int, K: int, block_size: int, add: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """x W^T (+ add): x (M, K), add (M, N) in x's dtype -> (M, N)."""
-    return matmul.matmul(x, _unpacked(codes, absmax, nested_absmax, offset, N, K, block_size), add)
+    """x W^T (+ add): x (M, K), add (M, N) in x's dtype -> (M, N). A single row has a kernel of its own."""
+    q = _unpacked(codes, absmax, nested_absmax, offset, N, K, block_size)
+    if len(x) == 1:
+        return gemv.gemv(x[0], q, None if add is None else add[0])[None]
+    return matmul.matmul(x, q, add)
 
 
 @torch.library.custom_op("minilora::nf4_backward", mutates_args=())

@@ -79,7 +79,7 @@ def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor
     rows (M, K) and add (M, N) in float32, bfloat16 or float16 (with `transpose` (M, N), and no add).
     """
     limit = crossovers(rows.device)
-    if not 0 < len(rows) <= (limit.backward if transpose else limit.forward) or not _blocks_lie_in_rows(q):
+    if not 0 < len(rows) <= (limit.backward if transpose else limit.forward) or not blocks_lie_in_rows(q):
         return None
     if rows.dtype == torch.float64 or (transpose and add is not None):
         return None
@@ -90,7 +90,7 @@ def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor
     return ops.nf4_matmul(rows, *ops.packed(q), add)
 
 
-def _blocks_lie_in_rows(q: QuantizedTensor) -> bool:
+def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
     """The fused kernels multiply each row's blocks by their absmax; where blocks straddle rows they cannot."""
     return q.block_size >= 64 and q.shape[1] % q.block_size == 0
 

@@ -253,11 +253,11 @@ def _decode(codes: Tensor) -> Tensor:
     """
     index = workspace("index", codes.numel(), torch.int32, codes.device).copy_(codes)
     pairs = workspace("pairs", codes.numel(), torch.int64, codes.device)
-    return torch.index_select(_byte_pairs(codes.device), 0, index, out=pairs).view(torch.float32)
+    return torch.index_select(byte_pairs(codes.device), 0, index, out=pairs).view(torch.float32)
 
 
 @cache
-def _byte_pairs(device: torch.device) -> Tensor:
+def byte_pairs(device: torch.device) -> Tensor:
     """The two float32 values of each byte, as one int64: a single lookup moves both."""
     byte = torch.arange(256, device=device)
     return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).view(torch.int64).view(-1)

@@ -43,6 +43,8 @@ def test_what_is_added_in_the_epilogue(M: int, N: int, K: int, r: int, dtype: to
     assert_near(matmul(x, q, bias, xA, B), exact, *wide, dtype)
     assert_near(matmul(x, q, bias), exact - xA.double() @ B.double().T, x, W, dtype)
     add = rows(M, N, dtype, 4)
+    W32, row = weight(q, torch.float32), x[:1]
+    assert_near(gemv(x[0], q, add[0])[None], row.double() @ W32.double().T + add[:1].double(), row, W32, dtype)
     assert_near(matmul(x, q, add), x.double() @ W.double().T + add.double(), x, W, dtype)
 
 

@@ -48,3 +48,14 @@ def test_a_compiled_function_holds_the_operator_without_a_graph_break() -> None:
     assert torch.equal(compiled(x), layer(x))
     expected, got = (torch.autograd.grad(f(x).sum(), x)[0] for f in (layer, compiled))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_single_row_has_its_own_kernel_and_the_same_result(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = packed(9, 64)
+    x, add = torch.randn(rows, 64, device=DEVICE), torch.randn(rows, 9, device=DEVICE)
+    expected = add + x @ weight(q, torch.float32).T
+    other = (ops.matmul, "matmul") if rows == 1 else (ops.gemv, "gemv")
+    monkeypatch.setattr(*other, lambda *_: pytest.fail(f"{rows} rows went to {other[1]}"))
+    got = ops.nf4_matmul(x, *ops.packed(q), add)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products in another order

@@ -85,7 +85,7 @@ def test_code_is_normal_quantiles_in_float64():
 
 
 def test_tables_ignore_the_callers_defaults():
-    tables = (nf4.code, nf4.dynamic_map, nf4._rounding_table, nf4._byte_pairs)
+    tables = (nf4.code, nf4.dynamic_map, nf4._rounding_table, nf4.byte_pairs)
     for table in tables:
         table.cache_clear()
     w = weights("normal", 64 * 1024, torch.bfloat16)
