@@ -145,9 +145,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return _read_file(path)
     try:
         place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: _read_file(path.with_name(Path(name).name)) for name in sorted(set(place.values()))}
+        shards = {name: path.with_name(Path(name).name) for name in sorted(set(place.values()))}  # in this folder only
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{index} is not the index of a sharded safetensors file: {error!r}") from None
+    files = {name: _read_file(shard) for name, shard in shards.items()}
     for key, name in place.items():
         if key not in files[name]:
             raise InputError(f"{path.with_name(name)} lacks {key}, which {INDEX} says it holds")
@@ -205,6 +206,10 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
             raise InputError(f"{path}: {key} has shape {shapes}")
         if tensor.is_floating_point() and not tensors[key].is_floating_point():
             raise InputError(f"{path}: {key} holds {tensors[key].dtype}, not floating-point numbers")
+        if not tensors[key].isfinite().all():
+            raise InputError(
+                f"{path}: {key} holds NaN or infinity: its training had diverged, take an earlier checkpoint"
+            )
 
 
 def _some(keys: set[str], most: int = 6) -> str:
