@@ -175,6 +175,8 @@ class Transformer(nn.Module):
     transformers' generate does; `cache` a KVCache that already holds past = S - T tokens and receives the new ones.
     Returns the logits (B, T, V), or with a bool mask `logits_at` (B, T) only the chosen positions' (n, V), in row-major
     order: the head, a fifth of a small model's work, then runs only there. Logits at padded positions mean nothing.
+
+    hidden_states: the same without the head, (B, T, hidden) or (n, hidden) at `logits_at`: what lm_head multiplies.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -193,6 +195,16 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        return self.lm_head(self.hidden_states(input_ids, attention_mask, position_ids, cache, logits_at))
+
+    def hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -222,7 +234,7 @@ class Transformer(nn.Module):
             cache.length += T
         if logits_at is not None:
             x = x[logits_at]
-        return self.lm_head(self.model.norm(x))
+        return self.model.norm(x)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
