@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, Below, without_autocast
 from minilora.errors import InputError
+from minilora.fused_lora import LoRAProduct, fused_lora, runs_as_written
 from minilora.layer_kinds import LayerKind, kind_of, linear_onto
 from minilora.linear4bit import NF4Linear
+from minilora.nf4 import QuantizedTensor
+from minilora.shared_input import is_plainly_called
 
 if TYPE_CHECKING:
     from minilora.mixed_batch import RowNames
@@ -216,6 +219,23 @@ class LoRALinear(AdaptedLayer):
     them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.shared_part(x)
+        return super().forward(x) if part is None else fused_lora(x, None, [part])[0]
+
+    def shared_part(self, x: Tensor) -> LoRAProduct | None:
+        """What forward computes, for `shared_input.project`: where one plain LoRA acts, on a frozen W; else None."""
+        adapters = self.acting_adapters()
+        if self.row_names is not None or len(adapters) != 1 or type(self).forward is not LoRALinear.forward:
+            return None
+        adapter = adapters[0]
+        if not is_plainly_called(adapter) or self.own_bias(adapters) is not None or not runs_as_written(x):
+            return None
+        W, low_rank = _frozen_weight(self.base_layer, x.dtype), adapter.low_rank()
+        if W is None or low_rank is None:
+            return None
+        return LoRAProduct(W, self.base_layer.bias, *low_rank)
+
     def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
         base = self.base_layer
         if not _is_plain(base):
@@ -238,8 +258,13 @@ class LoRALinear(AdaptedLayer):
 
 def _is_plain(base: nn.Module) -> TypeGuard[nn.Linear]:
     """True if nothing but W x + b happens in a call of the base layer, so that its product can be made here."""
-    return (
-        type(base) is nn.Linear
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in base.__dict__  # accelerate sets one there, which fetches the weight first
-    )
+    return type(base) is nn.Linear and is_plainly_called(base)
+
+
+def _frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor | QuantizedTensor | None:
+    """W, where a call of the base layer is W x + b in this dtype and neither is trained; else None."""
+    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)) or not is_plainly_called(base):
+        return None
+    if type(base) is NF4Linear and base.compute_dtype in (None, dtype):
+        return base.quantized()
+    return base.weight if type(base) is nn.Linear and base.weight.dtype == dtype else None

@@ -129,6 +129,10 @@ class Adapter(nn.Module):
         y = self.kind.apply(x, delta.to(x.dtype) if x.is_floating_point() else delta)
         return y if add is None else add + y
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in), B (out, r), s where forward now gives s·B(A x), to be computed together with W x; else None."""
+        return None
+
     # --- what any other variant implements
 
     def transform(self, x: Tensor, below: "Below", add: Tensor | None = None) -> Tensor:

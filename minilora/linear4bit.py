@@ -56,6 +56,21 @@ def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | No
     return rows @ matrix if add is None else torch.addmm(add, rows, matrix)
 
 
+def nf4_product_onto(y: Tensor, rows: Tensor, q: QuantizedTensor, transpose: bool = False) -> Tensor:
+    """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype; in the memory of y where no graph is recorded.
+
+    For the forward and backward of an autograd.Function, which has no further use for y: (M, out), rows (M, in).
+    """
+    if torch.is_grad_enabled():  # a backward that is to be differentiated itself
+        recorded: Tensor = _NF4Product.apply(rows, y, q, rows.dtype, transpose)
+        return recorded
+    product = fused_product(rows, q, transpose, None if transpose else y)
+    if product is not None:
+        return product.add_(y) if transpose else product
+    W = temporary_weight(q, rows.dtype)
+    return y.addmm_(rows, W if transpose else W.T)
+
+
 class NF4Linear(nn.Module):
     """y = x W^T + bias, with W (out_features, in_features) frozen in NF4.
 

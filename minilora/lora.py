@@ -249,6 +249,11 @@ class LoRA(Adapter):
         sB = (self.scaling * B).to(dtype)  # s before the cast: one rounding, not two
         return self.kind.pointwise(self.kind.apply(x, A.to(dtype)), sB, add)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        if type(self) is not LoRA or (self.training and self.config.lora_dropout):  # a subclass may compute otherwise
+            return None
+        return *self.factors(), self.scaling
+
     def delta(self) -> Tensor:
         """What a merge adds to W: s·BA (out, in, *kernel), in float32 even where the masters were made bfloat16."""
         A, B = self.factors()

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora.attention import attend, attention_mask_to_add
 from minilora.errors import InputError
 from minilora.model_config import ModelConfig
+from minilora.shared_input import project, project_swiglu
 
 __all__ = ["KVCache", "ModelConfig", "Transformer"]
 
@@ -111,9 +111,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (each.view(B, T, -1, self.head_dim) for each in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
@@ -133,7 +132,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return project_swiglu(gate, up, self.down_proj)
 
 
 class Block(nn.Module):
