@@ -3,23 +3,32 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import LLAMA, VOCABULARY, random_rows, tiny_model
 
 from minilora import loss as loss_module
+from minilora.adapters import add_adapter, disable_adapters
 from minilora.data import Example, collate
-from minilora.loss import held_out_loss, label_tokens, summed_cross_entropy, summed_loss
+from minilora.linear4bit import NF4Linear
+from minilora.lora import LoRAConfig
+from minilora.loss import held_out_loss, label_tokens, linear_cross_entropy, summed_cross_entropy, summed_loss
 from minilora.model import ModelConfig, Transformer
 
+N, HIDDEN = 10, 12
 
-@pytest.fixture(params=[1, 3 * VOCABULARY, 2**21], ids=["row by row", "three rows", "all rows"])
+
+@pytest.fixture(params=[(1, 1), (4, VOCABULARY), (4, 2**20), (64, 2**20)], ids=str)
 def chunk(request, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", request.param)
+    rows, elements = request.param
+    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(loss_module, "CACHE_ELEMENTS", elements)
 
 
 def logits_and_targets(dtype=torch.float32):
     random = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(10, VOCABULARY, generator=random)
-    return logits.to(dtype).requires_grad_(), torch.randint(0, VOCABULARY, (10,), generator=random)
+    logits = 4 * torch.randn(N, VOCABULARY, generator=random)
+    return logits.to(dtype).requires_grad_(), torch.randint(0, VOCABULARY, (N,), generator=random)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -33,13 +42,7 @@ def test_cross_entropy_equals_torch():
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)  # exp(z − log Z): some float32 ulps
 
 
-@pytest.mark.usefixtures("chunk")
-def test_cross_entropy_gradient_is_right_by_finite_differences():
-    logits, targets = logits_and_targets(torch.float64)
-    assert torch.autograd.gradcheck(lambda z: summed_cross_entropy(z, targets), logits)
-
-
-def test_bfloat16_is_summed_in_float32_and_its_gradient_rounded_once():
+def test_bfloat16_is_summed_in_float32_and_its_gradient_rounded_once_and_scaled():
     logits, targets = logits_and_targets(torch.bfloat16)
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="sum")
@@ -48,14 +51,177 @@ def test_bfloat16_is_summed_in_float32_and_its_gradient_rounded_once():
     (gradient,) = torch.autograd.grad(loss / 7, logits)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    # one rounding to 8 significant bits: at most half an ulp, 2^-8, with float32's own error beside it
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-8 + 1e-5, atol=1e-9)
+    # rounded to 8 significant bits, then divided by 7 and rounded again: at most half an ulp, 2^-8, each
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=1e-9)
 
 
-def test_no_row_at_all():
-    loss = summed_cross_entropy(torch.zeros(0, VOCABULARY, requires_grad=True), torch.zeros(0, dtype=torch.int64))
+# --- through the head -------------------------------------------------------------------------------------------------
+
+
+def dense_head(bias=False, trained=False):
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=bias)
+    nn.init.normal_(head.weight)
+    return head.requires_grad_(trained)
+
+
+def adapted_head(head=None, **config):
+    parent = nn.ModuleDict({"body": nn.Linear(2, 2), "lm_head": head or dense_head()})
+    add_adapter(parent, LoRAConfig(**({"r": 3, "target_modules": ["lm_head"]} | config)))
+    with torch.no_grad():
+        for parameter in parent.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))  # B is not zero, nor the copy that of before
+    return parent["lm_head"]
+
+
+def hooked_head():
+    head = dense_head()
+    head.scale = torch.ones((), requires_grad=True)  # of the hook alone: no parameter of the head
+    head.register_forward_hook(lambda module, args, y: y * module.scale)
+    return head
+
+
+HEADS = {
+    "frozen": dense_head,
+    "trained": lambda: dense_head(bias=True, trained=True),
+    "bias": lambda: dense_head(bias=True),
+    "NF4": lambda: NF4Linear.from_linear(dense_head()),
+    "LoRA": adapted_head,
+    "LoRA on NF4": lambda: adapted_head(NF4Linear.from_linear(dense_head())),
+    "DoRA": lambda: adapted_head(use_dora=True),
+    "a copy": lambda: adapted_head(target_modules=["body"], modules_to_save=["lm_head"]),
+    "a hook": hooked_head,
+}
+
+
+def hidden_and_targets(dtype=torch.float32):
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(N, HIDDEN, generator=random)
+    return hidden.to(dtype).requires_grad_(), torch.randint(0, VOCABULARY, (N,), generator=random)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("head", HEADS)
+def test_through_any_head_it_is_that_of_its_whole_logits(head):
+    torch.manual_seed(0)
+    head = HEADS[head]()
+    hidden, targets = hidden_and_targets()
+    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    if hasattr(head, "scale"):
+        inputs.append(head.scale)
+    expected = F.cross_entropy(head(hidden), targets, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected / 7, inputs)
+    loss = linear_cross_entropy(hidden, head, targets)
+    gradients = torch.autograd.grad(loss / 7, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # 10 float32 terms in another order
+    for gradient, like in zip(gradients, expected_gradients, strict=True):
+        # float32 sums in another order, relative to the largest entry
+        torch.testing.assert_close(gradient, like, rtol=0, atol=2e-6 * like.abs().max().item())
+
+
+@pytest.mark.usefixtures("chunk")
+def test_gradients_are_right_by_finite_differences():
+    head = dense_head(bias=True, trained=True).double()
+    hidden, targets = hidden_and_targets(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, *_: linear_cross_entropy(h, head, targets), (hidden, head.weight, head.bias)
+    )
+    assert torch.autograd.gradcheck(lambda z: summed_cross_entropy(z, targets), logits_and_targets(torch.float64)[0])
+
+
+def test_a_bfloat16_head_against_float64():
+    head = dense_head().to(torch.bfloat16)
+    hidden, targets = hidden_and_targets(torch.bfloat16)
+    exact = hidden.detach().double().requires_grad_()
+    with torch.no_grad():
+        rounding = (head(hidden).double() - exact @ head.weight.double().T).abs().max().item()
+    expected = F.cross_entropy(exact @ head.weight.double().T, targets, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    loss = linear_cross_entropy(hidden, head, targets)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+    # the logits are rounded, and |∂L/∂z| of a row sums to 2 at most; then float32
+    assert abs(loss.item() - expected.item()) <= 2 * N * rounding + 1e-5 * expected.item()
+    # softmax of such logits errs by a factor of e^(2 rounding); one rounding of it, one of the product
+    scale = expected_gradient.abs().max().item()
+    assert (gradient.double() - expected_gradient).abs().max().item() <= (2 * rounding + 2**-7) * scale
+
+
+def test_a_hook_on_a_parameter_sees_its_gradient_once():
+    head = dense_head(trained=True)
+    hidden, targets = hidden_and_targets()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets), head.weight)
+    head.weight.register_hook(lambda gradient: 3 * gradient)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets), head.weight)
+    torch.testing.assert_close(gradient, 3 * expected, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+def test_no_gradient_where_nothing_trains():
+    head, targets = adapted_head(), hidden_and_targets()[1]
+    parent = nn.ModuleDict({"lm_head": head})
+    hidden = hidden_and_targets()[0].detach()
+    assert linear_cross_entropy(hidden, head, targets).requires_grad
+    with disable_adapters(parent):
+        assert not linear_cross_entropy(hidden, head, targets).requires_grad
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor that any operation gives, in numbers, and how many matrix products there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.largest = max(self.largest, tensor.numel())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return result
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_logits_never_exist(monkeypatch, tied):
+    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 4)
+    model = tiny_model().requires_grad_(False)
+    if not tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    hidden = torch.randn(100, LLAMA["hidden_size"], requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (100,))
+    with Watch() as whole:
+        F.cross_entropy(model.lm_head(hidden), targets).backward()
+    with Watch() as chunked:
+        linear_cross_entropy(hidden, model.lm_head, targets).backward()
+    assert whole.largest == 100 * VOCABULARY
+    assert chunked.largest == hidden.numel() < whole.largest, "the hidden states' gradient is the largest"
+
+
+def test_backward_only_scales_and_evaluation_takes_no_gradient(monkeypatch):
+    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 5)
+    head = dense_head()
+    hidden, targets = hidden_and_targets()
+    with Watch() as forward:
+        loss = linear_cross_entropy(hidden, head, targets)
+    with Watch() as backward:
+        loss.backward()
+    with Watch() as evaluation, torch.no_grad():
+        assert linear_cross_entropy(hidden, head, targets) == loss
+    assert (forward.products, backward.products, evaluation.products) == (4, 0, 2)
+
+
+@pytest.mark.parametrize("head", [nn.Identity(), nn.Linear(VOCABULARY, VOCABULARY)])
+def test_no_row_at_all(head):
+    hidden = torch.zeros(0, VOCABULARY, requires_grad=True)
+    loss = linear_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.int64))
     loss.backward()
     assert loss.item() == 0
+
+
+# --- of a model -------------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_predicted_by_the_token_before():
@@ -67,10 +233,12 @@ def test_labels_are_predicted_by_the_token_before():
     torch.testing.assert_close(summed_loss(model, collate([example], 0)), expected, rtol=1e-6, atol=0)
 
 
-def test_equal_to_transformers_and_through_a_transformers_model():
+@pytest.mark.parametrize("tied", [True, False])
+def test_equal_to_transformers_and_through_a_transformers_model(tied):
     transformers = pytest.importorskip("transformers")
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
-    model = Transformer(ModelConfig.from_hf(LLAMA)).eval()
+    config = LLAMA | {"tie_word_embeddings": tied}
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    model = Transformer(ModelConfig.from_hf(config)).eval()
     model.load_state_dict(reference.state_dict())
     rows = random_rows(6)
     batch = collate(rows, 0)
@@ -79,6 +247,14 @@ def test_equal_to_transformers_and_through_a_transformers_model():
     # two implementations of the same float32 forward pass
     assert summed_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
     assert summed_loss(reference, batch).item() == pytest.approx(expected, rel=1e-6)
+    mean.backward()
+    (summed_loss(model, batch) / label_tokens(rows)).backward()
+    ours, theirs = (dict(each.named_parameters()) for each in (model, reference))
+    for name, parameter in ours.items():  # a tied weight has the head's gradient and the embedding's
+        # two implementations of the same float32 backward pass, relative to the largest entry
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, rtol=0, atol=1e-5 * theirs[name].grad.abs().max().item()
+        )
 
 
 def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batches():

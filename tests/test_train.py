@@ -423,7 +423,7 @@ def test_a_loss_that_is_nan_names_step_rows_and_checkpoint(tmp_path):
         )  # no longer the head's: only the row that reads token 63 is poisoned
         model.model.embed_tokens.weight[63] = math.nan
     states = []
-    model.register_forward_pre_hook(lambda *_: states.append(trained(model)))
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: states.append(trained(model)))
     settings = {"batch_size": 1, "gradient_accumulation_steps": 4, "save_every": 1}
     with pytest.raises(DivergedError) as diverged:
         run(model, rows, tmp_path, **settings)
