@@ -10,7 +10,7 @@ import torch
 from benchmarks.output import print_table, write
 from minilora.errors import InputError
 
-# name -> module with `run(rounds, device) -> Result`
+# name -> module with `run(rounds, device) -> Result`; that of "train" takes `only` too
 BENCHMARKS = {
     "train": "benchmarks.train_step",
     "merge": "benchmarks.merge",
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="minilora beside its peers, in one run")
     parser.add_argument("names", nargs="*", metavar="name", help="benchmarks to run; none: list them")
     parser.add_argument("--rounds", type=int, help="rounds to measure; each runs every contender once")
+    parser.add_argument("--only", metavar="TEXT", help="of train: the configurations whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and the plot")
     options = parser.parse_args(argv)
@@ -41,8 +42,11 @@ def run(options: argparse.Namespace) -> None:
     for name in options.names:
         if name not in BENCHMARKS:
             raise InputError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    if options.only is not None and options.names != ["train"]:
+        raise InputError("--only chooses configurations of 'train', which has to be named alone")
+    choice = {} if options.only is None else {"only": options.only}
     for name in options.names:
-        result = importlib.import_module(BENCHMARKS[name]).run(options.rounds, torch.device(options.device))
+        result = importlib.import_module(BENCHMARKS[name]).run(options.rounds, torch.device(options.device), **choice)
         print_table(result)
         for path in write(result, options.output):
             print(path)

@@ -1,0 +1,209 @@
+"""What `python -m benchmarks train` trains: its configurations, their rows, their base weights, their least work."""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.bfcl import load_bfcl
+from minilora.checkpoint import Checkpoint
+from minilora.data import Example, batches, encode_rows
+from minilora.fetch import model_file
+from minilora.gguf_checkpoint import GGUFCheckpoint
+from minilora.lora import LoRAConfig
+from minilora.model import ModelConfig, Transformer
+from minilora.tokenizer import Tokenizer
+
+MODEL = "smollm2-135m-instruct"
+DEMO_LENGTH = 180  # tokens; the demo leaves longer rows out
+HELD_OUT_ROWS = 64
+LORA = LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
+SEED, LEARNING_RATE, MAX_GRAD_NORM = 0, 2e-3, 1.0
+WARMUP = 1  # rounds that are not counted: the first has AdamW's moments to make
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+                         "max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
+LLAMA_1B = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                    "num_attention_heads": 32, "tie_word_embeddings": True}  # fmt: skip
+LLAMA_8B = LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                    "num_attention_heads": 32, "tie_word_embeddings": False}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `length` None: the demo's rows, each learned in its answer; else rows of so many tokens.
+
+    `shape` is the config.json of a model of random weights; None is SmolLM2-135M, read from its GGUF file.
+    """
+
+    label: str
+    length: int | None
+    batch_size: int
+    quantize: bool
+    dtype: torch.dtype
+    gradient_checkpointing: bool = False
+    rounds: int = 4
+    shape: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __str__(self) -> str:
+        parts = [self.label, "QLoRA" if self.quantize else "LoRA", "bf16" if self.dtype == torch.bfloat16 else "fp32"]
+        return ", ".join(parts + ["checkpointing"] * self.gradient_checkpointing)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES = {
+    "cpu": [
+        Case("8 demo rows", None, 8, False, BF16, rounds=49),  # long enough for a held-out loss
+        Case("4 demo rows", None, 4, False, FP32, rounds=49),  # 50 steps whose losses should be PEFT's
+        Case("8 demo rows", None, 8, True, BF16, rounds=8),
+        Case("4 x 512", 512, 4, False, BF16),
+        Case("4 x 512", 512, 4, False, FP32, rounds=2),
+        Case("4 x 512", 512, 4, True, BF16),
+        Case("4 x 512", 512, 4, False, BF16, gradient_checkpointing=True, rounds=3),
+        Case("1 x 2048", 2048, 1, False, BF16),
+        Case("1 x 2048", 2048, 1, True, BF16, gradient_checkpointing=True, rounds=3),
+    ],
+    "cuda": [
+        Case("1B, 4 x 2048", 2048, 4, False, BF16, rounds=10, shape=LLAMA_1B),
+        Case("1B, 4 x 2048", 2048, 4, True, BF16, gradient_checkpointing=True, rounds=10, shape=LLAMA_1B),
+        Case("8B, 2 x 2048", 2048, 2, True, BF16, gradient_checkpointing=True, rounds=10, shape=LLAMA_8B),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case with the rows of its steps: all that a contender is told."""
+
+    case: Case
+    rows: list[Example]
+    held_out: list[Example]
+    device: torch.device
+
+    def batches(self) -> list[list[Example]]:
+        """The rows of every step, in the order in which minilora.train takes them."""
+        order = batches(self.rows, self.case.batch_size, SEED, group_by_length=True)
+        return [[self.rows[i] for i in indices] for indices in order]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises: a tenth."""
+        return math.ceil(len(self.rows) / self.case.batch_size / 10)
+
+
+def make_task(case: Case, steps: int, device: torch.device) -> Task:
+    """A case's rows for so many steps. The demo's also get held-out ones: its validation rows."""
+    count = steps * case.batch_size
+    if case.shape is not None:
+        return Task(case, _random_rows(case, count), [], device)
+    tokenizer, splits = Tokenizer.from_gguf(model_file(MODEL)), load_bfcl()
+    if case.length is None:
+        rows = encode_rows(splits["train"], tokenizer, DEMO_LENGTH).examples[:count]
+        held_out = encode_rows(splits["validation"], tokenizer, DEMO_LENGTH).examples[:HELD_OUT_ROWS]
+        return Task(case, rows, held_out, device)
+    ids = chain.from_iterable(example.input_ids for example in encode_rows(splits["train"], tokenizer).examples)
+    return Task(case, list(_cut(ids, case.length, count)), [], device)
+
+
+def _cut(ids: Iterator[int], length: int, count: int) -> Iterator[Example]:
+    """The demo's rows end to end, cut into equal ones. Every token is learned: no head is saved at any of them."""
+    for _ in range(count):
+        row = [next(ids) for _ in range(length)]
+        yield Example(row, [-100, *row[1:]])
+
+
+def _random_rows(case: Case, count: int) -> list[Example]:
+    """Rows of any tokens, every one learned: with random weights there is nothing to know about them."""
+    assert case.shape is not None and case.length is not None
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(case.shape["vocab_size"], (count, case.length), generator=generator)
+    return [Example(row, [-100, *row[1:]]) for row in ids.tolist()]
+
+
+# --- where every contender starts ------------------------------------------------------------------------------------
+
+
+def base_weights(case: Case, device: torch.device) -> Checkpoint:
+    """The base's configuration and tensors, by Hugging Face's names, rounded to the case's dtype."""
+    if case.shape is None:
+        return _RoundedGGUF(case.dtype)
+    return _RandomWeights(ModelConfig.from_hf(case.shape), case.dtype, device)
+
+
+class _RoundedGGUF(GGUFCheckpoint):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(model_file(MODEL))
+        self.dtype = dtype
+
+    def read(self, name: str) -> Tensor:
+        return super().read(name).to(self.dtype)
+
+
+class _RandomWeights:
+    """Tensors drawn when they are asked for, each from a seed of its own: equal in every process on one device."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        with torch.device("meta"):
+            self._shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def where(self, name: str) -> str:
+        return f"random weights: {name}"
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        # N(0, 1 / in_features): the activations keep their size from layer to layer
+        values = torch.empty(shape, device=self.device).normal_(generator=_generator(name, self.device))
+        return values.mul_(shape[1] ** -0.5).to(self.dtype)
+
+
+@torch.no_grad()
+def start_adapter(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give `<path>.lora_A` and `<path>.lora_B` the start they have by default, drawn from a seed of their name's.
+
+    A is uniform within 1 / sqrt(in_features), as Kaiming's with sqrt(5) has it; B is zero.
+    """
+    for name, parameter in parameters.items():
+        if name.endswith("lora_B"):
+            parameter.zero_()
+            continue
+        bound = parameter.shape[1] ** -0.5
+        A = torch.empty(parameter.shape).uniform_(-bound, bound, generator=_generator(name, torch.device("cpu")))
+        parameter.copy_(A)
+
+
+def _generator(name: str, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+
+
+# --- the least work --------------------------------------------------------------------------------------------------
+
+
+def least_flops(config: ModelConfig, examples: list[Example]) -> float:
+    """Operations that no step on these rows can do without: 4 N_frozen + 6 N_trained a token.
+
+    A product with a frozen weight is needed forward and for the input's gradient (2 + 2 a weight), with a trained one
+    also for its own gradient (+ 2). The head counts only where a token has a label. Not counted: attention's scores,
+    which at 2048 tokens are a third more in SmolLM2, the recomputation of checkpointing, and all that is elementwise.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    linears = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    frozen = sum(linear.weight.numel() for linear in linears)
+    trained = sum(LORA.r * (linear.in_features + linear.out_features) for linear in linears)
+    tokens = sum(len(example.input_ids) for example in examples)
+    labelled = sum(label != -100 for example in examples for label in example.labels[1:])
+    return tokens * (4 * frozen + 6 * trained) + labelled * 4 * model.lm_head.weight.numel()

@@ -1,0 +1,247 @@
+"""The trainers that `python -m benchmarks train` compares, each as its own documentation has it.
+
+All start from the same base and adapter weights, and take the same rows in the same order: AdamW, a cosine schedule
+after a warm-up, gradients clipped to 1, adapters in float32.
+
+minilora    `minilora.train`, the function that users call, with its log, at its default settings.
+PEFT        a plain PyTorch loop around a transformers model with SDPA attention, without the Trainer's own overhead.
+            For QLoRA without prepare_model_for_kbit_training, whose float32 head and norms would only slow it down.
+TRL         SFTTrainer on the same PEFT model, on rows already tokenized and labelled: its fused head and loss, in
+            bf16 its default mixed precision. Its packing needs flash attention, so neither does it pack on a CPU
+            nor would it gain from it on the rows of a GPU, which are not padded. Its QLoRA adapters are bfloat16.
+Unsloth     FastLanguageModel in the same plain loop, under the mixed precision that its trainer sets; on a GPU, where
+            it can be imported.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.training_cases import LEARNING_RATE, LORA, MAX_GRAD_NORM, MODEL, SEED, Task, base_weights, start_adapter
+from benchmarks.turns import Contender
+from minilora.adapters import adapter_parameters, add_adapter
+from minilora.checkpoint import assemble, save_pretrained
+from minilora.data import Example
+from minilora.errors import InputError
+from minilora.fetch import model_file
+from minilora.tokenizer import Tokenizer
+from minilora.train import TrainConfig, train
+
+PAD = 0  # any token: what stands in padding is neither seen nor learned
+PADDING = cast(Tokenizer, SimpleNamespace(pad_token_id=PAD))  # all that `train` asks of a tokenizer here
+
+
+def needed(name: str) -> Any:
+    """A package that only the benchmarks need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f'{error.name} is not installed: pip install "minilora[benchmarks]"') from None
+
+
+def minilora(task: Task) -> Contender:
+    case = task.case
+    model = assemble(base_weights(case, task.device), case.quantize, True, 64, case.dtype, task.device)
+    add_adapter(model, LORA)
+    start_adapter(adapter_parameters(model))
+
+    def run() -> list[float]:
+        with TemporaryDirectory() as folder:
+            config = TrainConfig(
+                output_dir=folder,
+                learning_rate=LEARNING_RATE,
+                warmup_steps=task.warmup_steps,
+                batch_size=case.batch_size,
+                max_length=max(len(example.input_ids) for example in task.rows),
+                max_grad_norm=MAX_GRAD_NORM,
+                gradient_checkpointing=case.gradient_checkpointing,
+                save_every=None,
+                progress=False,
+                seed=SEED,
+            )
+            history = train(model, PADDING, task.rows, config).history
+        return [record["loss"] for record in history if "loss" in record]
+
+    return Contender(model, run)
+
+
+def peft(task: Task) -> Contender:
+    model = peft_model(task)
+    if task.case.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return _plain_loop(task, model, nullcontext())
+
+
+def trl(task: Task) -> Contender:
+    needed("trl")
+    return _sft_trainer(task, peft_model(task))
+
+
+def unsloth(task: Task) -> Contender:
+    fast = needed("unsloth").FastLanguageModel  # imported first: it patches transformers and PEFT
+    case = task.case
+    with TemporaryDirectory() as folder:
+        base = assemble(base_weights(case, task.device), case.quantize, True, 64, case.dtype, task.device)
+        save_pretrained(base, Tokenizer.from_gguf(model_file(MODEL)), folder, in_4_bits=case.quantize)
+        del base
+        model, _ = fast.from_pretrained(
+            folder, max_seq_length=case.length, dtype=case.dtype, load_in_4bit=case.quantize
+        )
+    model = fast.get_peft_model(
+        model,
+        r=LORA.r,
+        lora_alpha=LORA.lora_alpha,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing="unsloth" if case.gradient_checkpointing else False,
+    )
+    start_adapter(_lora_parameters(model))
+    return _plain_loop(task, model, torch.autocast(task.device.type, case.dtype))
+
+
+CONTENDERS: dict[str, dict[str, Callable[[Task], Contender]]] = {
+    "cpu": {"PEFT": peft, "TRL": trl, "minilora": minilora},
+    "cuda": {"PEFT": peft, "TRL": trl, "Unsloth": unsloth, "minilora": minilora},
+}
+
+
+# --- what they are made of -------------------------------------------------------------------------------------------
+
+
+def peft_model(task: Task) -> Any:
+    """A transformers model of the same base weights, with PEFT's LoRA of the same start."""
+    peft, transformers = needed("peft"), needed("transformers")
+    weights = base_weights(task.case, task.device)
+    config = transformers.AutoConfig.for_model(**weights.config.to_hf())
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=task.case.dtype, attn_implementation="sdpa")
+    for name in list(dict(model.named_parameters())):
+        path, _, leaf = name.rpartition(".")
+        value, module = cast(Tensor, weights.read(name)).to(task.device), model.get_submodule(path)
+        if task.case.quantize and isinstance(module, nn.Linear) and path.startswith("model.layers."):
+            model.set_submodule(path, _linear4bit(value))
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
+    with torch.device(task.device):  # its frequencies are no parameters, and so are still on the meta device
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.is_loaded_in_4bit = task.case.quantize  # how PEFT, TRL and accelerate tell
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=LORA.r, lora_alpha=LORA.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    start_adapter(_lora_parameters(model))
+    return model
+
+
+def _linear4bit(weight: Tensor) -> nn.Module:
+    """A layer as transformers makes it for BitsAndBytesConfig(load_in_4bit, nf4, double quantization)."""
+    layer = needed("bitsandbytes").nn.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, True, "nf4")
+    layer.load_state_dict({"weight": weight})
+    return cast(nn.Module, layer.to(weight.device).requires_grad_(False))
+
+
+def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """PEFT's adapter parameters by the names that minilora gives them."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _plain_loop(task: Task, model: nn.Module, precision: AbstractContextManager[None]) -> Contender:
+    """Training as PEFT's quicktour has it without a Trainer: the model's own loss, backward, clip, step."""
+    transformers = needed("transformers")
+    steps = task.batches()
+
+    def run() -> list[float]:
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, task.warmup_steps, len(steps))
+        losses = []
+        for examples in steps:
+            batch = {name: tensor.to(task.device) for name, tensor in padded(examples).items()}
+            with precision:
+                loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    return Contender(model, run)
+
+
+def _sft_trainer(task: Task, model: nn.Module) -> Contender:
+    """TRL's trainer: its own collator, loop, precision and fused head, on the rows as they are."""
+    trl, datasets, transformers, tokenizers = map(needed, ("trl", "datasets", "transformers", "tokenizers"))
+    rows = [example for examples in task.batches() for example in examples]
+    config = trl.SFTConfig(
+        output_dir="unused",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential",
+        max_length=None,
+        per_device_train_batch_size=task.case.batch_size,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=task.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        bf16=task.case.dtype == torch.bfloat16,
+        gradient_checkpointing=task.case.gradient_checkpointing,
+        use_cpu=task.device.type == "cpu",
+        dataloader_pin_memory=task.device.type == "cuda",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    losses: list[Tensor] = []
+
+    class LossKeepingTrainer(trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = super().training_step(*args, **kwargs)
+            losses.append(loss)
+            return loss
+
+    vocabulary = tokenizers.models.WordLevel({"<pad>": PAD}, unk_token="<pad>")
+    trainer = LossKeepingTrainer(
+        model,
+        config,
+        train_dataset=datasets.Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(vocabulary), pad_token="<pad>", eos_token="<pad>"
+        ),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+
+    def run() -> list[float]:
+        trainer.train()
+        return [loss.item() for loss in losses]
+
+    return Contender(model, run)
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """input_ids, labels and attention_mask, padded on the right."""
+
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    ids = [example.input_ids for example in examples]
+    return {
+        "input_ids": pad(ids, PAD),
+        "labels": pad([example.labels for example in examples], -100),
+        "attention_mask": pad([[1] * len(row) for row in ids], 0),
+    }
