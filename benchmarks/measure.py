@@ -5,6 +5,7 @@ in rounds (A B C, then B C A, ...) on the same input, and what is compared is th
 """
 
 import gc
+import math
 import os
 import platform
 import re
@@ -39,19 +40,27 @@ class Spread:
         return cls(median(values), low, high)
 
 
+FEWEST_ROUNDS = 3  # a median of fewer says nothing
+
+
 def take_turns(
     contenders: Mapping[str, Callable[[int], object]],
     rounds: int,
     device: torch.device,
     warmup: int,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round; `contender(round)` does that round's work.
 
-    The first contender of a round is another one every time, and the first `warmup` rounds are not counted.
+    The first contender of a round is another one every time, and the first `warmup` rounds are not counted. No round
+    begins after so many `seconds`, except that three are counted in any case, or `rounds` where that is less.
     """
     names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.monotonic() + seconds
     for round in range(warmup + rounds):
+        if round >= warmup + FEWEST_ROUNDS and time.monotonic() > deadline:
+            break
         first = round % len(names)
         for name in names[first:] + names[:first]:
             _synchronize(device)
@@ -59,8 +68,8 @@ def take_turns(
             contenders[name](round)
             _synchronize(device)
             if round >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                taken[name].append(time.perf_counter() - started)
+    return taken
 
 
 def _synchronize(device: torch.device) -> None:
@@ -104,7 +113,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 # --- where it was measured --------------------------------------------------------------------------------------------
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "gemlite", "unsloth")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

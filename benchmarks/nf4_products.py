@@ -1,284 +1,271 @@
-"""kernels: products with an NF4 weight, forward and backward, against bitsandbytes and a dense weight.
+"""kernels: NF4 products and dequantization against bitsandbytes, gemlite, Unsloth and a dense weight.
 
 On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights rotated so that the L2 cache does not serve them,
-calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. On a CPU: SmolLM2-135M's
-shapes and 4096², as the layers are called. The share of the roofline is the time that the bytes (4.127 bits a weight,
-x and y once) or the operations would take at the speeds measured in the same run, whichever is longer.
+calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. minilora is there what the
+crossovers measured in the same run choose: the fused kernel, or one-pass dequantization and cuBLAS. On a CPU:
+SmolLM2-135M's shapes and 4096², as the layers are called.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import gc
+import math
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import product, takewhile
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import nf4_cases
 from benchmarks.measure import Spread, machine, take_turns
+from benchmarks.nf4_cases import Case, Speeds
+from benchmarks.nf4_contenders import CONTENDERS, OPTIONAL, Build, Weights, left_out
+from benchmarks.nf4_plot import plot
+from benchmarks.nf4_targets import Times, share_of_roofline, target_lines
 from benchmarks.output import Result
-from minilora import nf4
 from minilora.errors import InputError
-from minilora.linear4bit import NF4Linear
 
-LLAMA = {"8B q, o": (4096, 4096), "8B k, v": (1024, 4096), "8B gate, up": (14336, 4096), "8B down": (4096, 14336),
-         "70B q, o": (8192, 8192), "70B gate, up": (28672, 8192), "70B down": (8192, 28672)}  # fmt: skip
-SMOLLM2 = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536), "4096²": (4096, 4096)}
-ROWS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192), "cpu": (1, 16, 128, 512)}
-L2_BYTES = 100e6  # of weights in rotation: twice the largest L2 cache
-SECONDS_A_TURN = 2e-3  # at least, of one contender, so that starting a timer costs nothing
-
-Call = Callable[[int], Tensor]  # the product with the i-th of the weights in rotation
+SECONDS = 330.0  # for all cases on a GPU; what is left when they are over is not timed
+SETUP_SECONDS = 60.0  # for all that an optional contender compiles and tunes; then it takes no further part
+TURN_SECONDS = 2e-3  # at least, of one contender, so that starting a timer costs nothing
 
 
-@dataclass(frozen=True)
-class Case:
-    """One product: x (M, K) with W (N, K), or its gradient g (M, N) with W."""
+@dataclass
+class Timed:
+    """Seconds of one call, of each contender in each round; why others have none; seconds of building each."""
 
-    layer: str
-    N: int
-    K: int
-    M: int
-    dtype: torch.dtype
-    backward: bool
-
-    def __str__(self) -> str:
-        return f"{self.layer} {self.N}x{self.K}, M={self.M}, {'backward' if self.backward else 'forward'}"
-
-    @property
-    def x_shape(self) -> tuple[int, int]:
-        return (self.M, self.N if self.backward else self.K)
-
-    def seconds_at_best(self, bytes_per_s: float, flops: float) -> float:
-        """The roofline: moving W in 4.127 bits, x and y, or 2·M·N·K operations, whichever takes longer."""
-        moved = self.N * self.K * 4.127 / 8 + self.M * (self.N + self.K) * self.dtype.itemsize
-        return max(moved / bytes_per_s, 2 * self.M * self.N * self.K / flops)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    setup: dict[str, float] = field(default_factory=dict)
 
 
-# --- contenders ------------------------------------------------------------------------------------------------------
+def run(rounds: int | None, device: torch.device, seconds: float | None = None) -> Result:
+    """Time every contender on every case, in turns; on a GPU in at most so many seconds.
 
-
-def minilora(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """NF4Linear as it is called in a model."""
-    layers = [NF4Linear.from_linear(_linear(W)) for W in weights]
-    if case.backward:
-        return lambda i: _gradient(layers[i % len(layers)], x, case)
-    return lambda i: layers[i % len(layers)](x)
-
-
-def fused(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """The fused kernel alone, by the operator that NF4Linear calls below its crossover."""
-    from minilora.kernels import ops
-
-    packed = [ops.packed(nf4.quantize(W)) for W in weights]
-    if case.backward:
-        return lambda i: ops.nf4_backward(x, *packed[i % len(packed)])
-    return lambda i: ops.nf4_matmul(x, *packed[i % len(packed)], None)
-
-
-def one_pass(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """Dequantized by one kernel into a buffer that is used again, then multiplied by cuBLAS."""
-    from minilora.kernels.dequantize import dequantize
-
-    packed, W = [nf4.quantize(W) for W in weights], torch.empty_like(weights[0])
-    if case.backward:
-        return lambda i: x @ dequantize(packed[i % len(packed)], out=W)
-    return lambda i: F.linear(x, dequantize(packed[i % len(packed)], out=W))
-
-
-def plain(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """Dequantized in plain PyTorch, then multiplied: what NF4Linear does where no kernel is used."""
-    packed, W = [nf4.quantize(W) for W in weights], torch.empty_like(weights[0])
-    if case.backward:
-        return lambda i: x @ nf4.dequantize(packed[i % len(packed)], out=W)
-    return lambda i: F.linear(x, nf4.dequantize(packed[i % len(packed)], out=W))
-
-
-def bitsandbytes(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """Linear4bit with double quantization, which chooses between its fused kernel and dequantize + matmul itself."""
-    try:
-        from bitsandbytes.nn import Linear4bit
-    except ImportError:
-        raise InputError("this benchmark needs bitsandbytes: pip install bitsandbytes") from None
-    layers = []
-    for W in weights:
-        layer = Linear4bit(case.K, case.N, False, case.dtype, True, "nf4")
-        layer.load_state_dict({"weight": W.cpu()})
-        layers.append(layer.to(W.device).requires_grad_(False))
-    if case.backward:
-        return lambda i: _gradient(layers[i % len(layers)], x, case)
-    return lambda i: layers[i % len(layers)](x)
-
-
-def dense(case: Case, weights: list[Tensor], x: Tensor) -> Call:
-    """The weight unquantized."""
-    if case.backward:
-        return lambda i: x @ weights[i % len(weights)]
-    return lambda i: F.linear(x, weights[i % len(weights)])
-
-
-def _linear(W: Tensor) -> torch.nn.Linear:
-    linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(W, requires_grad=False)
-    return linear
-
-
-def _gradient(layer: torch.nn.Module, g: Tensor, case: Case) -> Tensor:
-    """dL/dx of a layer, without the forward product: its graph is made once, on an input of zeros."""
-    graphs = layer.__dict__.setdefault("_graphs", {})
-    if case.M not in graphs:
-        x = torch.zeros(case.M, case.K, dtype=g.dtype, device=g.device, requires_grad=True)
-        graphs[case.M] = (x, layer(x))
-    x, y = graphs[case.M]
-    return torch.autograd.grad(y, x, g, retain_graph=True)[0]
-
-
-PEERS: dict[str, Callable[[Case, list[Tensor], Tensor], Call]] = {"bitsandbytes": bitsandbytes, "dense": dense}
-CONTENDERS = {
-    "cuda": {
-        "minilora": minilora,
-        "fused kernel": fused,
-        "one-pass + cuBLAS": one_pass,
-        "plain PyTorch": plain,
-        **PEERS,
-    },
-    "cpu": {"minilora": minilora, **PEERS},
-}
-
-
-# --- the benchmark ---------------------------------------------------------------------------------------------------
-
-
-def cases(kind: str) -> list[Case]:
-    """Every shape, number of rows and direction; float32 too on a CPU, where it is what many people train in."""
-    shapes = LLAMA if kind == "cuda" else SMOLLM2
-    dtypes = (torch.bfloat16,) if kind == "cuda" else (torch.bfloat16, torch.float32)
-    order = product(dtypes, shapes.items(), (False, True), ROWS[kind])
-    return [Case(layer, N, K, M, dtype, backward) for dtype, (layer, (N, K)), backward, M in order]
-
-
-def run(rounds: int | None, device: torch.device) -> Result:
-    """Time every contender on every case, in turns."""
-    from rich.progress import track
-
-    rounds, where = rounds or 7, machine(device)
-    bytes_per_s, flops = measured_speeds(device)
-    seconds = {case: time_case(case, rounds, device) for case in track(cases(device.type), "products")}
+    What was timed before an interruption is kept. Raises InputError if that is nothing, or bitsandbytes is missing.
+    """
+    limit = math.inf if device.type == "cpu" else seconds or SECONDS
+    deadline, rounds, where = time.monotonic() + limit, rounds or 7, machine(device)
+    missing, speeds, every = left_out(device.type), nf4_cases.measured_speeds(device), nf4_cases.cases(device.type)
+    timed = time_cases(every, missing, rounds, device, deadline)
+    if not timed:
+        raise InputError("stopped before the first case was timed")
+    notes = []
+    if len(timed) < len(every):
+        notes.append(f"stopped early, by hand or by the clock: {len(timed)} of {len(every)} cases were timed")
+    found = None
+    if device.type == "cuda":
+        found = crossovers({case: t.seconds for case, t in timed.items()})
+        for case, t in timed.items():
+            choose(case, t, found)
+        notes += target_lines({case: t.seconds for case, t in timed.items()}, speeds)
     return Result(
         benchmark="kernels",
-        title="Products with an NF4 weight; ratios: minilora's time over the peer's",
+        title="NF4 products and dequantization: minilora's time, and as a multiple of others'",
         machine=where,
         settings={
             "rounds": rounds,
-            "bytes_per_s": bytes_per_s,
-            "bfloat16_flops": flops,
-            "crossovers": crossovers(seconds) if device.type == "cuda" else None,
+            "bytes_per_s": speeds.bytes_per_s,
+            "flops": {str(dtype).removeprefix("torch."): flops for dtype, flops in speeds.flops.items()},
+            "crossovers": found if len(timed) == len(every) else None,
         },
-        rows=[_row(case, times, bytes_per_s, flops) for case, times in seconds.items()],
-        raw={f"{case}, {case.dtype}": times for case, times in seconds.items()},
-        plot=partial(_plot, seconds),
+        rows=rows(timed, speeds),
+        raw={f"{case}, {case.dtype}": t.seconds | t.failures for case, t in timed.items()},
+        plot=partial(plot, {case: t.seconds for case, t in timed.items()}, speeds),
+        notes=notes,
+        size=(15, 8),
     )
 
 
-def crossovers(seconds: Mapping[Case, Mapping[str, list[float]]]) -> dict[str, Any]:
-    """Up to which M the fused kernels win over one pass and cuBLAS, as the median over shapes has it, each direction.
+# --- timing -----------------------------------------------------------------------------------------------------------
 
-    What minilora.kernel_dispatch takes; the one-pass kernel is used where it beats PyTorch's path at the largest M.
+
+def time_cases(
+    every: list[Case], missing: set[str], rounds: int, device: torch.device, deadline: float
+) -> dict[Case, Timed]:
+    """Each case that there is time for; those before an interruption."""
+    from rich.progress import track
+
+    timed: dict[Case, Timed] = {}
+    spent: Counter[str] = Counter()
+    weights = None
+    with sigterm_interrupts():
+        try:
+            for case in track(every, "NF4"):
+                seconds = (deadline - time.monotonic()) / (len(every) - len(timed))
+                if seconds <= 0:
+                    break
+                if weights is None or weights.key != (case.N, case.K, case.dtype):
+                    weights = None  # freed before the next are made
+                    weights = Weights(case, device)
+                builds = {
+                    name: build
+                    for name, build in CONTENDERS[device.type][case.operation].items()
+                    if name not in missing and not (name in OPTIONAL and spent[name] > SETUP_SECONDS)
+                }
+                timed[case] = time_case(case, builds, weights, rounds, device, seconds)
+                spent.update(timed[case].setup)  # type: ignore[arg-type]  # a Counter counts seconds as well
+        except KeyboardInterrupt:
+            pass
+    return timed
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within, SIGTERM is a KeyboardInterrupt, as Ctrl-C is: what was measured can still be written."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def time_case(
+    case: Case, builds: Mapping[str, Build], weights: Weights, rounds: int, device: torch.device, seconds: float
+) -> Timed:
+    """Every contender on one case, in about so many seconds; one that raises is noted, and the others go on."""
+    torch.manual_seed(1)
+    x = torch.randn(case.x_shape, device=device).to(case.dtype)
+    timed, replays = Timed(), {}
+    for name, build in builds.items():
+        started = time.monotonic()
+        try:
+            replays[name] = Replay.of(build, case, weights, x)
+        except Exception as error:
+            timed.failures[name] = _reason(error)
+        timed.setup[name] = time.monotonic() - started
+    turns = {name: replay.turn for name, replay in replays.items()}
+    try:
+        times = take_turns(turns, rounds, device, warmup=1, seconds=seconds) if turns else {}
+        timed.seconds = {name: [s / replays[name].calls for s in values] for name, values in times.items()}
+    except Exception as error:
+        timed.failures |= dict.fromkeys(turns, _reason(error))
+    if device.type == "cuda":
+        del replays, turns
+        gc.collect()
+        torch.cuda.empty_cache()  # a CUDA graph's memory is its own until then
+    return timed
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one contender does in a turn: `once`, which calls it with each of the weights, so many times."""
+
+    once: Callable[[], None]
+    repeats: int
+    calls: int  # of the contender, in a turn
+    kept: object  # the tensors that a CUDA graph reads and writes
+
+    @classmethod
+    def of(cls, build: Build, case: Case, weights: Weights, x: Tensor) -> "Replay":
+        """Built, compiled and on a GPU recorded; a turn is long enough to be timed."""
+        stream = _other_stream(x.device)
+        with torch.cuda.stream(stream):
+            call = build(case, weights, x)
+
+            def once() -> None:
+                for i in range(weights.copies):
+                    call(i)
+
+            once()  # compiles, tunes, and fills what is cached
+        recorded = once if stream is None else _record(once, stream)
+        took = take_turns({"": lambda _: recorded()}, 2, x.device, warmup=1)[""]
+        repeats = max(1, min(1000, round(TURN_SECONDS / min(took))))
+        return cls(recorded, repeats, repeats * weights.copies, call)
+
+    def turn(self, round: int) -> None:
+        for _ in range(self.repeats):
+            self.once()
+
+
+def _other_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Where to record a CUDA graph: not on the default stream, and with autograd's calls on the same one."""
+    if device.type == "cpu":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _record(once: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        once()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+# --- what the times say -----------------------------------------------------------------------------------------------
+
+
+def crossovers(timed: Mapping[Case, Times]) -> dict[str, Any]:
+    """Up to which M the fused kernels are used, in each direction, and whether the kernel that dequantizes is.
+
+    What minilora.kernel_dispatch takes: the limit that costs least over all M, as the median over shapes has it.
     """
 
-    def median_ratio(M: int, backward: bool, ours: str, theirs: str) -> float:
-        times = [t for case, t in seconds.items() if (case.M, case.backward) == (M, backward)]
-        return median(Spread.of(t[ours]).median / Spread.of(t[theirs]).median for t in times)
+    def ratio(operation: str, M: int, ours: str, theirs: str) -> float:
+        chosen = [t for case, t in timed.items() if (case.operation, case.M) == (operation, M)]
+        return median([median(t[ours]) / median(t[theirs]) for t in chosen if ours in t and theirs in t] or [math.inf])
 
-    rows = sorted({case.M for case in seconds})
     found: dict[str, Any] = {}
-    for direction, backward in (("forward", False), ("backward", True)):
-        ratios = {M: median_ratio(M, backward, "fused kernel", "one-pass + cuBLAS") for M in rows}
-        found[direction] = max(takewhile(lambda M: ratios[M] <= 1, rows), default=0)  # noqa: B023 - used at once
-    return found | {"dequantize": median_ratio(rows[-1], False, "one-pass + cuBLAS", "plain PyTorch") <= 1}
+    for operation in ("forward", "backward"):
+        rows = sorted({case.M for case in timed if case.operation == operation})
+        costs = [math.log(ratio(operation, M, "fused kernel", "one-pass + cuBLAS")) for M in rows]
+        limits = [0, *rows]
+        found[operation] = limits[min(range(len(limits)), key=lambda n: sum(costs[:n]))]
+    return found | {"dequantize": ratio("dequantize", 0, "one-pass kernel", "plain PyTorch") <= 1}
 
 
-def time_case(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of one product, of each contender in each round."""
-    torch.manual_seed(0)
-    copies = max(1, min(32, round(L2_BYTES / (case.N * case.K / 2)))) if device.type == "cuda" else 1
-    weights = [(torch.randn(case.N, case.K, device=device) / case.K**0.5).to(case.dtype) for _ in range(copies)]
-    x = torch.randn(case.x_shape, device=device).to(case.dtype)
-    calls = {name: build(case, weights, x) for name, build in CONTENDERS[device.type].items()}
-    replays = {name: _replay(call, copies, device) for name, call in calls.items()}
-    turns = {name: (lambda _, r=replay: r[0]()) for name, replay in replays.items()}
-    times = take_turns(turns, rounds, device, warmup=2)
-    return {name: [s / replays[name][1] for s in values] for name, values in times.items()}
+def choose(case: Case, timed: Timed, found: Mapping[str, Any]) -> None:
+    """Enter as minilora, before the others, the kernel that NF4Linear takes with these crossovers."""
+    if case.operation == "dequantize":
+        name = "one-pass kernel" if found["dequantize"] else "plain PyTorch"
+    else:
+        limit = found[case.operation]
+        name = "fused kernel" if limit >= case.M else "one-pass + cuBLAS"
+    if name in timed.seconds:
+        timed.seconds = {"minilora": timed.seconds[name], **timed.seconds}
+    elif name in timed.failures:
+        timed.failures["minilora"] = timed.failures[name]
 
 
-def _replay(call: Call, copies: int, device: torch.device) -> tuple[Callable[[], None], int]:
-    """What to do in one turn, and how many products that is: on a GPU a graph of one for each weight, over and over."""
-
-    def each_weight() -> None:
-        for i in range(copies):
-            call(i)
-
-    once: Callable[[], None] = each_weight
-    if device.type == "cuda":
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            each_weight()  # compiles, and fills what is cached
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            each_weight()
-        once = graph.replay
-    took = take_turns({"once": lambda _: once()}, 3, device, warmup=1)["once"]
-    repeats = max(1, min(1000, round(SECONDS_A_TURN / min(took))))
-
-    def turn() -> None:
-        for _ in range(repeats):
-            once()
-
-    return turn, repeats * copies
+def rows(timed: Mapping[Case, Timed], speeds: Speeds) -> list[dict[str, str]]:
+    """The table: minilora's time, what it achieves, its share of the roofline and its ratio to every contender."""
+    names = dict.fromkeys(name for t in timed.values() for name in (*t.seconds, *t.failures) if name != "minilora")
+    return [_row(case, t, list(names), speeds) for case, t in timed.items()]
 
 
-def measured_speeds(device: torch.device) -> tuple[float, float]:
-    """Bytes a second of a copy (read and written), and operations a second of a large bfloat16 product."""
-    big = device.type == "cuda"
-    source = torch.empty(2**30 if big else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    n = 8192 if big else 2048
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    work: dict[str, Call] = {"copy": lambda _: target.copy_(source), "product": lambda _: torch.mm(a, b)}
-    times = take_turns(work, 9, device, warmup=3)
-    return 2 * source.numel() / min(times["copy"]), 2 * n**3 / min(times["product"])
-
-
-def _row(case: Case, times: dict[str, list[float]], bytes_per_s: float, flops: float) -> dict[str, str]:
-    ours = times["minilora"]
-    row = {"product": str(case), "dtype": str(case.dtype).removeprefix("torch."), "minilora, µs": _microseconds(ours)}
-    for name, theirs in times.items():
-        if name != "minilora":
+def _row(case: Case, timed: Timed, names: list[str], speeds: Speeds) -> dict[str, str]:
+    ours = timed.seconds.get("minilora")
+    row = {"product": str(case), "dtype": str(case.dtype).removeprefix("torch.")}
+    if ours is None:
+        row |= {"minilora, µs": _failure(timed, "minilora"), "achieved": "–", "roofline": "–"}
+    else:
+        achieved = f"{case.operations / median(ours) / 1e12:.3g} TFLOP/s"
+        if case.is_bound_by_bytes(speeds):
+            achieved = f"{case.bytes / median(ours) / 1e9:,.0f} GB/s"
+        share = share_of_roofline(case, timed.seconds, speeds)
+        row |= {"minilora, µs": f"{1e6 * median(ours):.1f}", "achieved": achieved, "roofline": f"{share:.0%}"}
+    for name in names:
+        theirs = timed.seconds.get(name)
+        if ours is None or theirs is None:
+            row[f"/ {name}"] = _failure(timed, name)
+        else:
             ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
             row[f"/ {name}"] = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    share = case.seconds_at_best(bytes_per_s, flops) / Spread.of(ours).median
-    return row | {"roofline": f"{share:.0%}"}
+    return row
 
 
-def _microseconds(seconds: list[float]) -> str:
-    return f"{1e6 * Spread.of(seconds).median:.1f}"
-
-
-def _plot(seconds: dict[Case, dict[str, list[float]]], figure: Any) -> None:
-    """One panel a direction: time over M, each contender a colour, each shape a line; in the first dtype."""
-    first = next(iter(seconds)).dtype
-    for axes, backward in zip(figure.subplots(1, 2), (False, True), strict=True):
-        layers = dict.fromkeys(case.layer for case in seconds)
-        for (n, layer), (i, name) in product(enumerate(layers), enumerate(next(iter(seconds.values())))):
-            points = [
-                (case.M, 1e6 * Spread.of(times[name]).median)
-                for case, times in seconds.items()
-                if case.layer == layer and case.backward == backward and case.dtype == first
-            ]
-            axes.plot(*zip(*points, strict=True), f"C{i}", marker=".", alpha=0.8, label=name if n == 0 else None)
-        axes.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="µs")
-        axes.set_title(f"{'backward' if backward else 'forward'}, {str(first)[6:]}: a line is a shape", fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+def _failure(timed: Timed, name: str) -> str:
+    return f"failed: {timed.failures[name]}" if name in timed.failures else "–"

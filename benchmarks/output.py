@@ -1,6 +1,7 @@
 """What a benchmark shows and leaves behind: a table, a JSON file with every repeat, a plot."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 @dataclass
 class Result:
-    """`rows` is the table, the same keys in each; `raw` every measurement; `plot` draws on a matplotlib figure."""
+    """`rows` is the table, the same keys in each; `raw` every measurement; `plot` draws on a matplotlib figure.
+
+    notes: lines below the table, such as targets met or missed; size: of the figure, in inches.
+    """
 
     benchmark: str
     title: str
@@ -18,21 +22,26 @@ class Result:
     rows: list[dict[str, str]]
     raw: dict[str, Any]
     plot: Callable[[Any], None] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    size: tuple[float, float] = (11, 4)
 
 
 def print_table(result: Result) -> None:
-    """Show the rows, and where they were measured, on the terminal."""
+    """Show the rows, where they were measured, and the notes, on the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     machine = result.machine
-    where = f"{machine['device']}, {machine['cpu']}, {machine['threads']} threads, {machine['date']}"
+    where = f"{_hardware(machine)}, {machine['date']}"
     table = Table(title=result.title, caption=where)
     for i, name in enumerate(result.rows[0]):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in result.rows:
         table.add_row(*row.values())
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 500)  # a file has no width to break lines at
+    console.print(table)
+    for note in result.notes:
+        console.print(note, markup=False, highlight=False)
 
 
 def write(result: Result, folder: Path) -> list[Path]:
@@ -43,15 +52,20 @@ def write(result: Result, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     device = result.machine["device"].lower().replace(" ", "-")
     name = f"{result.benchmark}-{device}"
-    content = {k: v for k, v in vars(result).items() if k != "plot"}
+    content = {k: v for k, v in vars(result).items() if k not in ("plot", "size")}
     written = [folder / f"{name}.json", folder / f"{name}.png"]
     temporary = [path.with_name(f".{path.name}.tmp") for path in written]
     temporary[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=result.size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{result.title} ({result.machine['cpu']}, {result.machine['threads']} threads)", fontsize=10)
+    figure.suptitle(f"{result.title} ({_hardware(result.machine)})", fontsize=10)
     result.plot(figure)
     figure.savefig(temporary[1], format="png", dpi=120)
     for source, target in zip(temporary, written, strict=True):
         source.replace(target)
     return written
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    """What did the work: the GPU, or the CPU with so many threads."""
+    return f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else str(machine["device"])

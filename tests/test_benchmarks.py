@@ -1,7 +1,6 @@
 """The benchmarks' machinery, on contenders of a few milliseconds. Speed itself is never asserted here."""
 
 import importlib
-import itertools
 import json
 import platform
 import subprocess
@@ -26,7 +25,7 @@ def benchmarks():
     """The package, which is not installed, imported from the repository's root."""
     sys.path.insert(0, str(ROOT))
     try:
-        for name in ("measure", "output", "train_step", "merge", "nf4_products", "__main__"):
+        for name in ("measure", "output", "train_step", "merge", "__main__"):
             importlib.import_module(f"benchmarks.{name}")
         yield sys.modules["benchmarks"]
     finally:
@@ -153,51 +152,6 @@ def test_a_step_of_the_benchmark_is_a_step_of_train(benchmarks, monkeypatch):
     assert trainer.step(rows, 0) < expected
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_all_contenders_compute_the_same_product(benchmarks, backward, dtype):
-    pytest.importorskip("bitsandbytes")
-    products = benchmarks.nf4_products
-    case = products.Case("test", 96, 128, 3, dtype, backward)
-    torch.manual_seed(0)
-    W, x = torch.randn(96, 128).to(dtype), torch.randn(case.x_shape).to(dtype)
-    results = {name: build(case, [W], x)(0).float() for name, build in products.CONTENDERS["cpu"].items()}
-    # the same 4-bit weight, multiplied by two libraries: rounded to dtype once or twice
-    tolerance = {"rtol": 2e-2, "atol": 0.3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
-    torch.testing.assert_close(results["minilora"], results["bitsandbytes"], **tolerance)
-    # NF4's own error, some 10% of a weight, averages out over the sum
-    assert (results["minilora"] - results["dense"]).norm() < 0.15 * results["dense"].norm()
-
-
-def test_a_share_of_the_roofline_is_that_of_the_slower_limit(benchmarks):
-    case = benchmarks.nf4_products.Case("test", 4096, 4096, 1, torch.bfloat16, False)
-    assert case.seconds_at_best(3.35e12, 989e12) == pytest.approx(2.6e-6, rel=0.01)  # H100: 4.127 bits at 3.35 TB/s
-    many = benchmarks.nf4_products.Case("test", 4096, 4096, 8192, torch.bfloat16, False)
-    assert many.seconds_at_best(3.35e12, 989e12) == pytest.approx(2 * 8192 * 4096**2 / 989e12)
-
-
-def test_kernels_on_a_cpu_from_end_to_end(benchmarks, monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    products = benchmarks.nf4_products
-    monkeypatch.setattr(products, "SMOLLM2", {"q": (64, 64)})
-    monkeypatch.setitem(products.ROWS, "cpu", (1, 4))
-    monkeypatch.setattr(products, "measured_speeds", lambda device: (1e10, 1e11))
-    result = products.run(2, CPU)
-    assert len(result.rows) == 2 * 2 * 2  # dtypes, directions, rows
-    assert list(result.rows[0]) == ["product", "dtype", "minilora, µs", "/ bitsandbytes", "/ dense", "roofline"]
-    assert all(len(values) == 2 for times in result.raw.values() for values in times.values())
-
-
-def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, monkeypatch):
-    gpu = importlib.import_module("benchmarks.gpu")
-    with pytest.raises(InputError, match="needs a CUDA device"):
-        gpu.run(1, CPU)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
-    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args: pytest.fail("timed although a test failed"))
-    with pytest.raises(InputError, match="nothing is timed that is not right"):
-        gpu.run(1, torch.device("cuda"))
-
-
 def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
     merge = benchmarks.merge
     model = tiny_model(nf4=True, r=4).eval()
@@ -217,24 +171,3 @@ def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
     assert sizes[0] < sizes[2] and sizes[0] < sizes[1]
     with pytest.raises(InputError, match="leave --rounds out"):
         merge.run(3, CPU)
-
-
-def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeypatch, tmp_path):
-    gpu, products = importlib.import_module("benchmarks.gpu"), benchmarks.nf4_products
-    seconds = {}
-    for layer, M, backward in itertools.product("abc", (1, 16, 64, 512), (False, True)):
-        limit = 64 if backward else 512
-        fused = 9.0 if layer == "a" else 2.0 if limit <= M else 0.5  # one odd shape does not decide
-        times = {"fused kernel": [fused] * 3, "one-pass + cuBLAS": [1.0] * 3, "plain PyTorch": [3.0] * 3}
-        seconds[products.Case(layer, 64, 64, M, torch.bfloat16, backward)] = times
-    found = products.crossovers(seconds)
-    assert found == {"forward": 64, "backward": 16, "dequantize": True}
-
-    table = tmp_path / "crossovers.json"
-    table.write_text('{"Old GPU": {"forward": 1}}')
-    monkeypatch.setattr(gpu, "measured_file", lambda: table)
-    machine = {"device": "New GPU", "date": "today", "versions": {"torch": "2"}}
-    gpu.remember(benchmarks.output.Result("kernels", "", machine, {"crossovers": found}, [], {}, lambda figure: None))
-    written = json.loads(table.read_text())
-    assert written["Old GPU"] == {"forward": 1}
-    assert written["New GPU"] == found | {"date": "today", "versions": {"torch": "2"}}

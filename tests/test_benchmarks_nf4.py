@@ -1,0 +1,383 @@
+"""The benchmark of NF4 products on tiny shapes, and what is made of its numbers. Speed itself is never asserted."""
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora import nf4
+from minilora.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The package, which is not installed, imported from the repository's root."""
+    root = str(Path(__file__).parents[1])
+    sys.path.insert(0, root)
+    try:
+        for name in ("gpu", "nf4_cases", "nf4_contenders", "nf4_plot", "nf4_products", "nf4_targets", "output"):
+            importlib.import_module(f"benchmarks.{name}")
+        yield sys.modules["benchmarks"]
+    finally:
+        sys.path.remove(root)
+
+
+@pytest.fixture
+def tiny(benchmarks, monkeypatch):
+    """The benchmark on one shape, at a made-up roofline; returns nf4_products."""
+    pytest.importorskip("bitsandbytes")
+    speeds = benchmarks.nf4_cases.Speeds(1e10, {torch.bfloat16: 1e11, torch.float32: 5e10})
+    monkeypatch.setattr(benchmarks.nf4_cases, "SMOLLM2", {"q": (64, 128)})
+    monkeypatch.setitem(benchmarks.nf4_cases.ROWS, "cpu", (1, 4))
+    monkeypatch.setattr(benchmarks.nf4_cases, "measured_speeds", lambda device: speeds)
+    monkeypatch.setattr(benchmarks.nf4_products, "TURN_SECONDS", 1e-4)
+    return benchmarks.nf4_products
+
+
+def case_of(benchmarks, operation, M=1, N=4096, K=4096, layer="test", dtype=torch.bfloat16):
+    return benchmarks.nf4_cases.Case(layer, N, K, M, dtype, operation)
+
+
+def computed(operation, W, x):
+    return W if operation == "dequantize" else x @ W if operation == "backward" else x @ W.T
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["dequantize", "forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_contenders_compute_the_same(benchmarks, operation, dtype):
+    pytest.importorskip("bitsandbytes")
+    contenders = benchmarks.nf4_contenders
+    case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 3, 96, 128, dtype=dtype)
+    weights = contenders.Weights(case, CPU)
+    torch.manual_seed(0)
+    x = torch.randn(case.x_shape).to(dtype)
+    results = {
+        name: build(case, weights, x)(0).double() for name, build in contenders.CONTENDERS["cpu"][operation].items()
+    }
+    # in float64 from the 4-bit weight that both libraries agree on to the bit
+    expected = computed(operation, nf4.dequantize(nf4.quantize(weights.dense[0]), torch.float64), x.double())
+    for name, result in results.items():
+        # dense: NF4's own error, some 10% of a weight, averages out over the sum. bfloat16 has 8 bits, and W and the
+        # result are rounded to it; so is x by bitsandbytes' inference on a CPU that multiplies bfloat16. float32: 24.
+        rough = dtype == torch.bfloat16 or (name, operation) == ("bitsandbytes", "forward")
+        tolerance = 0.15 if name == "dense" else 2**-7 if rough else 2**-20
+        assert (result - expected).norm() < tolerance * expected.norm(), name
+
+
+def test_the_calls_take_the_weights_in_turn(benchmarks):
+    pytest.importorskip("bitsandbytes")
+    contenders = benchmarks.nf4_contenders
+    for operation, builds in contenders.CONTENDERS["cpu"].items():
+        case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 2, 64, 64, dtype=torch.float32)
+        weights = contenders.Weights(case, CPU)
+        weights.dense.append(weights.dense[0] + 1)
+        for name, build in builds.items():
+            call = build(case, weights, torch.ones(case.x_shape))
+            first, second, again = (call(i).clone() for i in range(3))
+            assert torch.equal(first, again) and not torch.allclose(first, second), name
+
+
+def test_gemlites_stand_in_is_an_affine_4_bit_weight(benchmarks):
+    torch.manual_seed(0)
+    W = torch.randn(8, 256)
+    codes, scales, zeros = benchmarks.nf4_contenders.affine_int4(W)
+    assert codes.dtype == torch.uint8 and codes.shape == W.shape and scales.shape == zeros.shape == (8, 4)
+    assert codes.min() == 0 and codes.max() == 15
+    back = (codes.view(8, 4, 64) - zeros[..., None]) * scales[..., None]
+    # half a step of the grid, and float32's rounding
+    assert ((back - W.view(8, 4, 64)).abs() <= 0.501 * scales[..., None]).all()
+
+
+def test_a_contender_whose_package_is_missing_is_left_out_in_one_line(benchmarks, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    left_out = benchmarks.nf4_contenders.left_out
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    assert left_out("cuda") == {"gemlite, affine int4"}
+    assert capsys.readouterr().out.count("\n") == 1
+    assert left_out("cpu") == set()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="needs bitsandbytes: pip install bitsandbytes"):
+        left_out("cpu")
+
+
+def test_unsloth_is_called_as_its_layers_call_it(benchmarks, monkeypatch):
+    """Its functions, replaced by what they compute: packed weight and state arrive, a single row goes to the gemv."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    called = []
+
+    def fast_gemv(x, W, state):
+        called.append("gemv")
+        assert x.shape == (1, 1, 128)
+        return x @ functional.dequantize_4bit(W, state).T
+
+    def matmul_lora(x, W, state, A, B, s):
+        called.append("matmul")
+        assert A is None
+        return x @ functional.dequantize_4bit(W, state).T
+
+    utils = types.SimpleNamespace(
+        fast_gemv=fast_gemv, matmul_lora=matmul_lora, fast_dequantize=functional.dequantize_4bit
+    )
+    monkeypatch.setitem(sys.modules, "unsloth.kernels.utils", utils)
+    contenders = benchmarks.nf4_contenders
+    for operation, M in (("forward", 1), ("forward", 3), ("backward", 3), ("dequantize", 0)):
+        case = case_of(benchmarks, operation, M, 96, 128, dtype=torch.float32)
+        weights = contenders.Weights(case, CPU)
+        x = torch.randn(case.x_shape)
+        theirs = contenders.CONTENDERS["cuda"][operation]["Unsloth"](case, weights, x)(0)
+        ours = contenders.CONTENDERS["cpu"][operation]["minilora"](case, weights, x)(0)
+        torch.testing.assert_close(theirs, ours)  # the same float32 weight, another order of summation
+    assert called == ["gemv", "matmul"]
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_on_a_cpu_from_end_to_end(benchmarks, tiny, tmp_path, capsys):
+    result = tiny.run(2, CPU)
+    assert len(result.rows) == 2 * (1 + 2 * 2)  # dtypes; the dequantization, and directions by rows
+    columns = ["product", "dtype", "minilora, µs", "achieved", "roofline", "/ bitsandbytes"]
+    assert list(result.rows[0]) == [*columns, "/ bitsandbytes, dequantized", "/ dense"]
+    assert result.rows[0]["/ dense"] == "–", "a dense weight need not be dequantized"
+    assert "–" not in result.rows[1].values()
+    assert all(len(values) == 2 for times in result.raw.values() for values in times.values())
+    assert result.notes == []
+    json_path, png_path = benchmarks.output.write(result, tmp_path)
+    assert json.loads(json_path.read_text())["rows"] == result.rows
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+    benchmarks.output.print_table(result)
+    assert "minilora" in capsys.readouterr().out
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(benchmarks, tiny, monkeypatch):
+    def broken(case, weights, x):
+        if case.M == 4:
+            raise RuntimeError("no such kernel\nand more")
+        return lambda i: x
+
+    forward = benchmarks.nf4_contenders.CONTENDERS["cpu"]["forward"]
+    monkeypatch.setitem(forward, "dense", broken)
+    monkeypatch.setitem(benchmarks.nf4_contenders.CONTENDERS["cpu"], "forward", forward | {"minilora": broken})
+    result = tiny.run(1, CPU)
+    found = {row["product"]: row for row in result.rows if row["dtype"] == "float32"}
+    one, four = found["q 64x128, M=1, forward"], found["q 64x128, M=4, forward"]
+    assert float(one["minilora, µs"]) > 0
+    assert four["minilora, µs"] == four["/ dense"] == "failed: RuntimeError: no such kernel"
+    assert four["/ bitsandbytes"] == "–", "there is nothing to compare with"
+    assert len(result.raw["q 64x128, M=4, forward, torch.float32"]["bitsandbytes"]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_timed_before_an_interruption_is_kept(benchmarks, tiny, monkeypatch, number):
+    before = signal.getsignal(signal.SIGTERM)
+    time_case, done = tiny.time_case, []
+
+    def interrupted(*args):
+        if len(done) == 3:
+            os.kill(os.getpid(), number)
+        done.append(args)
+        return time_case(*args)
+
+    monkeypatch.setattr(tiny, "time_case", interrupted)
+    result = tiny.run(1, CPU)
+    assert len(result.rows) == 3
+    assert result.notes == ["stopped early, by hand or by the clock: 3 of 10 cases were timed"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_no_case_is_begun_after_the_deadline(benchmarks, tiny, monkeypatch):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(tiny, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    given = []
+    monkeypatch.setattr(tiny, "time_case", lambda *args: given.append(args[-1]) or tiny.Timed())
+    every = benchmarks.nf4_cases.cases("cpu")
+    timed = tiny.time_cases(every, set(), 5, CPU, deadline=35)
+    assert list(timed) == every[:4]
+    assert given == [3.5, 25 / 9, 15 / 8, 5 / 7], "what is left, divided among the cases that are left"
+
+
+def test_an_optional_contender_that_takes_too_long_to_tune_takes_no_further_part(benchmarks, tiny, monkeypatch):
+    contenders = benchmarks.nf4_contenders
+    for builds in contenders.CONTENDERS["cpu"].values():
+        monkeypatch.setitem(builds, "Unsloth", lambda case, weights, x: lambda i: x)
+    asked = []
+
+    def slow(case, builds, *rest):
+        asked.append("Unsloth" in builds)
+        assert "minilora" in builds
+        return tiny.Timed(setup={"Unsloth": 25.0, "minilora": 1000.0})
+
+    monkeypatch.setattr(tiny, "time_case", slow)
+    tiny.time_cases(benchmarks.nf4_cases.cases("cpu")[:5], set(), 5, CPU, deadline=float("inf"))
+    assert asked == [True, True, True, False, False]  # 25, 50, 75 seconds
+
+
+def test_rounds_end_early_but_not_before_three(benchmarks):
+    measure = sys.modules["benchmarks.measure"]
+    turns = []
+    taken = measure.take_turns({"A": turns.append}, 100, CPU, warmup=1, seconds=0)
+    assert len(taken["A"]) == 3 and turns == [0, 1, 2, 3]
+    assert len(measure.take_turns({"A": turns.append}, 2, CPU, warmup=1, seconds=0)["A"]) == 2
+
+
+# --- what the times say -----------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_roofline_is_that_of_the_slower_limit(benchmarks):
+    h100 = benchmarks.nf4_cases.Speeds(3.35e12, {torch.bfloat16: 989e12})  # by its datasheet
+    one, many = case_of(benchmarks, "forward", 1), case_of(benchmarks, "forward", 8192)
+    assert one.seconds_at_best(h100) == pytest.approx(2.6e-6, rel=0.01)  # 4.127 bits at 3.35 TB/s
+    assert many.seconds_at_best(h100) == pytest.approx(2 * 8192 * 4096**2 / 989e12)
+    assert one.is_bound_by_bytes(h100) and not many.is_bound_by_bytes(h100)
+    # 4.127 bits in and 16 out
+    alone = case_of(benchmarks, "dequantize", 0)
+    assert alone.seconds_at_best(h100) == pytest.approx(4096**2 * 20.127 / 8 / 3.35e12, rel=1e-4)
+
+
+def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeypatch, tmp_path):
+    timed = {}
+    for layer, M, operation in itertools.product("abc", (1, 16, 64, 512), ("forward", "backward")):
+        limit = 64 if operation == "backward" else 512
+        fused = 9.0 if layer == "a" else 2.0 if limit <= M else 0.5  # one odd shape does not decide
+        if (M, operation) == (1, "forward"):
+            fused = 1.1  # nor one odd M, since what follows gains more
+        timed[case_of(benchmarks, operation, M, layer=layer)] = {
+            "fused kernel": [fused] * 3,
+            "one-pass + cuBLAS": [1.0] * 3,
+        }
+    timed[case_of(benchmarks, "dequantize", 0)] = {"one-pass kernel": [1.0], "plain PyTorch": [3.0]}
+    timed[case_of(benchmarks, "forward", 16, layer="failed")] = {"one-pass + cuBLAS": [1.0]}
+    found = benchmarks.nf4_products.crossovers(timed)
+    assert found == {"forward": 64, "backward": 16, "dequantize": True}
+    slow = {case: times | {"fused kernel": [50.0]} for case, times in timed.items()}
+    assert benchmarks.nf4_products.crossovers(slow)["forward"] == 0
+    assert benchmarks.nf4_products.crossovers({}) == {"forward": 0, "backward": 0, "dequantize": False}
+
+    gpu, table = benchmarks.gpu, tmp_path / "crossovers.json"
+    table.write_text('{"Old GPU": {"forward": 1}}')
+    monkeypatch.setattr(gpu, "measured_file", lambda: table)
+    machine = {"device": "New GPU", "date": "today", "versions": {"torch": "2"}}
+    gpu.remember(benchmarks.output.Result("kernels", "", machine, {"crossovers": found}, [], {}, lambda figure: None))
+    written = json.loads(table.read_text())
+    assert written["Old GPU"] == {"forward": 1}
+    assert written["New GPU"] == found | {"date": "today", "versions": {"torch": "2"}}
+
+
+def test_on_a_gpu_minilora_is_what_the_crossovers_choose(benchmarks):
+    products = benchmarks.nf4_products
+    found = {"forward": 16, "backward": 0, "dequantize": False}
+
+    def chosen(operation, M):
+        names = ["one-pass kernel", "plain PyTorch"] if M == 0 else ["fused kernel", "one-pass + cuBLAS"]
+        timed = products.Timed(seconds={names[0]: [1.0]}, failures={names[1]: "OutOfMemoryError: "})
+        products.choose(case_of(benchmarks, operation, M), timed, found)
+        return timed.seconds.get("minilora") or timed.failures["minilora"]
+
+    assert [chosen("forward", M) for M in (1, 16, 32)] == [[1.0], [1.0], "OutOfMemoryError: "]
+    assert chosen("backward", 1) == chosen("dequantize", 0) == "OutOfMemoryError: "
+
+
+def test_targets_are_met_or_missed_by_the_worst_case(benchmarks):
+    speeds = benchmarks.nf4_cases.Speeds(1e12, {torch.bfloat16: 1e15})
+    timed = {}
+    shapes = [("8B gate, up", 14336, 4096), ("8B down", 4096, 14336), ("70B q, o", 8192, 8192)]
+    for layer, N, K in shapes:
+        for operation, M in (("dequantize", 0), ("forward", 1), ("forward", 64), ("backward", 1), ("forward", 512)):
+            case = case_of(benchmarks, operation, M, N, K, layer)
+            best = case.seconds_at_best(speeds)
+            share = {"8B gate, up": 0.9, "8B down": 0.61, "70B q, o": 0.79}[layer]
+            timed[case] = {
+                "minilora": [best / share] * 3,
+                "bitsandbytes": [best / share * 2] * 3,
+                "bitsandbytes, dequantized": [best / share * (1.25 if M <= 64 else 0.95)] * 3,  # the faster one counts
+            }
+    lines = benchmarks.nf4_targets.target_lines(timed, speeds)
+    expected = [
+        "at least 80%: missed, 79% at worst (70B q, o 8192x8192, M=1, forward), 79% median",
+        "at least 60%: met, 61% at worst (8B down 4096x14336, M=1, forward), 76% median",
+        "at least 1.20: met, 1.25 at worst (",
+        "at least 1.00: missed, 0.95 at worst (",
+        "at least 85%: missed, 61% at worst (8B down 4096x14336, dequantize), 79% median",
+    ]
+    assert len(lines) == len(expected)
+    for line, end in zip(lines, expected, strict=True):
+        assert end in line
+
+
+def test_a_target_says_what_was_not_measured(benchmarks):
+    speeds = benchmarks.nf4_cases.Speeds(1e12, {torch.bfloat16: 1e15})
+    cases = [case_of(benchmarks, "dequantize", 0, layer=layer) for layer in "ab"]
+    lines = benchmarks.nf4_targets.target_lines({cases[0]: {"minilora": [1e-9]}, cases[1]: {}}, speeds)
+    assert [line.endswith(": not measured") for line in lines] == [True, True, True, True, False]
+    assert "met as far as measured (1 of 2 cases)" in lines[-1]
+
+
+# --- gpu --------------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, monkeypatch):
+    gpu = benchmarks.gpu
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        gpu.run(1, CPU)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
+    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **kwargs: pytest.fail("timed although a test failed"))
+    with pytest.raises(InputError, match="nothing is timed that is not right"):
+        gpu.run(1, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "interrupted"])
+def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, whole):
+    gpu, commands, kept = benchmarks.gpu, [], []
+
+    def passed(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    def timed(rounds, device, seconds):
+        assert 0 < seconds <= gpu.SECONDS
+        settings = {"crossovers": {"forward": 1} if whole else None}
+        return benchmarks.output.Result("kernels", "", {}, settings, [], {}, lambda figure: None)
+
+    monkeypatch.setattr(gpu.subprocess, "run", passed)
+    monkeypatch.setattr(gpu.nf4_products, "run", timed)
+    monkeypatch.setattr(gpu, "remember", kept.append)
+    result = gpu.run(1, torch.device("cuda"))
+    assert kept == ([result] if whole else [])
+    named = " ".join(commands[0])
+    assert "test_kernels_matmul.py" in named and "test_kernels_aot.py" not in named
+    assert commands[1][-2:] == ["-m", "gpu"]
+
+
+@pytest.mark.gpu
+def test_every_contender_on_a_gpu(benchmarks):
+    """Correct on the GPU itself, replayed from a graph, with weights in turn."""
+    pytest.importorskip("bitsandbytes")
+    contenders, products = benchmarks.nf4_contenders, benchmarks.nf4_products
+    device = torch.device("cuda")
+    missing = contenders.left_out("cuda")
+    for operation, builds in contenders.CONTENDERS["cuda"].items():
+        case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 16, 256, 512)
+        weights = contenders.Weights(case, device)
+        x = torch.randn(case.x_shape, device=device).to(case.dtype)
+        expected = computed(operation, weights.dense[0].float(), x.float())
+        for name in builds.keys() - missing:
+            result = builds[name](case, weights, x)(0).float()
+            # NF4's own error, some 10% of a weight
+            assert (result - expected).norm() < 0.15 * expected.norm(), name
+        timed = products.time_case(case, {n: builds[n] for n in builds.keys() - missing}, weights, 3, device, 10.0)
+        assert not timed.failures
+        assert set(timed.seconds) == builds.keys() - missing
