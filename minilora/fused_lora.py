@@ -25,7 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minilora.adapter import without_autocast
 from minilora.linear4bit import nf4_product_onto
 from minilora.nf4 import QuantizedTensor
 
@@ -91,34 +93,41 @@ class _FusedLoRA(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable  # h is kept without how it came from x and A; torch.func differentiates as often as asked
     def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
-        n, dtype = len(gs), gs[0].dtype
-        x, gate, h, *rest = ctx.saved_tensors
-        Ws, As, Bs = rest[:n], rest[n::2], rest[n + 1 :: 2]
-        need_x, need_A, need_B = _needed(ctx)
-        qs, scales = zip(*ctx.frozen, strict=True)
-        grad_x = grad_gate = None
-        grad_As: Sequence[Tensor | None] = [None] * n
-        grad_Bs: Sequence[Tensor | None] = [None] * n
+        with without_autocast(gs[0].device):  # there was none on the way forward
+            return _gradients(ctx, gs)
 
-        if need_B:  # ∂L/∂B_i = s_i g_iᵀ h_i; a CPU is faster at (h_iᵀ g_i)ᵀ
-            hs = h.split(_ranks(As), dim=1)
-            grad_Bs = [s * (h_i.T @ g).T.to(B.dtype) for s, h_i, g, B in zip(scales, hs, gs, Bs, strict=True)]
-        if need_x or need_A:  # u_i = s_i g_i B_i
-            u = torch.cat([g @ (s * B).to(dtype) for s, g, B in zip(scales, gs, Bs, strict=True)], dim=1)
-        if gate is not None:  # what is kept of silu(gate) · up
-            up, silu = x, F.silu(gate)
-            x = silu * up
-        if need_A:  # ∂L/∂A = uᵀ x
-            dA = u.T @ x
-            grad_As = [rows.to(A.dtype) for rows, A in zip(dA.split(_ranks(As)), As, strict=True)]
-        if need_x:  # ∂L/∂x = u A + Σ g_i W_i
-            grad_x = u @ _stacked(As, dtype)
-            for g, W, q in zip(gs, Ws, qs, strict=True):
-                grad_x = _product_onto(grad_x, g, q if W is None else W, transpose=True)
-            if gate is not None:  # ∂L/∂gate = ∂L/∂x · up · silu′(gate), and ∂L/∂up = ∂L/∂x · silu(gate)
-                grad_gate, grad_x = torch.ops.aten.silu_backward(grad_x * up, gate), grad_x * silu
-        return grad_x, grad_gate, None, *(grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair)
+
+def _gradients(ctx: Any, gs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """∂L/∂x, ∂L/∂gate, None, and ∂L/∂A_i, ∂L/∂B_i of each layer, from g_i = ∂L/∂y_i; None where not asked for."""
+    n, dtype = len(gs), gs[0].dtype
+    x, gate, h, *rest = ctx.saved_tensors
+    Ws, As, Bs = rest[:n], rest[n::2], rest[n + 1 :: 2]
+    need_x, need_A, need_B = _needed(ctx)
+    qs, scales = zip(*ctx.frozen, strict=True)
+    grad_x = grad_gate = None
+    grad_As: Sequence[Tensor | None] = [None] * n
+    grad_Bs: Sequence[Tensor | None] = [None] * n
+
+    if need_B:  # ∂L/∂B_i = s_i g_iᵀ h_i; a CPU is faster at (h_iᵀ g_i)ᵀ
+        hs = h.split(_ranks(As), dim=1)
+        grad_Bs = [s * (h_i.T @ g).T.to(B.dtype) for s, h_i, g, B in zip(scales, hs, gs, Bs, strict=True)]
+    if need_x or need_A:  # u_i = s_i g_i B_i
+        u = torch.cat([g @ (s * B).to(dtype) for s, g, B in zip(scales, gs, Bs, strict=True)], dim=1)
+    if gate is not None:  # what is kept of silu(gate) · up
+        up, silu = x, F.silu(gate)
+        x = silu * up
+    if need_A:  # ∂L/∂A = uᵀ x
+        dA = u.T @ x
+        grad_As = [rows.to(A.dtype) for rows, A in zip(dA.split(_ranks(As)), As, strict=True)]
+    if need_x:  # ∂L/∂x = u A + Σ g_i W_i
+        grad_x = u @ _stacked(As, dtype)
+        for g, W, q in zip(gs, Ws, qs, strict=True):
+            grad_x = _product_onto(grad_x, g, q if W is None else W, transpose=True)
+        if gate is not None:  # ∂L/∂gate = ∂L/∂x · up · silu′(gate), and ∂L/∂up = ∂L/∂x · silu(gate)
+            grad_gate, grad_x = torch.ops.aten.silu_backward(grad_x * up, gate), grad_x * silu
+    return grad_x, grad_gate, None, *(grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair)
 
 
 def _needed(ctx: Any) -> tuple[bool, bool, bool]:
@@ -137,7 +146,7 @@ def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _product_onto(y: Tensor, rows: Tensor, W: Tensor | QuantizedTensor, transpose: bool = False) -> Tensor:
-    """y + rows Wᵀ, or with `transpose` y + rows W, in the memory of y where it can be."""
+    """y + rows Wᵀ, or with `transpose` y + rows W; y may be overwritten."""
     if isinstance(W, QuantizedTensor):
         return nf4_product_onto(y, rows, W, transpose)
     return y.addmm_(rows, W if transpose else W.T)

@@ -57,13 +57,10 @@ def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | No
 
 
 def nf4_product_onto(y: Tensor, rows: Tensor, q: QuantizedTensor, transpose: bool = False) -> Tensor:
-    """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype; in the memory of y where no graph is recorded.
+    """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype and without a graph; y may be overwritten.
 
-    For the forward and backward of an autograd.Function, which has no further use for y: (M, out), rows (M, in).
+    y (M, out_features) and rows (M, in_features), with ``transpose`` the other way round.
     """
-    if torch.is_grad_enabled():  # a backward that is to be differentiated itself
-        recorded: Tensor = _NF4Product.apply(rows, y, q, rows.dtype, transpose)
-        return recorded
     product = fused_product(rows, q, transpose, None if transpose else y)
     if product is not None:
         return product.add_(y) if transpose else product
