@@ -160,6 +160,9 @@ class Adapter(nn.Module):
         """The layer to put in the place of `layer`, under this adapter, when it is attached: by default the same."""
         return layer
 
+    def check_before_training(self, name: str, total_steps: int) -> None:
+        """Raise InputError where a run of so many steps would not train this adapter, called `name`, as it should."""
+
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, if any."""
         return None

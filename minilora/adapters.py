@@ -1,7 +1,7 @@
 """Adapters on a whole model: attach, name, switch, merge, take off. Works on any nn.Module."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -312,7 +312,12 @@ def regularization(model: nn.Module) -> Tensor | float:
     (loss + regularization(model)).backward()
     """
     layers = adapted_layers(model).values()
-    terms = [adapter.regularization() for layer in layers for adapter in layer.acting_adapters()]
+    return summed_regularization(adapter for layer in layers for adapter in layer.acting_adapters())
+
+
+def summed_regularization(adapters: Iterable[Adapter]) -> Tensor | float:
+    """The same of adapters that have been collected: to go through a model's modules takes a millisecond."""
+    terms = [adapter.regularization() for adapter in adapters]
     return sum((term for term in terms if term is not None), start=0.0)
 
 

@@ -27,7 +27,8 @@ from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
 from minilora.tokenizer import Tokenizer
-from minilora.train import TrainConfig, TrainResult, checkpoint_to_resume, train
+from minilora.train import TrainConfig, TrainResult, train
+from minilora.training_checkpoint import checkpoint_to_resume
 
 MODEL = "smollm2-135m-instruct"
 EXAMPLES_IN_PROMPT = 4

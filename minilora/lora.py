@@ -200,6 +200,15 @@ class LoRA(Adapter):
         self.start_A, self.start_B = self.lora_A.clone(), self.lora_B.clone()
         self.awaits_data = False
 
+    def check_before_training(self, name: str, total_steps: int) -> None:
+        """Without the data in which its start was to be found it would train as a plain LoRA without a word."""
+        if self.awaits_data:
+            start = self.config.init_lora_weights
+            raise InputError(
+                f"adapter {name!r} has init_lora_weights={start!r} and has seen no data:"
+                f" call minilora.variants.{start}.initialize(model, batches, {name!r}) before train"
+            )
+
     def base_for(self, layer: nn.Module) -> nn.Module:
         """What LoftQ made to take the place of `layer`, or else `layer` itself."""
         return self.new_base[0] if self.new_base else layer

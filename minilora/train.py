@@ -1,39 +1,30 @@
 """The training loop, in one function: rows in; a trained adapter, checkpoints and a log out."""
 
-import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from minilora.adapters import (
-    adapter_parameters,
-    adapters_named,
-    after_step,
-    regularization,
-    set_adapter,
-    trainable_parameters,
-)
-from minilora.data import Example, Row, Skipped, as_rows, batches, collate, encode_rows, load_rows
+from minilora.adapter import adapter_class
+from minilora.adapters import adapters_named, set_adapter, summed_regularization
+from minilora.data import Example, Skipped, batches, collate
 from minilora.errors import InputError
-from minilora.lora import LoRA
 from minilora.loss import held_out_loss, label_tokens, summed_loss
 from minilora.mixed_batch import refuse_row_names
-from minilora.model import Transformer
+from minilora.optimizer import learning_rate_factor, make_optimizer, master_parameters
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
     Progress,
+    checkpoint_to_resume,
     fingerprint,
-    latest_checkpoint,
     load_checkpoint,
     restore_parameters,
     save_adapter_atomically,
@@ -42,13 +33,10 @@ from minilora.training_checkpoint import (
 from minilora.training_config import TrainConfig
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
-from minilora.variants.lora_fa import LoRAFA
-from minilora.variants.lora_plus import parameter_groups
+from minilora.training_mode import training_mode
+from minilora.training_rows import Rows, usable_examples
 
-__all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "learning_rate_factor", "train"]
-
-Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]] | Sequence[Example]
-logger = logging.getLogger("minilora")
+__all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
 
 @dataclass
@@ -88,24 +76,25 @@ def train(
     TrainingInterrupted on Ctrl-C.
     """
     output_dir, checkpoint = Path(config.output_dir), checkpoint_to_resume(config)
-    examples, skipped = _encode(rows, tokenizer, config.max_length, "training")
+    examples, skipped = usable_examples(rows, tokenizer, config.max_length)
     eval_examples: list[Example] = []
     if eval_rows is not None:
-        eval_examples, eval_skipped = _encode(eval_rows, tokenizer, config.max_length, "held-out")
+        eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config.max_length, "held-out")
         skipped = skipped + eval_skipped
     elif config.eval_every:
         raise InputError("eval_every needs eval_rows")
 
     refuse_row_names(model)
     set_adapter(model, adapter)
-    if checkpoint is None:
-        _refuse_without_data(model, adapter)
-    parameters = _master_parameters(model, adapter)
-    optimizer = _optimizer(model, adapter, config)
-    optimizer.zero_grad()  # whatever a backward pass before left there
+    adapters = adapters_named(model, adapter)
+    variant = adapter_class(next(iter(adapters.values())).config)
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
-    _check_rank_schedule(model, adapter, total_steps)
+    if checkpoint is None:
+        for each in adapters.values():
+            each.check_before_training(adapter, total_steps)
+    parameters = master_parameters(model, adapter)
+    optimizer = make_optimizer(model, adapter, config)
 
     _seed_everything(config.seed)
     run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
@@ -113,7 +102,7 @@ def train(
     stopped_early = _out_of_patience(progress, config)
 
     with (
-        _training_mode(model, config.gradient_checkpointing),
+        training_mode(model, config),
         open_log(config, progress.step + 1, total_steps) as write,
         StopRequest() as stop,
     ):
@@ -131,7 +120,7 @@ def train(
                     raise InputError(f"the loss does not depend on adapter {adapter!r}: is it merged or disabled?")
                 loss.backward()
                 losses.append(loss.detach())
-            penalty = regularization(model)
+            penalty = summed_regularization(adapters.values())
             if isinstance(penalty, torch.Tensor):
                 penalty.backward()
             pass_losses = torch.stack(losses).tolist()
@@ -144,7 +133,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             optimizer.step()
-            after_step(model, step)
+            variant.after_step(adapters, step)
             optimizer.zero_grad()
 
             seconds = time.perf_counter() - started
@@ -189,121 +178,13 @@ def train(
     return _result(config, cast(Path, checkpoint), progress, stopped_early, skipped)
 
 
-# --- before the loop --------------------------------------------------------------------------------------------------
-
-
-def _encode(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> tuple[list[Example], list[Skipped]]:
-    """Examples that can be trained on, and the rows that cannot: they are reported, never silently dropped."""
-    if isinstance(rows, str | Path):
-        rows = load_rows(rows)
-    if not rows:
-        raise InputError(f"there are no {what} rows")
-    kinds = {type(row) for row in rows}
-    if kinds == {Example}:
-        examples, skipped = cast(list[Example], list(rows)), []
-    elif kinds == {Row} or kinds == {dict}:
-        given = cast(list[Row], rows) if kinds == {Row} else as_rows(cast(list[dict[str, Any]], rows))
-        encoded = encode_rows(given, tokenizer, max_length)
-        examples, skipped = encoded.examples, list(encoded.skipped)
-    else:
-        names = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise InputError(f"{what} rows must be a path, or all dicts, all Rows or all Examples, not {names}")
-    usable = []
-    for example in examples:
-        if len(example.input_ids) > max_length:
-            skipped.append(
-                Skipped(example.source, f"{len(example.input_ids)} tokens, more than max_length={max_length}")
-            )
-        elif label_tokens([example]) == 0:
-            skipped.append(Skipped(example.source, "no token to learn: the loss is taken on assistant messages"))
-        else:
-            usable.append(example)
-    if skipped:
-        first = "; ".join(f"{row.source or 'a row'}: {row.reason}" for row in skipped[:3])
-        message = f"{len(skipped)} of {len(rows)} {what} rows skipped ({first}{'; …' if len(skipped) > 3 else ''})"
-        if not usable:
-            raise InputError(f"no {what} row is left: {message}")
-        logger.warning(message)
-    return usable, skipped
-
-
-def _refuse_without_data(model: nn.Module, name: str) -> None:
-    """An adapter whose start was to be found in data, and was not, would train as a plain LoRA without a word."""
-    for lora in adapters_named(model, name).values():
-        if isinstance(lora, LoRA) and lora.awaits_data:
-            start = lora.config.init_lora_weights
-            raise InputError(
-                f"adapter {name!r} has init_lora_weights={start!r} and has seen no data:"
-                f" call minilora.variants.{start}.initialize(model, batches, {name!r}) before train"
-            )
-
-
-def _check_rank_schedule(model: nn.Module, name: str, total_steps: int) -> None:
-    """AdaLoRA's ranks come down over the steps that its configuration counts: in fewer they would not get there."""
-    planned = getattr(next(iter(adapters_named(model, name).values())).config, "total_step", None)
-    if planned is not None and planned > total_steps:
-        raise InputError(
-            f"adapter {name!r} was made with total_step={planned}, and this run has {total_steps} steps: its ranks"
-            " would not come down to target_r"
-        )
-
-
-def _master_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name, made float32: a small update added to a bfloat16 weight is rounded away."""
-    parameters = trainable_parameters(model)
-    kept = {id(parameter) for parameter in adapter_parameters(model, adapter).values()}
-    if others := [name for name, parameter in parameters.items() if id(parameter) not in kept]:
-        raise InputError(
-            f"{others[0]} is trainable, but the folder of adapter {adapter!r} has no place for it: freeze it first"
-        )
-    for parameter in parameters.values():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    return parameters
-
-
-def _optimizer(model: nn.Module, adapter: str, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or what LoRA+ or LoRA-FA make of it; every group keeps its highest learning rate as `initial_lr`."""
-    settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    parameters = [p for p in adapter_parameters(model, adapter).values() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if config.lora_fa:
-        optimizer = LoRAFA(model, adapter, lr=config.learning_rate, **settings)
-    elif config.loraplus_lr_ratio is None:
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, **settings)
-    else:
-        rates = {"lr": config.learning_rate, "lr_ratio": config.loraplus_lr_ratio}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, adapter, weight_decay=config.weight_decay, **rates), **settings
-        )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+# --- the parts of the loop --------------------------------------------------------------------------------------------
 
 
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # of every GPU too
-
-
-def checkpoint_to_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint a run continues from, or None; InputError if output_dir holds a run that is not to be resumed."""
-    latest = latest_checkpoint(Path(config.output_dir))
-    if config.resume is None:
-        if latest is not None:
-            raise InputError(f'{latest} is there already: continue it with resume="auto", or choose another output_dir')
-        return None
-    if config.resume == "auto":
-        return latest
-    checkpoint = Path(config.resume)
-    if not checkpoint.is_dir():
-        raise InputError(f"resume: there is no checkpoint folder {checkpoint}")
-    if checkpoint.resolve().parent != Path(config.output_dir).resolve():
-        raise InputError(f"a run is resumed where its log is: set output_dir to {checkpoint.parent}")
-    return checkpoint
-
-
-# --- in the loop ------------------------------------------------------------------------------------------------------
 
 
 def _steps(
@@ -321,19 +202,6 @@ def _steps(
 
 def _split(examples: list[Example], size: int) -> list[list[Example]]:
     return [examples[i : i + size] for i in range(0, len(examples), size)]
-
-
-def learning_rate_factor(config: TrainConfig, step: int, total_steps: int) -> float:
-    """What the learning rate is multiplied by after `step` steps: transformers' schedules of the same names."""
-    warmup = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * total_steps)
-    if step < warmup:
-        return step / warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, total_steps - warmup)
-    if config.schedule == "linear":
-        return max(0.0, 1 - done)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _due(every: int | None, step: int, total_steps: int) -> bool:
@@ -356,35 +224,6 @@ def _divergence(
         f"step {step}: the {what} on the rows {', '.join(sources)}; the parameters were not updated with it;"
         f" {saved}. A lower learning_rate, a smaller max_grad_norm or a look at these rows may help."
     )
-
-
-@contextmanager
-def _training_mode(model: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """Dropout on, and recomputation where asked for; afterwards the model is as it was."""
-    was_training = model.training
-    model.train()
-    if gradient_checkpointing:
-        _set_gradient_checkpointing(model, True)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        if gradient_checkpointing:
-            _set_gradient_checkpointing(model, False)
-
-
-def _set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
-    if isinstance(model, Transformer):
-        model.gradient_checkpointing = on
-        return
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise InputError(f"{type(model).__name__} has no gradient checkpointing: set gradient_checkpointing to false")
-    transformer: Any = model  # of the transformers library
-    if on:
-        # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        transformer.gradient_checkpointing_disable()
 
 
 # --- after the loop ---------------------------------------------------------------------------------------------------

@@ -32,11 +32,14 @@ from torch import Tensor, nn
 from minilora.adapters import adapters_named
 from minilora.data import Example
 from minilora.errors import InputError
+from minilora.optimizer import optimizer_state, restore_optimizer
 from minilora.peft_format import save_adapter
 from minilora.trained_parts import TrainedCopy
+from minilora.training_config import TrainConfig
 
 __all__ = [
     "Progress",
+    "checkpoint_to_resume",
     "fingerprint",
     "latest_checkpoint",
     "load_checkpoint",
@@ -90,6 +93,23 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return max(checkpoints(output_dir), key=_step, default=None)
 
 
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint a run continues from, or None; InputError if output_dir holds a run that is not to be resumed."""
+    latest = latest_checkpoint(Path(config.output_dir))
+    if config.resume is None:
+        if latest is not None:
+            raise InputError(f'{latest} is there already: continue it with resume="auto", or choose another output_dir')
+        return None
+    if config.resume == "auto":
+        return latest
+    checkpoint = Path(config.resume)
+    if not checkpoint.is_dir():
+        raise InputError(f"resume: there is no checkpoint folder {checkpoint}")
+    if checkpoint.resolve().parent != Path(config.output_dir).resolve():
+        raise InputError(f"a run is resumed where its log is: set output_dir to {checkpoint.parent}")
+    return checkpoint
+
+
 def save_checkpoint(
     output_dir: Path,
     model: nn.Module,
@@ -103,9 +123,7 @@ def save_checkpoint(
     """Write checkpoint-<step> atomically, then delete old ones: `keep_last` newest stay, and the best evaluated."""
     path = checkpoint_path(output_dir, progress.step)
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value
+    tensors |= {f"optimizer.{key}": value for key, value in optimizer_state(optimizer, parameters).items()}
     tensors |= {f"buffer.{key}": buffer for key, buffer in _adapter_buffers(model, adapter).items()}
     tensors |= _torch_random_states()
     state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": _python_random_states()}
@@ -148,12 +166,8 @@ def load_checkpoint(
         )
     _copy_parameters(tensors, parameters)
     _set_adapter_buffers(tensors, model, adapter)
-    for name, parameter in parameters.items():
-        keys = [key.split(".")[1] for key in tensors if key.startswith("optimizer.") and key.endswith(f".{name}")]
-        for key in keys:
-            value = tensors[f"optimizer.{key}.{name}"]
-            # AdamW keeps its step count on the CPU, the moments beside the parameter
-            optimizer.state[parameter][key] = value if value.ndim == 0 else value.to(parameter.device)
+    of_optimizer = {key.removeprefix("optimizer."): t for key, t in tensors.items() if key.startswith("optimizer.")}
+    restore_optimizer(optimizer, parameters, of_optimizer)
     _set_torch_random_states(tensors)
     _set_python_random_states(states)
     return progress

@@ -48,6 +48,8 @@ class TrainConfig:
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
     """AdamW's term in the denominator."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW; with its moments in 8 bits by bitsandbytes; on a GPU also in memory that moves to the CPU when short."""
     loraplus_lr_ratio: float | None = None
     """LoRA+: B's learning rate is this times that of A; 16 is usual."""
     lora_fa: bool = False
@@ -90,6 +92,10 @@ class TrainConfig:
                 raise InputError(f"{name} must be {least}, not {value}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
+        if self.optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
+            raise InputError(f"optimizer must be adamw, adamw_8bit or paged_adamw_8bit, not {self.optimizer!r}")
+        if self.lora_fa and self.optimizer != "adamw":
+            raise InputError(f"lora_fa comes with an AdamW of its own: leave out optimizer={self.optimizer!r}")
         if self.lora_fa and self.loraplus_lr_ratio is not None:
             raise InputError("lora_fa leaves A as it is, so that loraplus_lr_ratio has no meaning: choose one of them")
         if self.early_stopping_patience is not None and self.eval_every is None:

@@ -30,9 +30,10 @@ from minilora.errors import InputError
 from minilora.lora import LoRAConfig
 from minilora.loss import held_out_loss
 from minilora.model import Transformer
+from minilora.optimizer import learning_rate_factor
 from minilora.peft_format import load_adapter
 from minilora.tokenizer import Tokenizer
-from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, learning_rate_factor, train
+from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, train
 from minilora.training_log import read_log
 
 

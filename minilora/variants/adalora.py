@@ -183,6 +183,14 @@ class AdaLoRA(Adapter):
 
     # --- the ranks
 
+    def check_before_training(self, name: str, total_steps: int) -> None:
+        """The ranks come down over the steps that the configuration counts: in fewer they would not get there."""
+        if self.config.total_step > total_steps:
+            raise InputError(
+                f"adapter {name!r} was made with total_step={self.config.total_step}, and this run has {total_steps}"
+                " steps: its ranks would not come down to target_r"
+            )
+
     @classmethod
     @torch.no_grad()
     def after_step(cls, adapters: Mapping[str, Adapter], step: int) -> None:
