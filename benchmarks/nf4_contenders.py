@@ -127,6 +127,11 @@ def one_pass_alone(case: Case, weights: Weights, x: Tensor) -> Call:
 
 def plain_alone(case: Case, weights: Weights, x: Tensor) -> Call:
     """Dequantized in plain PyTorch: what NF4Linear does where no kernel is used."""
+    return _each(weights.quantized, lambda q: nf4.dequantize(q, case.dtype))
+
+
+def minilora_alone(case: Case, weights: Weights, x: Tensor) -> Call:
+    """The same into a buffer that is used again, as NF4Linear does it."""
     return _each(weights.quantized, lambda q: nf4.dequantize(q, out=weights.buffer))
 
 
@@ -144,7 +149,7 @@ def bitsandbytes(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def bitsandbytes_dequantized(case: Case, weights: Weights, x: Tensor) -> Call:
-    """dequantize_4bit into a buffer that is used again, then matmul.
+    """dequantize_4bit, then matmul; on a GPU PyTorch gives W the same memory each time.
 
     That is also Unsloth's method, but for the kernel that dequantizes: it stands in where Unsloth is not installed.
     """
@@ -153,11 +158,10 @@ def bitsandbytes_dequantized(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def bitsandbytes_alone(case: Case, weights: Weights, x: Tensor) -> Call:
-    """dequantize_4bit into a buffer that is used again; on a CPU bitsandbytes only makes a new one each time."""
+    """dequantize_4bit."""
     from bitsandbytes.functional import dequantize_4bit
 
-    out = weights.buffer if weights.buffer.is_cuda else None
-    return _each(weights.bitsandbytes, lambda packed: dequantize_4bit(*packed, out=out))
+    return _each(weights.bitsandbytes, lambda packed: dequantize_4bit(*packed))
 
 
 def gemlite(case: Case, weights: Weights, x: Tensor) -> Call:
@@ -166,7 +170,7 @@ def gemlite(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def unsloth(case: Case, weights: Weights, x: Tensor) -> Call:
-    """As its LoRA layers do: a fused kernel for a single row, else dequantized into a shared buffer, then matmul."""
+    """As its LoRA layers do: a fused kernel for a single row, else dequantized, then matmul."""
     from unsloth.kernels.utils import fast_gemv, matmul_lora
 
     if case.operation == "backward":
@@ -226,7 +230,7 @@ CONTENDERS: dict[str, dict[Operation, dict[str, Build]]] = {
         "backward": BACKWARD,
     },
     "cpu": {
-        "dequantize": {"minilora": plain_alone, "bitsandbytes": bitsandbytes_alone},
+        "dequantize": {"minilora": minilora_alone, "bitsandbytes": bitsandbytes_alone},
         "forward": {"minilora": minilora, **PEERS},
         "backward": {"minilora": minilora, **PEERS},
     },

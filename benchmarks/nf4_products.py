@@ -1,9 +1,9 @@
 """kernels: NF4 products and dequantization against bitsandbytes, gemlite, Unsloth and a dense weight.
 
-On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights rotated so that the L2 cache does not serve them,
-calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. minilora is there what the
-crossovers measured in the same run choose: the fused kernel, or one-pass dequantization and cuBLAS. On a CPU:
-SmolLM2-135M's shapes and 4096², as the layers are called.
+On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights and results in rotation so that the L2 cache does
+not serve them, calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. minilora is
+there what the crossovers measured in the same run choose: the fused kernel, or one-pass dequantization and cuBLAS. On a
+CPU: SmolLM2-135M's shapes and 4096², as the layers are called.
 """
 
 import gc
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -64,6 +64,9 @@ def run(rounds: int | None, device: torch.device, seconds: float | None = None) 
         for case, t in timed.items():
             choose(case, t, found)
         notes += target_lines({case: t.seconds for case, t in timed.items()}, speeds)
+        if len(timed) < len(every) or any("minilora" not in t.seconds for t in timed.values()):
+            found = None
+            notes.append("no crossovers for NF4Linear from this run: they take every case")
     return Result(
         benchmark="kernels",
         title="NF4 products and dequantization: minilora's time, and as a multiple of others'",
@@ -72,7 +75,7 @@ def run(rounds: int | None, device: torch.device, seconds: float | None = None) 
             "rounds": rounds,
             "bytes_per_s": speeds.bytes_per_s,
             "flops": {str(dtype).removeprefix("torch."): flops for dtype, flops in speeds.flops.items()},
-            "crossovers": found if len(timed) == len(every) else None,
+            "crossovers": found,
         },
         rows=rows(timed, speeds),
         raw={f"{case}, {case.dtype}": t.seconds | t.failures for case, t in timed.items()},
@@ -100,15 +103,18 @@ def time_cases(
                 seconds = (deadline - time.monotonic()) / (len(every) - len(timed))
                 if seconds <= 0:
                     break
-                if weights is None or weights.key != (case.N, case.K, case.dtype):
-                    weights = None  # freed before the next are made
-                    weights = Weights(case, device)
                 builds = {
                     name: build
                     for name, build in CONTENDERS[device.type][case.operation].items()
                     if name not in missing and not (name in OPTIONAL and spent[name] > SETUP_SECONDS)
                 }
-                timed[case] = time_case(case, builds, weights, rounds, device, seconds)
+                try:
+                    if weights is None or weights.key != (case.N, case.K, case.dtype):
+                        weights = None  # freed before the next are made
+                        weights = Weights(case, device)
+                    timed[case] = time_case(case, builds, weights, rounds, device, seconds)
+                except Exception as error:  # no memory for the weights, or a kernel broke the whole process
+                    timed[case] = Timed(failures=dict.fromkeys(builds, _reason(error)))
                 spent.update(timed[case].setup)  # type: ignore[arg-type]  # a Counter counts seconds as well
         except KeyboardInterrupt:
             pass
@@ -160,7 +166,7 @@ def _reason(error: Exception) -> str:
 class Replay:
     """What one contender does in a turn: `once`, which calls it with each of the weights, so many times."""
 
-    once: Callable[[], None]
+    once: Callable[[], object]
     repeats: int
     calls: int  # of the contender, in a turn
     kept: object  # the tensors that a CUDA graph reads and writes
@@ -169,15 +175,17 @@ class Replay:
     def of(cls, build: Build, case: Case, weights: Weights, x: Tensor) -> "Replay":
         """Built, compiled and on a GPU recorded; a turn is long enough to be timed."""
         stream = _other_stream(x.device)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             call = build(case, weights, x)
 
-            def once() -> None:
-                for i in range(weights.copies):
-                    call(i)
+            def once() -> list[Tensor]:
+                # all held until the last is done, so that none is written where the L2 cache has the one before
+                return [call(i) for i in range(weights.copies)]
 
             once()  # compiles, tunes, and fills what is cached
-        recorded = once if stream is None else _record(once, stream)
+        recorded: Callable[[], object] = once if stream is None else _record(once, stream)
         took = take_turns({"": lambda _: recorded()}, 2, x.device, warmup=1)[""]
         repeats = max(1, min(1000, round(TURN_SECONDS / min(took))))
         return cls(recorded, repeats, repeats * weights.copies, call)
@@ -187,21 +195,18 @@ class Replay:
             self.once()
 
 
+@cache
 def _other_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Where to record a CUDA graph: not on the default stream, and with autograd's calls on the same one."""
-    if device.type == "cpu":
-        return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
+    return None if device.type == "cpu" else torch.cuda.Stream(device)
 
 
-def _record(once: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+def _record(once: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         once()
-    replay: Callable[[], None] = graph.replay
+    replay: Callable[[], object] = graph.replay
     return replay
 
 

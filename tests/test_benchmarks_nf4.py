@@ -77,6 +77,24 @@ def test_all_contenders_compute_the_same(benchmarks, operation, dtype):
         assert (result - expected).norm() < tolerance * expected.norm(), name
 
 
+@pytest.mark.parametrize("operation", ["dequantize", "forward", "backward"])
+def test_our_contenders_on_a_gpu_compute_the_same(benchmarks, operation):
+    """In Triton's interpreter, where there is no GPU."""
+    pytest.importorskip("triton")
+    contenders = benchmarks.nf4_contenders
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 2, 64, 128, dtype=torch.float32)
+    weights = contenders.Weights(case, device)
+    x = torch.randn(case.x_shape, device=device)
+    expected = computed(operation, nf4.dequantize(weights.quantized[0], torch.float32), x)
+    builds = contenders.CONTENDERS["cuda"][operation]
+    ours = {"one-pass kernel", "plain PyTorch", "fused kernel", "one-pass + cuBLAS"} & builds.keys()
+    assert len(ours) == 2
+    for name in ours:
+        # float32, another order of summation
+        torch.testing.assert_close(builds[name](case, weights, x)(0), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_the_calls_take_the_weights_in_turn(benchmarks):
     pytest.importorskip("bitsandbytes")
     contenders = benchmarks.nf4_contenders
@@ -181,6 +199,46 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(benchmarks, tiny, 
     assert len(result.raw["q 64x128, M=4, forward, torch.float32"]["bitsandbytes"]) == 1
 
 
+def test_weights_that_cannot_be_made_fail_the_case_and_not_the_run(benchmarks, tiny, monkeypatch):
+    def no_memory(case, device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(tiny, "Weights", no_memory)
+    result = tiny.run(1, CPU)
+    assert len(result.rows) == 10
+    assert {row["minilora, µs"] for row in result.rows} == {"failed: OutOfMemoryError: out of memory"}
+
+
+@pytest.mark.parametrize("broken", ["nothing", "fused kernel", "one-pass kernel", "one case"])
+def test_a_gpus_crossovers_take_every_case(benchmarks, monkeypatch, broken):
+    """With made-up times; a kernel that fails is not chosen, and what is not known is not made up."""
+    products, cases = benchmarks.nf4_products, benchmarks.nf4_cases
+    speeds = cases.Speeds(3e12, {torch.bfloat16: 7e14})
+    factors = {"fused kernel": 2.0, "one-pass + cuBLAS": 3.0, "one-pass kernel": 1.1, "plain PyTorch": 9.0}
+
+    def time_case(case, builds, weights, rounds, device, seconds):
+        if broken == "one case" and case.M == 64 and case.layer == "8B down":
+            raise RuntimeError("broken")
+        best = case.seconds_at_best(speeds)
+        times = {name: [factors.get(name, 4.0) * best] * rounds for name in builds if name != broken}
+        return products.Timed(times, {broken: "RuntimeError: broken"} if broken in builds else {})
+
+    monkeypatch.setattr(products, "left_out", lambda kind: {"Unsloth"})
+    monkeypatch.setattr(cases, "measured_speeds", lambda device: speeds)
+    monkeypatch.setattr(products, "Weights", lambda case, device: types.SimpleNamespace(key=None))
+    monkeypatch.setattr(products, "time_case", time_case)
+    monkeypatch.setattr(products, "machine", lambda device: {"device": "made-up"})
+    result = products.run(3, torch.device("cuda"))
+    assert len(result.rows) == 7 * (1 + 2 * 11) and "/ Unsloth" not in result.rows[0]
+    limit = 0 if broken == "fused kernel" else 8192
+    found = {"forward": limit, "backward": limit, "dequantize": broken != "one-pass kernel"}
+    assert result.settings["crossovers"] == (None if broken == "one case" else found)
+    targets = len(benchmarks.nf4_targets.TARGETS)
+    assert result.notes[targets:] == ["no crossovers for NF4Linear from this run: they take every case"] * (
+        broken == "one case"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_timed_before_an_interruption_is_kept(benchmarks, tiny, monkeypatch, number):
     before = signal.getsignal(signal.SIGTERM)
@@ -224,6 +282,28 @@ def test_an_optional_contender_that_takes_too_long_to_tune_takes_no_further_part
     monkeypatch.setattr(tiny, "time_case", slow)
     tiny.time_cases(benchmarks.nf4_cases.cases("cpu")[:5], set(), 5, CPU, deadline=float("inf"))
     assert asked == [True, True, True, False, False]  # 25, 50, 75 seconds
+
+
+def test_a_turn_is_of_every_weight_and_no_result_lies_where_another_does(benchmarks):
+    case = case_of(benchmarks, "forward", 4, 64, 64, dtype=torch.float32)
+    weights = benchmarks.nf4_contenders.Weights(case, CPU)
+    weights.copies = 5
+    made = []
+
+    def build(case, weights, x):
+        def call(i):
+            y = x @ weights.dense[0]
+            made.append((i, y.data_ptr()))
+            return y
+
+        return call
+
+    replay = benchmarks.nf4_products.Replay.of(build, case, weights, torch.ones(4, 64))
+    assert [i for i, _ in made[:5]] == list(range(5))
+    assert len({address for _, address in made[:5]}) == 5
+    made.clear()
+    replay.turn(0)
+    assert len(made) == replay.calls == 5 * replay.repeats
 
 
 def test_rounds_end_early_but_not_before_three(benchmarks):
