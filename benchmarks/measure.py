@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 
-from minilora.errors import InputError
-
 
 @dataclass(frozen=True)
 class Spread:
@@ -77,16 +75,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- memory: a process of its own for each contender, since one process's allocator remembers the other's peak -------
-
-
-def in_own_process(module: str, *arguments: str) -> str:
-    """What `python -m module arguments...` prints last on its standard output."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise InputError(f"{' '.join(command[1:])} failed with exit code {done.returncode}")
-    return done.stdout.splitlines()[-1]
+# --- memory: of a process of its own for each contender, since one's allocator remembers another's peak ---------------
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -113,7 +102,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 # --- where it was measured --------------------------------------------------------------------------------------------
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "gemlite", "unsloth")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "triton", "gemlite", "unsloth")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

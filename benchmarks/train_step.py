@@ -21,7 +21,6 @@ from benchmarks.nf4_cases import measured_speeds
 from benchmarks.output import Result
 from benchmarks.training_cases import (
     CASES,
-    LEARNING_RATE,
     LORA,
     MAX_GRAD_NORM,
     MODEL,
@@ -90,7 +89,7 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
         settings={
             "model": MODEL if device.type == "cpu" else "random weights",
             "lora": asdict(LORA),
-            "learning_rate": LEARNING_RATE,
+            "learning_rates": {name: case.learning_rate for name, case in cases.items()},
             "max_grad_norm": MAX_GRAD_NORM,
             "seed": SEED,
             "warmup": WARMUP,

@@ -23,7 +23,7 @@ MODEL = "smollm2-135m-instruct"
 DEMO_LENGTH = 180  # tokens; the demo leaves longer rows out
 HELD_OUT_ROWS = 64
 LORA = LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
-SEED, LEARNING_RATE, MAX_GRAD_NORM = 0, 2e-3, 1.0
+SEED, MAX_GRAD_NORM = 0, 1.0
 WARMUP = 1  # rounds that are not counted: the first has AdamW's moments to make
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
@@ -48,6 +48,7 @@ class Case:
     dtype: torch.dtype
     gradient_checkpointing: bool = False
     rounds: int = 4
+    learning_rate: float = 2e-4
     shape: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.training_cases import LEARNING_RATE, LORA, MAX_GRAD_NORM, MODEL, SEED, Task, base_weights, start_adapter
+from benchmarks.training_cases import LORA, MAX_GRAD_NORM, MODEL, SEED, Task, base_weights, start_adapter
 from benchmarks.turns import Contender
 from minilora.adapters import adapter_parameters, add_adapter
 from minilora.checkpoint import assemble, save_pretrained
@@ -43,7 +43,7 @@ def needed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f'{error.name} is not installed: pip install "minilora[benchmarks]"') from None
+        raise InputError(f"{error.name} is not installed: pip install {error.name}") from None
 
 
 def minilora(task: Task) -> Contender:
@@ -56,7 +56,7 @@ def minilora(task: Task) -> Contender:
         with TemporaryDirectory() as folder:
             config = TrainConfig(
                 output_dir=folder,
-                learning_rate=LEARNING_RATE,
+                learning_rate=case.learning_rate,
                 warmup_steps=task.warmup_steps,
                 batch_size=case.batch_size,
                 max_length=max(len(example.input_ids) for example in task.rows),
@@ -164,7 +164,7 @@ def _plain_loop(task: Task, model: nn.Module, precision: AbstractContextManager[
     def run() -> list[float]:
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=task.case.learning_rate, weight_decay=0.0)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, task.warmup_steps, len(steps))
         losses = []
         for examples in steps:
@@ -193,7 +193,7 @@ def _sft_trainer(task: Task, model: nn.Module) -> Contender:
         max_length=None,
         per_device_train_batch_size=task.case.batch_size,
         num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
+        learning_rate=task.case.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=task.warmup_steps,
         weight_decay=0.0,

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -10,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import random_rows, tiny_base, tiny_model
+from training_helpers import random_rows, tiny_model
 
-from minilora.data import collate
 from minilora.errors import InputError
-from minilora.loss import label_tokens, summed_loss
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -66,12 +63,6 @@ print(measure.peak_memory_mb(cpu) - start)
     assert 60 < float(done.stdout) < 100, done.stderr  # 64 MiB; without the reset it would be none
 
 
-def test_a_process_of_its_own_gives_its_last_line_or_its_failure(benchmarks):
-    assert benchmarks.measure.in_own_process("platform").startswith(platform.system())
-    with pytest.raises(InputError, match="no_such_module failed with exit code 1"):
-        benchmarks.measure.in_own_process("no_such_module")
-
-
 def test_table_json_and_plot(benchmarks, tmp_path, capsys):
     result = benchmarks.output.Result(
         benchmark="sleep",
@@ -111,45 +102,6 @@ def test_the_command_lists_and_refuses(benchmarks):
         2,
         f"benchmarks: there is no benchmark 'trian'; there are {', '.join(names)}\n",
     )
-
-
-@pytest.mark.parametrize("missing", ["peft", "transformers"])
-def test_a_missing_peer_is_named(benchmarks, monkeypatch, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(InputError, match=f"this benchmark needs {missing}: pip install transformers peft bitsandbytes"):
-        benchmarks.train_step.peft(CPU)
-
-
-@pytest.mark.parametrize("quantize", [False, True], ids=["LoRA", "QLoRA"])
-def test_both_sides_train_the_same_model(benchmarks, monkeypatch, quantize):
-    """The peer has our weights: the losses of three steps in bfloat16 differ by its rounding only."""
-    pytest.importorskip("peft")
-    pytest.importorskip("bitsandbytes")
-    train_step = benchmarks.train_step
-
-    def load_tiny(name, *, quantize, dtype, device="cpu"):
-        model = tiny_base(nf4=quantize == "nf4").to(dtype)
-        return model.requires_grad_(False), None
-
-    monkeypatch.setattr(train_step, "load", load_tiny)
-    rows = random_rows(8)
-    ours = train_step.minilora(CPU, "nf4" if quantize else None)
-    theirs = train_step.peft(CPU, quantize)
-    trained = [sum(p.numel() for p in t.model.parameters() if p.requires_grad) for t in (ours, theirs)]
-    assert trained[0] == trained[1] > 0
-    assert quantize == any(p.dtype == torch.uint8 for p in theirs.model.parameters())
-    for _ in range(3):
-        # 8 significant bits through two layers, averaged over some 80 tokens
-        assert ours.step(rows, 0) == pytest.approx(theirs.step(rows, 0), rel=2e-3)
-
-
-def test_a_step_of_the_benchmark_is_a_step_of_train(benchmarks, monkeypatch):
-    model = tiny_model()
-    rows = random_rows(8)
-    trainer = benchmarks.train_step.Trainer.of(model, lambda batch, n: summed_loss(model, batch) / n)
-    expected = summed_loss(model, collate(rows, 0)) / label_tokens(rows)
-    assert trainer.step(rows, 0) == pytest.approx(expected.item(), rel=1e-6)
-    assert trainer.step(rows, 0) < expected
 
 
 def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
