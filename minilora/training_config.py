@@ -19,7 +19,16 @@ _POSITIVE = (
     *_OPTIONAL,
 )
 _AT_LEAST_ZERO = ("warmup_steps", "weight_decay")
-_RESUME_MAY_CHANGE = ("output_dir", "save_every", "keep_last", "resume", "progress", "tensorboard", "wandb_project")
+_RESUME_MAY_CHANGE = (
+    "output_dir",
+    "offload_activations",
+    "save_every",
+    "keep_last",
+    "resume",
+    "progress",
+    "tensorboard",
+    "wandb_project",
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,12 @@ class TrainConfig:
     """Scale the gradient down to this norm where it is longer."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
+    offload_activations: bool = False
+    """With gradient_checkpointing on a GPU: what it still keeps rests in CPU memory until the backward pass."""
+    packing: bool = True
+    """Lay the rows of a pass end to end, each still read by itself, instead of padding them to the longest."""
     group_by_length: bool = True
-    """Put rows of similar length into the same step: less padding."""
+    """Where rows are padded, put those of similar length into the same step: less padding."""
     max_length: int = 1024
     """Rows of more tokens are skipped, and reported."""
     eval_every: int | None = None
@@ -94,6 +107,8 @@ class TrainConfig:
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
         if self.optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
             raise InputError(f"optimizer must be adamw, adamw_8bit or paged_adamw_8bit, not {self.optimizer!r}")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise InputError("offload_activations moves what gradient_checkpointing keeps: set that too")
         if self.lora_fa and self.optimizer != "adamw":
             raise InputError(f"lora_fa comes with an AdamW of its own: leave out optimizer={self.optimizer!r}")
         if self.lora_fa and self.loraplus_lr_ratio is not None:
