@@ -88,11 +88,15 @@ def _in_8_bits(name: str, groups: list[Any], device: torch.device, settings: dic
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """What it keeps of each parameter, as tensors by `<key>.<name>`; a count that is no tensor as a 0-dim int64."""
-    return {
-        f"{key}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            if key.startswith(
+                "qmap"
+            ):  # what the 8-bit codes stand for: one tensor for all, which no file may hold twice
+                value = value.clone()
+            tensors[f"{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
 
 
 def restore_optimizer(

@@ -25,12 +25,11 @@ from training_helpers import (
 
 from minilora import variants
 from minilora.adapters import adapter_names, add_adapter, disable_adapters, merge
-from minilora.data import Example, batches, collate, load_rows
+from minilora.data import Example, batches, collate, load_rows, pack
 from minilora.errors import InputError
 from minilora.lora import LoRAConfig
 from minilora.loss import held_out_loss
 from minilora.model import Transformer
-from minilora.optimizer import learning_rate_factor
 from minilora.peft_format import load_adapter
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig, TrainingInterrupted, train
@@ -44,22 +43,7 @@ def losses(result):
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 7, 0.1])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules_are_those_of_transformers(schedule, warmup_steps):
-    optimization = pytest.importorskip("transformers.optimization")
-    config = TrainConfig(schedule=schedule, warmup_steps=warmup_steps)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    warmup = math.ceil(0.1 * 33) if warmup_steps == 0.1 else warmup_steps
-    name = "constant_with_warmup" if schedule == "constant" else schedule
-    reference = optimization.get_scheduler(name, optimizer, warmup, num_training_steps=33)
-    for step in range(34):
-        assert learning_rate_factor(config, step, 33) == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=1e-15)
-        optimizer.step()
-        reference.step()
-
-
-def test_twenty_steps_equal_transformers_and_peft(tmp_path):
+def test_twenty_steps_equal_transformers_and_peft(tmp_path, packing):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
@@ -76,12 +60,12 @@ def test_twenty_steps_equal_transformers_and_peft(tmp_path):
 
     rows, steps = random_rows(40), 20
     settings = {"max_steps": steps, "batch_size": 8, "weight_decay": 0.01, "warmup_steps": 3, "max_grad_norm": 0.5}
-    result = run(model, rows, tmp_path, **settings)
+    result = run(model, rows, tmp_path, packing=packing, **settings)
 
     trainable = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, steps)
-    order = [indices for epoch in range(4) for indices in batches(rows, 8, 0, epoch, True)]
+    order = [indices for epoch in range(4) for indices in batches(rows, 8, 0, epoch, group_by_length=not packing)]
     expected, norms = [], []
     for indices in order[:steps]:
         batch = collate([rows[i] for i in indices], 0)
@@ -369,14 +353,14 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT, times=1):
     """Send the signal in the middle of a step: while its first batch is put together."""
     calls = []
 
-    def collate_and_signal(*arguments):
+    def pack_and_signal(examples):
         calls.append(1)
         if len(calls) == (step - 1) * HARD["gradient_accumulation_steps"] + 1:
             for _ in range(times):
                 os.kill(os.getpid(), number)
-        return collate(*arguments)
+        return pack(examples)
 
-    monkeypatch.setattr(sys.modules["minilora.train"], "collate", collate_and_signal)
+    monkeypatch.setattr(sys.modules["minilora.train"], "pack", pack_and_signal)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
