@@ -18,6 +18,7 @@ from minilora.errors import InputError
 from minilora.kernel_dispatch import measured_file
 
 TESTS = Path(__file__).parents[1] / "tests"
+PROCESSES = 8  # the tests compile some 260 variants of the kernels, one core each
 SECONDS = 450.0  # for tests and times: under 8 minutes with what comes before and after
 
 
@@ -28,7 +29,8 @@ def run(rounds: int | None, device: torch.device) -> Result:
     started = time.monotonic()
     kernels = [str(path) for path in sorted(TESTS.glob("test_kernels_*.py")) if path.stem != "test_kernels_aot"]
     for selection in (kernels, [str(TESTS), "-m", "gpu"]):
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider", *selection]
+        options = ["-o", f"addopts=-q -n {PROCESSES}", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *options, *selection]
         if subprocess.run(command, cwd=TESTS.parent, check=False).returncode:
             raise InputError(f"{' '.join(command[1:])} failed: nothing is timed that is not right")
     result = nf4_products.run(rounds, device, seconds=SECONDS - (time.monotonic() - started))
