@@ -1,34 +1,67 @@
-"""Causal attention with grouped queries: which keys a query sees, and softmax(q kᵀ / √D + mask) v in two ways.
+"""Causal attention with grouped queries: which keys a query sees, and softmax(q kᵀ / √D) v of those, device by device.
 
 B is the batch, T the new tokens, S = past + T, H the query heads, K the key-value heads, G = H / K, D a head's size.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# On a CPU the written-out product is the faster one up to here (training, bfloat16, 8 x 100 tokens, 9 heads on one
-# core: 4.5 ms a layer against 23 for scaled_dot_product_attention); beyond, its T x S scores cost too much memory.
+from minilora.tiled_attention import tiled_causal_attention
+
+__all__ = ["CausalRows", "attend", "visible_keys"]
+
+# On a CPU the written-out product with a mask is the faster one up to here (a prompt's 8 x 100 tokens in bfloat16, 9
+# heads on one core: 3 ms a layer against 4); beyond, its T x S scores cost too much memory.
 LONGEST_WRITTEN_OUT = 1024
 
 
-def attention_mask_to_add(
-    attention_mask: Tensor | None, past: int, T: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """What to add to the scores of T new tokens: 0 or -inf, (B or 1, 1, T, S) in `dtype`; None where plain causal.
+@dataclass(frozen=True)
+class CausalRows:
+    """No mask is needed: rows of these lengths lie end to end, a token sees its own row up to itself.
 
-    `attention_mask` (B, S) is 1 for real tokens and 0 for padding; `window` is how many positions a token sees, itself
-    included. None is the fast path; it is right without padding, and with padding on the right: no real token
+    `window` is how many tokens it sees at most, itself included; None where that is all of them.
+    """
+
+    lengths: tuple[int, ...]
+    window: int | None
+
+
+# What a query sees: a mask to add to its scores, or the rule above, or (None) everything.
+Visible = Tensor | CausalRows | None
+
+
+def visible_keys(
+    attention_mask: Tensor | None,
+    lengths: Sequence[int] | None,
+    past: int,
+    T: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Visible:
+    """Which of the S keys T new tokens see; a mask of 0 and -inf, (B or 1, 1, T, S) in `dtype`, only where it must be.
+
+    `attention_mask` (B, S) is 1 for real tokens and 0 for padding; `lengths` are those of rows laid end to end;
+    `window` is how many positions a token sees, itself included. Padding on the right needs no mask: no real token
     looks at what comes after it, and what the padded positions compute is never used.
     """
     S = past + T
     if attention_mask is not None and attention_mask.shape[-1] != S:
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {past} cached and {T} new tokens")
     padded = attention_mask is not None and not bool(attention_mask.all())
-    sees_all = window is None or window >= S
-    if sees_all and (past == 0 or T == 1) and (not padded or (past == 0 and _on_the_right(attention_mask))):
+    lengths = tuple(lengths or (T,))
+    if past == 0 and (not padded or _on_the_right(attention_mask)):
+        return CausalRows(lengths, None if window is None or window >= max(lengths) else window)
+    if T == 1 and not padded and (window is None or window >= S):
         return None
     query = torch.arange(past, S, device=device)[:, None]
     key = torch.arange(S, device=device)
@@ -45,26 +78,78 @@ def _on_the_right(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √D + mask) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D), query head h on h // G.
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+    """softmax(q kᵀ / √D) v over the visible keys; query head h looks at key head h // G.
 
-    `mask` is what `attention_mask_to_add` gives; None means causal (and everything, for a single query).
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); `visible` is what `visible_keys` gives.
     """
-    if q.device.type != "cpu" or k.shape[2] > LONGEST_WRITTEN_OUT:
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
-    return _attend_written_out(q, k, v, mask)
+    on_cpu = q.device.type == "cpu"
+    if isinstance(visible, CausalRows):
+        if on_cpu:
+            return tiled_causal_attention(q, k, v, visible.lengths, visible.window)
+        if len(visible.lengths) > 1 and _is_for_flash(q):
+            return _all_rows(q, k, v, visible.lengths, visible.window)
+        return _row_by_row(q, k, v, visible.lengths, visible.window)
+    if on_cpu and k.shape[2] <= LONGEST_WRITTEN_OUT:
+        return _written_out(q, k, v, visible)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
 
 
-def _attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The same, step by step; the G query heads of one key head are rows of one matrix, so k is never repeated."""
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     G = H // K
     q = q.reshape(B * K, G * T, D)
     k = k.reshape(B * K, S, D).contiguous()  # a slice of the cache is not, and the product is then 3 times slower
     v = v.reshape(B * K, S, D)
-    if mask is None:
-        mask = torch.full((T, S), -math.inf, dtype=q.dtype).triu(S - T + 1).view(1, 1, T, S)
     scores = torch.bmm(q, k.mT).view(B, K, G, T, S)
-    probabilities = torch.add(mask[:, :, None], scores, alpha=1 / math.sqrt(D)).softmax(-1)
-    return torch.bmm(probabilities.view(B * K, G * T, S), v).view(B, H, T, D)
+    scale = 1 / math.sqrt(D)
+    scores = scores * scale if mask is None else torch.add(mask[:, :, None], scores, alpha=scale)
+    return torch.bmm(scores.softmax(-1).view(B * K, G * T, S), v).view(B, H, T, D)
+
+
+def _row_by_row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+    """PyTorch's own kernel, which skips the keys after a query, once for each row."""
+    if len(lengths) == 1:
+        return _one_row(q, k, v, window)
+    rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    return torch.cat([_one_row(*row, window) for row in rows], dim=2)
+
+
+def _one_row(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    T = q.shape[2]
+    if window is None or window >= T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _flash_attention() -> Callable[..., Any] | None:
+    """PyTorch's attention for all rows in one launch, where it knows windows and grouped queries; not in 2.6."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+
+
+FLASH = _flash_attention()
+
+
+def _is_for_flash(q: Tensor) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return FLASH is not None and q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _all_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+    """FlashAttention-2 (Dao, arXiv 2307.08691) over all rows at once; B is 1."""
+    assert FLASH is not None
+    ends, longest, before = _ends(lengths, q.device), max(lengths), -1 if window is None else window - 1
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    y: Tensor = FLASH(q, k, v, ends, ends, longest, longest, window_size=(before, 0), enable_gqa=True)
+    return y.transpose(0, 1)[None]
+
+
+@lru_cache(maxsize=1)  # every layer of a pass asks for the same
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -93,7 +93,8 @@ def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], s
     examples = encode_rows(rows, tokenizer, config.max_length).examples
     if not examples:
         raise InputError(f"no training row has a token to learn within max_length={config.max_length}")
-    order = batches(examples, config.batch_size, config.seed, group_by_length=config.group_by_length)
+    grouped = config.group_by_length and not config.packing
+    order = batches(examples, config.batch_size, config.seed, group_by_length=grouped)
     first = [collate([examples[i] for i in indices], tokenizer.pad_token_id) for indices in order[:BATCHES_FOR_A_START]]
     getattr(variants, start).initialize(model, [batch._asdict() for batch in first])
 

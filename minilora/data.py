@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "Encoded",
     "Example",
+    "PackedBatch",
     "Row",
     "Skipped",
     "as_rows",
@@ -39,6 +40,7 @@ __all__ = [
     "collate",
     "encode_rows",
     "load_rows",
+    "pack",
     "show_example",
 ]
 
@@ -191,6 +193,22 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         batch.labels[i, :length] = torch.tensor(example.labels)
         batch.attention_mask[i, :length] = 1
     return batch
+
+
+class PackedBatch(NamedTuple):
+    """Examples laid end to end, without padding: int64 tensors (1, tokens), and the number of tokens of each."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+def pack(examples: Sequence[Example]) -> PackedBatch:
+    """Lay examples end to end; the first token of each has the label -100: what stands before it is another row."""
+    input_ids = [id for example in examples for id in example.input_ids]
+    labels = [label for example in examples for label in [IGNORE, *example.labels[1:]]]
+    lengths = tuple(len(example.input_ids) for example in examples)
+    return PackedBatch(torch.tensor([input_ids]), torch.tensor([labels]), lengths)
 
 
 def batches(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.data import Batch, Example, collate
-from minilora.model import Transformer
+from minilora.data import Batch, Example, PackedBatch, collate, pack
+from minilora.model import Transformer, row_positions
 
 __all__ = ["held_out_loss", "label_tokens", "linear_cross_entropy", "summed_cross_entropy", "summed_loss"]
 
@@ -39,31 +39,41 @@ def label_tokens(examples: Sequence[Example]) -> int:
     return sum(label != -100 for example in examples for label in example.labels[1:])
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
     """Sum of the cross-entropy (nats) over the batch's labelled tokens: a float32 scalar that has a gradient."""
     device = next(model.parameters()).device
     labels = batch.labels.to(device)
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != -100
     targets = labels[:, 1:][predicts[:, :-1]]
-    input_ids, attention_mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    inputs = _inputs(model, batch, device)
     if isinstance(model, Transformer):
-        hidden = model.hidden_states(input_ids, attention_mask, logits_at=predicts)
-        return linear_cross_entropy(hidden, model.lm_head, targets)
+        return linear_cross_entropy(model.hidden_states(**inputs, logits_at=predicts), model.lm_head, targets)
     # a transformers model, or one like it: it computes every position's logits
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[predicts]
-    return summed_cross_entropy(logits, targets)
+    return summed_cross_entropy(model(**inputs).logits[predicts], targets)
+
+
+def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
+    if isinstance(batch, Batch):
+        return inputs | {"attention_mask": batch.attention_mask.to(device)}
+    if isinstance(model, Transformer):
+        return inputs | {"lengths": batch.lengths}
+    # transformers tells rows end to end by positions that start again, where there is neither a mask nor a cache
+    return inputs | {"position_ids": row_positions(batch.lengths).to(device), "use_cache": False}
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> float:
     """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient."""
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch, if any
     was_training = model.training
     model.eval()
     total = 0.0
     for i in range(0, len(by_length), batch_size):
-        total += summed_loss(model, collate(by_length[i : i + batch_size], pad_token_id)).item()
+        rows = by_length[i : i + batch_size]
+        batch = pack(rows) if isinstance(model, Transformer) else collate(rows, pad_token_id)
+        total += summed_loss(model, batch).item()
     model.train(was_training)
     return total / label_tokens(examples)
 

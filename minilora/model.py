@@ -8,16 +8,19 @@ B is the batch, T the new tokens, S = past + T, H the query heads, K the key-val
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from minilora.attention import attend, attention_mask_to_add
+from minilora.attention import Visible, attend, visible_keys
 from minilora.errors import InputError
 from minilora.model_config import ModelConfig
+from minilora.offload import ActivationOffload
+from minilora.recompute import checkpointed
 from minilora.shared_input import project, project_swiglu
 
 __all__ = ["KVCache", "ModelConfig", "Transformer"]
@@ -109,7 +112,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (each.view(B, T, -1, self.head_dim) for each in projected)
@@ -118,7 +121,7 @@ class Attention(nn.Module):
         q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, visible)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -146,8 +149,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -170,9 +173,13 @@ def require_own_model(model: nn.Module, otherwise: str) -> None:
 class Transformer(nn.Module):
     """A causal language model; `gradient_checkpointing = True` trades a second forward of each block for its memory.
 
+    `offload_activations = True` beside it keeps what is then left of each block, its input, in CPU memory.
+
     forward: `input_ids` (B, T) int64; `attention_mask` (B, S) of 0 and 1 as in transformers, padded left or right,
     None where nothing is padding; `position_ids` (B, T), by default counted over the mask's ones, as
-    transformers' generate does; `cache` a KVCache that already holds past = S - T tokens and receives the new ones.
+    transformers' generate does; `cache` a KVCache that already holds past = S - T tokens and receives the new ones;
+    `lengths` those of several rows laid end to end in one sequence (B = 1, without mask and cache): each is then read
+    by itself, from position 0 on.
     Returns the logits (B, T, V), or with a bool mask `logits_at` (B, T) only the chosen positions' (n, V), in row-major
     order: the head, a fifth of a small model's work, then runs only there. Logits at padded positions mean nothing.
 
@@ -183,6 +190,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.offload_activations = False
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -201,8 +209,9 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        return self.lm_head(self.hidden_states(input_ids, attention_mask, position_ids, cache, logits_at))
+        return self.lm_head(self.hidden_states(input_ids, attention_mask, position_ids, cache, logits_at, lengths))
 
     def hidden_states(
         self,
@@ -211,25 +220,30 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         T = input_ids.shape[1]
         past = cache.length if cache is not None else 0
+        if lengths is not None:
+            _check_end_to_end(input_ids, lengths, attention_mask, cache)
         x = self.model.embed_tokens(input_ids)
         if position_ids is None:
-            position_ids = default_positions(attention_mask, past, T, x.device)
+            position_ids = default_positions(attention_mask, lengths, past, T, x.device)
         self.inverse_frequencies = self.inverse_frequencies.to(x.device)
         rope = rotary_tables(position_ids, self.inverse_frequencies, x.dtype)
-        masks = {
-            window: attention_mask_to_add(attention_mask, past, T, window, x.dtype, x.device)
+        visible = {
+            window: visible_keys(attention_mask, lengths, past, T, window, x.dtype, x.device)
             for window in set(self.config.sliding_windows)
         }
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        offload = ActivationOffload(x.device) if self.offload_activations else None
         for window, block in zip(self.config.sliding_windows, self.model.layers, strict=True):
             if recompute:
-                x = checkpoint(block, x, rope, masks[window], None, use_reentrant=False)
+                with offload.keeping(x) if offload else nullcontext():
+                    x = checkpointed(block, x, rope, visible[window], None)
             else:
-                x = block(x, rope, masks[window], cache)
+                x = block(x, rope, visible[window], cache)
         if cache is not None:
             cache.length += T
         if logits_at is not None:
@@ -272,8 +286,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def default_positions(attention_mask: Tensor | None, past: int, T: int, device: torch.device) -> Tensor:
+def default_positions(
+    attention_mask: Tensor | None, lengths: Sequence[int] | None, past: int, T: int, device: torch.device
+) -> Tensor:
     """Positions (B or 1, T): a token's count among the real tokens of its row, as transformers' generate has it."""
+    if lengths is not None:
+        return row_positions(lengths).to(device)
     if attention_mask is None:
         return torch.arange(past, past + T, device=device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+
+def _check_end_to_end(
+    input_ids: Tensor, lengths: Sequence[int], attention_mask: Tensor | None, cache: KVCache | None
+) -> None:
+    if attention_mask is not None or cache is not None:
+        raise ValueError("rows laid end to end take neither an attention_mask nor a cache")
+    if input_ids.shape != (1, sum(lengths)):
+        raise ValueError(f"rows of {sum(lengths)} tokens in all do not fill input_ids {tuple(input_ids.shape)}")
+
+
+def row_positions(lengths: Sequence[int]) -> Tensor:
+    """Positions (1, T) of rows laid end to end: each counts from 0."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]

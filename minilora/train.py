@@ -15,11 +15,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from minilora.adapter import adapter_class
 from minilora.adapters import adapters_named, set_adapter, summed_regularization
-from minilora.data import Example, Skipped, batches, collate
+from minilora.data import Example, Skipped, batches, collate, pack
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
 from minilora.mixed_batch import refuse_row_names
 from minilora.optimizer import learning_rate_factor, make_optimizer, master_parameters
+from minilora.packing import can_pack
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
     Progress,
@@ -88,6 +89,7 @@ def train(
     set_adapter(model, adapter)
     adapters = adapters_named(model, adapter)
     variant = adapter_class(next(iter(adapters.values())).config)
+    packing = config.packing and can_pack(model)
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
     total_steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
     if checkpoint is None:
@@ -107,7 +109,7 @@ def train(
         StopRequest() as stop,
     ):
         first_step, last_step = progress.step + 1, progress.step if stopped_early else total_steps
-        for step, step_examples in _steps(examples, config, steps_per_epoch, first_step, last_step):
+        for step, step_examples in _steps(examples, config, packing, steps_per_epoch, first_step, last_step):
             started = time.perf_counter()
 
             # L = 1/n Σ −log p(label), n over the whole step: 8 passes of 1 row equal 1 pass of 8 rows
@@ -115,7 +117,8 @@ def train(
             passes = _split(step_examples, config.batch_size)
             losses = []
             for pass_examples in passes:
-                loss = summed_loss(model, collate(pass_examples, tokenizer.pad_token_id)) / n
+                batch = pack(pass_examples) if packing else collate(pass_examples, tokenizer.pad_token_id)
+                loss = summed_loss(model, batch) / n
                 if not loss.requires_grad:
                     raise InputError(f"the loss does not depend on adapter {adapter!r}: is it merged or disabled?")
                 loss.backward()
@@ -188,7 +191,7 @@ def _seed_everything(seed: int) -> None:
 
 
 def _steps(
-    examples: list[Example], config: TrainConfig, steps_per_epoch: int, first_step: int, last_step: int
+    examples: list[Example], config: TrainConfig, packing: bool, steps_per_epoch: int, first_step: int, last_step: int
 ) -> Iterator[tuple[int, list[Example]]]:
     """Each step's number, counted from 1, and its rows; the order depends on seed and epoch only, so it resumes."""
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
@@ -196,7 +199,7 @@ def _steps(
     for step in range(first_step, last_step + 1):
         epoch, index = divmod(step - 1, steps_per_epoch)
         if index == 0 or step == first_step:
-            order = batches(examples, rows_per_step, config.seed, epoch, config.group_by_length)
+            order = batches(examples, rows_per_step, config.seed, epoch, config.group_by_length and not packing)
         yield step, [examples[i] for i in order[index]]
 
 

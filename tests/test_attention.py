@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minilora import attention
-from minilora.attention import attend, attention_mask_to_add
+from minilora.attention import CausalRows, attend, visible_keys
 
 
 def visible(mask: list[int] | None, past: int, T: int, window: int | None) -> Tensor:
@@ -56,10 +56,10 @@ def test_attention_is_the_softmax_over_what_is_visible(
     q = torch.randn(B, H, T, D, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, B, K, past + T, D, dtype=torch.float64, generator=generator)
     padding = None if rows is None else torch.tensor(rows)
-    mask = attention_mask_to_add(padding, past, T, window, q.dtype, q.device)
+    keys = visible_keys(padding, None, past, T, window, q.dtype, q.device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LONGEST_WRITTEN_OUT", 1024 if written_out else 0)
-        result = attend(q, k, v, mask)
+        result = attend(q, k, v, keys)
     expected = by_hand(q, k, v, torch.stack([visible(row, past, T, window) for row in rows or [None, None]]))
     real = torch.ones(B, T, dtype=torch.bool) if padding is None else padding[:, past:].bool()
     assert result.isfinite().all()
@@ -79,17 +79,19 @@ def test_attention_is_the_softmax_over_what_is_visible(
         ([[1, 1, 1, 0, 1]], 4, 1, None, False),
         (None, 2, 3, None, False),
         (None, 0, 5, 5, True),
-        (None, 0, 5, 4, False),
+        (None, 0, 5, 4, True),
+        ([[1, 1, 1, 0, 0]], 0, 5, 2, True),
+        (None, 4, 1, 4, False),
     ],
 )
-def test_no_mask_is_made_where_plain_causal_attention_is_right(
+def test_no_mask_is_made_where_a_rule_says_what_is_seen(
     rows: list[list[int]] | None, past: int, T: int, window: int | None, fast: bool
 ) -> None:
     padding = None if rows is None else torch.tensor(rows)
-    mask = attention_mask_to_add(padding, past, T, window, torch.float32, torch.device("cpu"))
-    assert (mask is None) == fast
+    keys = visible_keys(padding, None, past, T, window, torch.float32, torch.device("cpu"))
+    assert (keys is None or isinstance(keys, CausalRows)) == fast
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask has 3 columns for 2 cached and 4 new tokens"):
-        attention_mask_to_add(torch.ones(1, 3), 2, 4, None, torch.float32, torch.device("cpu"))
+        visible_keys(torch.ones(1, 3), None, 2, 4, None, torch.float32, torch.device("cpu"))

@@ -43,6 +43,7 @@ def losses(result):
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_twenty_steps_equal_transformers_and_peft(tmp_path, packing):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
