@@ -1,8 +1,16 @@
 """What all kernels share: a packed byte to its two values, and the absmax of a block (arXiv 2305.14314, section 3).
 
-    byte b  ->  code[b >> 4], code[b & 15]        one lookup in a table of 256 pairs
+    byte b  ->  code[b >> 4], code[b & 15]
     block i ->  absmax[i]                         float32, or with double quantization
                 map[absmax[i]] · nested_absmax[i // 256] + offset
+
+There are two ways to look a byte up: once in a table of 256 pairs, or twice in the 16 values. Once takes fewer
+instructions; but 32 threads that read 8 bytes each from anywhere in 2 KiB get in each other's way, while the 16 values
+are one line of the cache. By arithmetic, which no GPU has confirmed, pairs are better where bandwidth leaves time
+(dequantize) and beside a tensor core's product, single values in gemv. Each kernel takes either.
+
+A mask, an absmax or an address that is the same for a whole block is computed once for it: tiles have an axis of
+blocks. What depends on the single byte keeps the compiler from loading 16 of them at a time.
 
 The product and the sum round twice, as bitsandbytes does it: every kernel is compiled with enable_fp_fusion=False, so
 that they do not become one fused multiply-add, and where a fused one is wanted, tl.fma says so.
@@ -15,28 +23,33 @@ from torch import Tensor
 
 from minilora.errors import InputError
 from minilora.kernel_dispatch import blocks_lie_in_rows
-from minilora.nf4 import QuantizedTensor, byte_pairs, dynamic_map
+from minilora.nf4 import QuantizedTensor, byte_pairs, code, dynamic_map
 
 NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.NESTED_BLOCK_SIZE
 
 
-def buffers(q: QuantizedTensor) -> tuple[Tensor, ...]:
-    """What every kernel takes of q: codes, absmax, nested_absmax, offset, dynamic map, table of pairs.
+def buffers(q: QuantizedTensor, pairs: bool) -> tuple[Tensor, ...]:
+    """What every kernel takes of q: codes, absmax, nested_absmax, offset, dynamic map, table of pairs or of values.
 
     Without double quantization the two in the middle are never read.
     """
     nested = q.absmax if q.nested_absmax is None else q.nested_absmax
     offset = q.absmax if q.offset is None else q.offset
     device = q.codes.device
-    return q.codes, q.absmax, nested, offset, dynamic_map(device), byte_pairs(device)
+    return q.codes, q.absmax, nested, offset, dynamic_map(device), byte_pairs(device) if pairs else code(device)
 
 
 @triton.jit
-def decode(byte, pairs_ptr):
-    """uint8 packed codes -> float32 values of the even and of the odd elements."""
-    pair = tl.load(pairs_ptr + byte.to(tl.int32))
-    even = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def decode(byte, table_ptr):
+    """uint8 packed codes -> float32 values of the even and of the odd elements; the table: 256 int64 or 16 float32."""
+    index = byte.to(tl.int32)
+    if table_ptr.dtype.element_ty == tl.int64:
+        pair = tl.load(table_ptr + index)
+        even = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        even = tl.load(table_ptr + (index >> 4))
+        odd = tl.load(table_ptr + (index & 15))
     return even, odd
 
 
@@ -74,10 +87,14 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def tile(dtype: torch.dtype, M: int) -> tuple[int, int]:
-    """Rows of x and rows of W in one program: float32 has no tensor cores and would spill registers in larger ones."""
+    """Rows of x and rows of W in one program: as many as leave registers free, on sm_80 with everything added too.
+
+    float32 has no tensor cores: its products go through registers.
+    """
     if dtype == torch.float32:
         return 16, 32
-    return max(16, min(64, triton.next_power_of_2(M))), 64
+    BM = max(16, min(64, triton.next_power_of_2(M)))
+    return BM, 128 if BM < 64 else 64
 
 
 def split_of(programs: int, pieces: int, device: torch.device) -> int:

@@ -1,10 +1,11 @@
 """(c) y = x W^T for a single row: decoding, one token at a time.
 
-    y[n] = Σ_k x[k] · code[n, k] · absmax[n, k // 64]        in float32 throughout: products, absmax and sum
+    y[n] = Σ_b absmax[n, b] · Σ_{k in block b} x[k] · code[n, k]        in float32 throughout
 
 One row cannot fill a tensor core, and need not: every weight is used once, so the time is that of reading 4.127 bits
-a weight, by arithmetic 2.6 µs for 4096² at an H100's 3.35 TB/s. What can spoil that is the work of unpacking: a lookup,
-two products and two fused multiply-adds a byte.
+a weight, by arithmetic 2.6 µs for 4096² at an H100's 3.35 TB/s. What spoils that is the work of unpacking: in that
+time the chip can issue 4.6 instructions a weight, and read its first cache once. This kernel takes 8.8 with single
+values and 6.4 with pairs (`python -m minilora.kernels.aot`), so by arithmetic about half of the bandwidth is its most.
 """
 
 import torch
@@ -14,47 +15,53 @@ from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
 
-from .codes import block_absmax, buffers, decode, split_of
+from .codes import block_absmax, buffers, check_rows, decode, split_of
 
-BN, BK = 8, 512  # outputs of one program, and weights of each at a time
+BN, PIECES = 16, 8  # outputs of one program, and pieces of 64 weights of each at a time
 
 
 @triton.jit
 def gemv_kernel(
-    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, out_ptr,
-    N, K, SPLIT,
-    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, table_ptr, out_ptr,
+    N, K_PIECES, SPLIT,
+    BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN outputs, over every SPLIT-th piece of BK weights; BLOCK_SIZE divides BK or the reverse."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """One program: BN outputs, over every SPLIT-th group of PIECES pieces; a row has K_PIECES of them."""
+    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None, None]
     part = tl.program_id(1)
-    half = tl.arange(0, BK // 2)
-    row = n.to(tl.int64) * K
-    sums = tl.zeros((BN, BK // 2), tl.float32)
-    for k0 in range(part * BK, K, SPLIT * BK):
-        inside = (n[:, None] < N) & (k0 + 2 * half[None, :] < K)
-        element = row[:, None] + k0 + 2 * half[None, :]
-        even, odd = decode(tl.load(codes_ptr + element // 2, mask=inside, other=0), pairs_ptr)
-        absmax = block_absmax(
-            element // BLOCK_SIZE, inside, absmax_ptr, nested_ptr, offset_ptr, map_ptr, DOUBLE
-        )  # fmt: skip
-        x_even = tl.load(x_ptr + k0 + 2 * half, mask=k0 + 2 * half < K, other=0.0).to(tl.float32)[None, :]
-        x_odd = tl.load(x_ptr + k0 + 2 * half + 1, mask=k0 + 2 * half < K, other=0.0).to(tl.float32)[None, :]
-        sums = tl.fma(even * absmax, x_even + tl.zeros_like(sums), sums)
-        sums = tl.fma(odd * absmax, x_odd + tl.zeros_like(sums), sums)
-    tl.store(out_ptr + part * N + n, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty), mask=n < N)
+    row = n.to(tl.int64) * K_PIECES
+    half = tl.arange(0, 32)[None, None, :]
+    sums = tl.zeros((BN, PIECES, 32), tl.float32)
+    for first in range(part * PIECES, K_PIECES, SPLIT * PIECES):
+        piece = (first + tl.arange(0, PIECES))[None, :, None]
+        inside = (n < N) & (piece < K_PIECES)
+        even, odd = decode(tl.load(codes_ptr + (row + piece) * 32 + half, mask=inside, other=0), table_ptr)
+        block = (row + piece) // (BLOCK_SIZE // 64)
+        absmax = block_absmax(block, inside, absmax_ptr, nested_ptr, offset_ptr, map_ptr, DOUBLE)
+        k = piece * 64 + 2 * half
+        x_even = tl.load(x_ptr + k, mask=piece < K_PIECES, other=0.0).to(tl.float32)
+        x_odd = tl.load(x_ptr + k + 1, mask=piece < K_PIECES, other=0.0).to(tl.float32)
+        products = tl.fma(odd, tl.broadcast_to(x_odd, odd.shape), even * x_even)
+        sums = tl.fma(products, tl.broadcast_to(absmax, products.shape), sums)
+    y = tl.sum(tl.sum(sums, axis=2), axis=1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    tl.store(out_ptr + part * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-def gemv(x: Tensor, q: QuantizedTensor, add: Tensor | None = None) -> Tensor:
-    """W x (+ add): x (K,), q of shape (N, K) with K even, add (N,) -> (N,) in x's dtype, rounded once."""
+def gemv(x: Tensor, q: QuantizedTensor, add: Tensor | None = None, pairs: bool = False) -> Tensor:
+    """W x (+ add): x (K,), q of shape (N, K), add (N,) -> (N,) in x's dtype, rounded once.
+
+    Raises InputError where the blocks do not lie in rows, or are below 64.
+    """
+    check_rows(q)
     N, K = q.shape
-    split = split_of(triton.cdiv(N, BN), triton.cdiv(K, BK), x.device)
+    split = split_of(triton.cdiv(N, BN), triton.cdiv(K, 64 * PIECES), x.device)
     is_partial = split > 1 or add is not None
     out = torch.empty((split, N), dtype=torch.float32 if is_partial else x.dtype, device=x.device)
     gemv_kernel[(triton.cdiv(N, BN), split)](
-        x.contiguous(), *buffers(q), out, N, K, split,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BN=BN, BK=BK,
-        num_warps=4, num_stages=3, enable_fp_fusion=False,
+        x.contiguous(), *buffers(q, pairs), out, N, K // 64, split,
+        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BN=BN, PIECES=PIECES,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     if not is_partial:
         return out[0]

@@ -29,7 +29,7 @@ BK = 64  # weights of a row at a time: one block, or a part of one
 
 @triton.jit
 def matmul_kernel(
-    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, pairs_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
+    x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, table_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
     M, N, K, R, add_stride, SPLIT,
     BLOCK_SIZE: tl.constexpr, DOUBLE: tl.constexpr, ADD: tl.constexpr, LORA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr,
@@ -47,7 +47,7 @@ def matmul_kernel(
         absmax = block_absmax(
             (row + k0) // BLOCK_SIZE, n < N, absmax_ptr, nested_ptr, offset_ptr, map_ptr, DOUBLE
         )[:, None]  # fmt: skip
-        even, odd = decode(byte, pairs_ptr)
+        even, odd = decode(byte, table_ptr)
         x = tl.load(x_ptr + m[:, None].to(tl.int64) * K + k0 + k[None, :], mask=m[:, None] < M, other=0.0)
         x_even, x_odd = tl.split(tl.reshape(x.to(DOT), (BM, BK // 2, 2)))
         w_even = (even * absmax).to(x_ptr.dtype.element_ty).to(DOT)
@@ -69,8 +69,9 @@ def matmul_kernel(
 
 
 def matmul(
-    x: Tensor, q: QuantizedTensor, add: Tensor | None = None, xA: Tensor | None = None, B: Tensor | None = None
-) -> Tensor:
+    x: Tensor, q: QuantizedTensor, add: Tensor | None = None, xA: Tensor | None = None, B: Tensor | None = None,
+    pairs: bool = True,
+) -> Tensor:  # fmt: skip
     """x W^T (+ add) (+ xA B^T): x (M, K), q of shape (N, K), xA (M, r), B (N, r) -> (M, N) in x's dtype.
 
     add is a bias (N,), or (M, N). xA and B, in x's dtype, are a LoRA's x A^T and s·B. Raises InputError where
@@ -87,7 +88,7 @@ def matmul(
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, M, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
-        x.contiguous(), *buffers(q), add, xA, B, out, M, N, K, R, 0 if add is None else add.stride(0), split,
+        x.contiguous(), *buffers(q, pairs), add, xA, B, out, M, N, K, R, 0 if add is None else add.stride(0), split,
         BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
         BM=BM, BN=BN, BK=BK, BR=max(16, triton.next_power_of_2(R)), DOT=dot_dtype(x.dtype),
         num_warps=4, num_stages=3, enable_fp_fusion=False,

@@ -15,7 +15,7 @@ from minilora.kernels.codes import dot_dtype
 import torch
 large = {"BLOCK_SIZE": 64, "DOUBLE": True, "BM": 64, "BN": 64, "BK": 64, "BR": 16, "ADD": True,
          "LORA": True, "DOT": dot_dtype(torch.float32)}
-case = aot.Case("matmul in float32 with a tile that is too large", matmul.matmul_kernel, "fp32", large)
+case = aot.Case("matmul in float32 with a tile that is too large", matmul.matmul_kernel, "fp32", large, 64 * 64)
 print(aot.usage(case, 90).problems(90))
 """
 
@@ -33,6 +33,28 @@ def test_every_kernel_compiles_and_fits(arch: int) -> None:
     lines = [line for line in done.stdout.splitlines() if f" {arch} " in line]
     for kernel in ("dequantize", "quantize", "gemv", "matmul", "backward"):
         assert any(line.startswith(kernel) for line in lines), f"{kernel} was not compiled: {done.stdout}"
+    # An H100 (132 multiprocessors of 128 lanes at 1.755 GHz, 3.35 TB/s) issues 22 instructions a lane in the time that
+    # an element of 0.52 bytes in and 2 out takes: a dequantization of more cannot reach its bandwidth.
+    dequantize = [float(line.split()[-1]) for line in lines if line.startswith("dequantize")]
+    assert max(dequantize) < 22 / 2, done.stdout  # half of it, to leave room for waiting
+
+
+CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;              /* 0x00000a0000017a02 */
+                                                                       /* 0x000fe40000000f00 */
+        /*0010*/              @!P0 LDG.E.U8 R0, [R2.64] ;              /* 0x0000000402008981 */
+        /*0020*/                   FADD R1, R1, R0 ;                   /* 0x0000000001017221 */
+        /*0030*/               @P1 BRA 0x10 ;                          /* 0xffffffa000001947 */
+        /*0040*/                   EXIT ;                              /* 0x000000000000794d */
+        /*0050*/                   BRA 0x50;                           /* 0xfffffff000007947 */
+        /*0060*/                   NOP;                                /* 0x0000000000007918 */
+"""
+
+
+def test_the_instructions_of_a_loop_are_counted() -> None:
+    count = "from minilora.kernels.aot import instructions_of_main_loop as count; import sys; print(count(sys.argv[1]))"
+    assert python("-c", count, CODE).stdout.strip() == "3"
+    assert python("-c", count, CODE.replace("@P1 BRA 0x10", "@P1 BRA 0x40")).stdout.strip() == "6"  # no loop: all
 
 
 def test_a_spill_is_noticed() -> None:
@@ -41,5 +63,5 @@ def test_a_spill_is_noticed() -> None:
 
 
 def test_shared_memory_beyond_the_chip_s_is_noticed() -> None:
-    source = "from minilora.kernels.aot import Usage; print(Usage(10, 0, 0, 200_000).problems(80))"
+    source = "from minilora.kernels.aot import Usage; print(Usage(10, 0, 0, 200_000, 1.0).problems(80))"
     assert "needs 200000 bytes of shared memory, sm_80 has 166912" in python("-c", source).stdout

@@ -1,5 +1,7 @@
 """Dequantize and quantize kernels: the bytes of minilora.nf4, which are bitsandbytes'."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,16 +20,20 @@ pytestmark = runs_somewhere
     block_size=st.sampled_from([32, 64, 128, 4096]),
     double_quant=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    pairs=st.booleans(),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 def test_dequantize_gives_the_bytes_of_the_pytorch_path(
-    shape: list[int], block_size: int, double_quant: bool, dtype: torch.dtype
+    shape: list[int], block_size: int, double_quant: bool, dtype: torch.dtype, pairs: bool
 ) -> None:
     torch.manual_seed(0)
     q = nf4.quantize(torch.randn(shape, device=DEVICE), block_size, double_quant)
-    out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)  # poisoned: every element must be written
-    assert dequantize(q, out=out) is out
+    n = math.prod(shape)
+    room = torch.full((n + 4096,), float("nan"), dtype=dtype, device=DEVICE)  # poisoned: every element must be written
+    out = room[:n].view(shape)
+    assert dequantize(q, out=out, pairs=pairs) is out
     assert torch.equal(out, weight(q, dtype))
+    assert room[n:].isnan().all()  # and no other
 
 
 @pytest.mark.parametrize("mutate", mutations())

@@ -1,5 +1,7 @@
 """Fused products against float64 on the dequantized weight, and bit for bit where the input is the identity."""
 
+from itertools import product
+
 import pytest
 import torch
 from kernel_helpers import DEVICE, DTYPES, Mutation, as_stored, assert_near, mutations, packed, runs_somewhere, weight
@@ -23,13 +25,14 @@ def rows(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
-def test_products_are_near_float64(M: int, N: int, K: int, dtype: torch.dtype, double_quant: bool) -> None:
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "values"])
+def test_products_are_near_float64(M: int, N: int, K: int, dtype: torch.dtype, double_quant: bool, pairs: bool) -> None:
     q = packed(N, K, double_quant)
     W, x, g = weight(q, dtype), rows(M, K, dtype), rows(M, N, dtype)
-    assert_near(matmul(x, q), x.double() @ W.double().T, x, W, dtype)
-    assert_near(backward(g, q), g.double() @ W.double(), g, W.T, dtype)
+    assert_near(matmul(x, q, pairs=pairs), x.double() @ W.double().T, x, W, dtype)
+    assert_near(backward(g, q, pairs), g.double() @ W.double(), g, W.T, dtype)
     W32 = weight(q, torch.float32)  # a single row is multiplied in float32 throughout
-    assert_near(gemv(x[0], q)[None], x[:1].double() @ W32.double().T, x[:1], W32, dtype)
+    assert_near(gemv(x[0], q, pairs=pairs)[None], x[:1].double() @ W32.double().T, x[:1], W32, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,8 +58,8 @@ def test_the_identity_brings_out_the_dequantized_weight_bit_for_bit(dtype: torch
     W = weight(q, dtype)
     assert torch.equal(matmul(torch.eye(128, device=DEVICE, dtype=dtype), q).T, W)
     assert torch.equal(backward(torch.eye(70, device=DEVICE, dtype=dtype), q), W)
-    for k in (0, 63, 64, 127):
-        assert torch.equal(gemv(torch.eye(128, device=DEVICE, dtype=dtype)[k], q), W[:, k])
+    for k, pairs in product((0, 63, 64, 127), (True, False)):
+        assert torch.equal(gemv(torch.eye(128, device=DEVICE, dtype=dtype)[k], q, pairs=pairs), W[:, k])
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 7])
@@ -99,7 +102,8 @@ def test_nothing_is_written_outside_the_result() -> None:
 @pytest.mark.parametrize(("K", "block_size"), [(96, 64), (64, 32), (65, 64)])
 def test_blocks_that_straddle_rows_are_refused(K: int, block_size: int) -> None:
     q = packed(4, K, block_size=block_size)
-    for call in (lambda: matmul(rows(1, K, torch.float32), q), lambda: backward(rows(1, 4, torch.float32), q)):
+    x, g = rows(1, K, torch.float32), rows(1, 4, torch.float32)
+    for call in (lambda: matmul(x, q), lambda: backward(g, q), lambda: gemv(x[0], q)):
         with pytest.raises(InputError, match="dequantize and multiply instead"):
             call()
 
