@@ -82,6 +82,7 @@ def reset_peak_memory(device: torch.device) -> None:
     """Forget the peak so far, such as that of loading (Linux and CUDA; elsewhere it is of the whole process)."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # other processes may need what loading did
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM

@@ -33,7 +33,7 @@ from benchmarks.training_cases import (
     make_task,
 )
 from benchmarks.training_contenders import CONTENDERS, PAD
-from benchmarks.training_plot import plot
+from benchmarks.training_plot import figure_size, plot
 from benchmarks.turns import Contender, Runner, Trained
 from minilora.errors import InputError
 from minilora.loss import held_out_loss
@@ -103,7 +103,7 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
             for name, result in measured.items()
             for contender, reason in result.left_out.items()
         ],
-        size=(13, 3 + 0.75 * len(cases) + 2.6 * (-(-len(cases) // 3))),
+        size=figure_size(len(cases)),
     )
 
 
@@ -143,7 +143,7 @@ def measure(
     finally:
         for runner in runners.values():
             runner.close()
-    counted = task.batches()[WARMUP:]
+    counted = task.steps()[WARMUP:]
     config = base_weights(case, device).config
     return Measured(
         tokens=[sum(len(example.input_ids) for example in examples) for examples in counted],

@@ -3,7 +3,7 @@
 All start from the same base and adapter weights, and take the same rows in the same order: AdamW, a cosine schedule
 after a warm-up, gradients clipped to 1, adapters in float32.
 
-minilora    `minilora.train`, the function that users call, with its log, at its default settings.
+minilora    `minilora.train`, the function that users call, with its log: packed, as it is by default.
 PEFT        a plain PyTorch loop around a transformers model with SDPA attention, without the Trainer's own overhead.
             For QLoRA without prepare_model_for_kbit_training, whose float32 head and norms would only slow it down.
 TRL         SFTTrainer on the same PEFT model, on rows already tokenized and labelled: its fused head and loss, in
@@ -16,6 +16,7 @@ Unsloth     FastLanguageModel in the same plain loop, under the mixed precision 
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +29,7 @@ from benchmarks.training_cases import LORA, MAX_GRAD_NORM, MODEL, SEED, Task, ba
 from benchmarks.turns import Contender
 from minilora.adapters import adapter_parameters, add_adapter
 from minilora.checkpoint import assemble, save_pretrained
-from minilora.data import Example
+from minilora.data import Example, batches
 from minilora.errors import InputError
 from minilora.fetch import model_file
 from minilora.tokenizer import Tokenizer
@@ -61,15 +62,25 @@ def minilora(task: Task) -> Contender:
                 batch_size=case.batch_size,
                 max_length=max(len(example.input_ids) for example in task.rows),
                 max_grad_norm=MAX_GRAD_NORM,
+                group_by_length=False,  # they are already, for everyone
                 gradient_checkpointing=case.gradient_checkpointing,
                 save_every=None,
                 progress=False,
                 seed=SEED,
             )
-            history = train(model, PADDING, task.rows, config).history
+            history = train(model, PADDING, _to_be_shuffled(task), config).history
         return [record["loss"] for record in history if "loss" in record]
 
     return Contender(model, run)
+
+
+def _to_be_shuffled(task: Task) -> list[Example]:
+    """The rows in such an order that `train`, which shuffles them, comes to that of the task."""
+    rows = list(task.rows)
+    shuffled = chain.from_iterable(batches(rows, task.case.batch_size, SEED))
+    for place, row in zip(shuffled, task.rows, strict=True):
+        rows[place] = row
+    return rows
 
 
 def peft(task: Task) -> Contender:
@@ -142,9 +153,12 @@ def peft_model(task: Task) -> Any:
 
 def _linear4bit(weight: Tensor) -> nn.Module:
     """A layer as transformers makes it for BitsAndBytesConfig(load_in_4bit, nf4, double quantization)."""
-    layer = needed("bitsandbytes").nn.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, True, "nf4")
-    layer.load_state_dict({"weight": weight})
-    return cast(nn.Module, layer.to(weight.device).requires_grad_(False))
+    bnb = needed("bitsandbytes").nn
+    with torch.device("meta"):  # a weight of its own would be drawn at random first
+        layer = bnb.Linear4bit(weight.shape[1], weight.shape[0], False, weight.dtype, True, "nf4")
+    packed = bnb.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
+    layer.weight = packed.to(weight.device)
+    return cast(nn.Module, layer)
 
 
 def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -159,7 +173,7 @@ def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _plain_loop(task: Task, model: nn.Module, precision: AbstractContextManager[None]) -> Contender:
     """Training as PEFT's quicktour has it without a Trainer: the model's own loss, backward, clip, step."""
     transformers = needed("transformers")
-    steps = task.batches()
+    steps = task.steps()
 
     def run() -> list[float]:
         model.train()
@@ -185,7 +199,6 @@ def _plain_loop(task: Task, model: nn.Module, precision: AbstractContextManager[
 def _sft_trainer(task: Task, model: nn.Module) -> Contender:
     """TRL's trainer: its own collator, loop, precision and fused head, on the rows as they are."""
     trl, datasets, transformers, tokenizers = map(needed, ("trl", "datasets", "transformers", "tokenizers"))
-    rows = [example for examples in task.batches() for example in examples]
     config = trl.SFTConfig(
         output_dir="unused",
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -219,7 +232,9 @@ def _sft_trainer(task: Task, model: nn.Module) -> Contender:
     trainer = LossKeepingTrainer(
         model,
         config,
-        train_dataset=datasets.Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows]),
+        train_dataset=datasets.Dataset.from_list(
+            [{"input_ids": row.input_ids, "labels": row.labels} for row in task.rows]
+        ),
         processing_class=transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer(vocabulary), pad_token="<pad>", eos_token="<pad>"
         ),

@@ -10,6 +10,7 @@ COLORS = {"PEFT": "0.6", "TRL": "C1", "Unsloth": "C2", "minilora": "C0"}
 # where losses lie on each other, the later lines are thinner, so that the earlier ones show around them
 WIDTHS = {"PEFT": 5.0, "TRL": 3.0, "Unsloth": 2.0, "minilora": 1.0}
 PANELS_A_ROW = 3
+INCHES_A_CASE, INCHES_A_PANEL = 0.62, 2.2
 
 
 class Measured(Protocol):
@@ -21,10 +22,15 @@ class Measured(Protocol):
     def ratio(self, name: str) -> Spread: ...
 
 
+def figure_size(cases: int) -> tuple[float, float]:
+    """Width and height in inches that so many cases need."""
+    return 13, 1.5 + INCHES_A_CASE * cases + INCHES_A_PANEL * -(-cases // PANELS_A_ROW)
+
+
 def plot(measured: Mapping[str, Measured], figure: Any) -> None:
     """Bars in the upper half, a row of them for each case; a panel of losses for each case in the lower."""
     rows = -(-len(measured) // PANELS_A_ROW)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1 + 0.75 * len(measured), 2.6 * rows])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1 + INCHES_A_CASE * len(measured), INCHES_A_PANEL * rows])
     speed_axes, memory_axes = upper.subplots(1, 2, sharey=True)
     for y, case in enumerate(measured.values()):
         _bars(speed_axes, memory_axes, y, case)
@@ -32,6 +38,7 @@ def plot(measured: Mapping[str, Measured], figure: Any) -> None:
     memory_axes.set_title("peak memory of the process, MiB (of PEFT's)", fontsize=10)
     speed_axes.set_yticks(range(len(measured)), list(measured), fontsize=9)
     speed_axes.invert_yaxis()
+    speed_axes.margins(y=0.02)
     for axes in (speed_axes, memory_axes):
         axes.margins(x=0.18)  # room for the numbers
     panels = lower.subplots(rows, min(PANELS_A_ROW, len(measured)), squeeze=False).flat

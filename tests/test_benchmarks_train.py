@@ -47,7 +47,8 @@ def benchmarks():
 
 
 def tiny_case(benchmarks, *, quantize=False, dtype=torch.float32, gradient_checkpointing=False):
-    return benchmarks.training_cases.Case("tiny", 20, 2, quantize, dtype, gradient_checkpointing, shape=TINY)
+    Case = benchmarks.training_cases.Case
+    return Case("tiny", 20, 2, quantize, dtype, gradient_checkpointing, learning_rate=2e-3, shape=TINY)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -143,14 +144,6 @@ def test_every_contender_trains_as_peft_does(benchmarks, name, settings):
     assert len(expected) == 8 and moved > 5e-3, "B began at zero, and seven steps of about 1e-3 changed it"
     # float32: eight steps of rounding. bfloat16: 8 significant bits, averaged over some 40 tokens
     assert ours.train() == pytest.approx(expected, rel=1e-5 if case.dtype == torch.float32 else 2e-3)
-
-
-def test_all_see_the_rows_in_the_order_of_train(benchmarks):
-    """Rows that train() sees in another order than the batches of its peers would give other losses, step by step."""
-    task = benchmarks.training_cases.make_task(tiny_case(benchmarks), 6, CPU)
-    batches = task.batches()
-    assert sorted(map(str, task.rows)) == sorted(str(row) for batch in batches for row in batch)
-    assert [row for batch in batches for row in batch] != task.rows, "in no order that could be right by accident"
 
 
 def test_padding_is_on_the_right_and_not_learned(benchmarks):
