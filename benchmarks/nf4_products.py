@@ -3,7 +3,7 @@
 On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights and results in rotation so that the L2 cache does
 not serve them, calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. minilora is
 there what the crossovers measured in the same run choose: the fused kernel, or one-pass dequantization and cuBLAS. On a
-CPU: SmolLM2-135M's shapes and 4096², as the layers are called.
+CPU: SmolLM2-135M's shapes and 4096², as the layers are called. gemlite and Unsloth take part where they are installed.
 """
 
 import gc
