@@ -15,6 +15,7 @@ from minilora.model import Transformer, row_positions
 
 __all__ = ["can_pack", "keeps_rows_apart"]
 
+SKIPS_OTHER_ROWS = ("flash", "flex")  # kinds of attention, as part of transformers' names for them
 PROBED = 4  # tokens a row
 
 
@@ -23,7 +24,7 @@ def can_pack(model: nn.Module) -> bool:
     if isinstance(model, Transformer):
         return True
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
-    return ("flash" in attention or "flex" in attention) and keeps_rows_apart(model)
+    return any(kind in attention for kind in SKIPS_OTHER_ROWS) and keeps_rows_apart(model)
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:

@@ -1,15 +1,19 @@
 """Both ways to compute attention against the formula in float64, position by position; which keys a query sees."""
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minilora import attention
 from minilora.attention import CausalRows, attend, visible_keys
+from minilora.tiled_attention import tiled_causal_attention
 
 
 def visible(mask: list[int] | None, past: int, T: int, window: int | None) -> Tensor:
@@ -95,3 +99,72 @@ def test_no_mask_is_made_where_a_rule_says_what_is_seen(
 def test_a_mask_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask has 3 columns for 2 cached and 4 new tokens"):
         visible_keys(torch.ones(1, 3), None, 2, 4, None, torch.float32, torch.device("cpu"))
+
+
+ROWS = (7, 1, 12, 4)
+
+
+def rows_of_heads(dtype: torch.dtype = torch.float64, device: str = "cpu", D: int = 8) -> list[Tensor]:
+    """q, k, v and a gradient for them, of rows end to end."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, sum(ROWS), heads, D) for heads in (4, 2, 2, 4)]
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def values_and_gradients(attention_of_rows: Any, window: int | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Any:
+    y = attention_of_rows(q, k, v, ROWS, window)
+    return [y, *torch.autograd.grad(y, (q, k, v), g)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_row_by_row_is_tile_by_tile(window: int | None) -> None:
+    """What runs on other devices than a CPU, and what runs there."""
+    tensors = rows_of_heads()
+    ours = values_and_gradients(attention._row_by_row, window, *tensors)
+    for a, b in zip(ours, values_and_gradients(tiled_causal_attention, window, *tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64 rounding of sums of a dozen terms
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_all_rows_are_described_as_pytorchs_varlen_attn_wants_them(window: int | None, monkeypatch: Any) -> None:
+    """Its documentation in Python: tokens, heads, D; where rows begin; how far left and right a token sees."""
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, window_size: Any, enable_gqa: bool) -> Tensor:
+        begins_q, begins_k, longest_q, longest_k = arguments
+        assert (longest_q, longest_k, enable_gqa, begins_q.dtype) == (max(ROWS), max(ROWS), True, torch.int32)
+        assert torch.equal(begins_q, begins_k)
+        y = torch.empty_like(q)
+        for start, stop in pairwise(begins_q.tolist()):
+            i = torch.arange(stop - start)
+            ahead = i - i[:, None]
+            left, right = window_size
+            sees = (ahead <= right) & ((ahead >= -left) if left >= 0 else torch.tensor(True))
+            row = (x[None, start:stop].transpose(1, 2) for x in (q, k, v))
+            y[start:stop] = F.scaled_dot_product_attention(*row, attn_mask=sees, enable_gqa=True)[0].transpose(0, 1)
+        return y
+
+    monkeypatch.setattr(attention, "FLASH", varlen_attn)
+    q, k, v, _ = (x.detach() for x in rows_of_heads())
+    ours = attention._all_rows(q, k, v, ROWS, window)
+    torch.testing.assert_close(ours, tiled_causal_attention(q, k, v, ROWS, window), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
+    on_gpu = rows_of_heads(dtype, "cuda", D=64)
+    exact = [x.detach().double().cpu().requires_grad_() for x in on_gpu]
+
+    def attend_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+        return attend(q, k, v, CausalRows(lengths, window))
+
+    expected = values_and_gradients(tiled_causal_attention, window, *exact)
+    # a few roundings of numbers of size one to `dtype`: float32's products may be in TF32, with 10 bits
+    tolerance = 2e-3 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(values_and_gradients(attend_rows, window, *on_gpu), expected, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=tolerance, atol=tolerance)
+    separately = values_and_gradients(attention._row_by_row, window, *on_gpu)
+    for ours, theirs in zip(values_and_gradients(attend_rows, window, *on_gpu), separately, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

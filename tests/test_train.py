@@ -60,7 +60,7 @@ def test_twenty_steps_equal_transformers_and_peft(tmp_path, packing):
                 ours.data.copy_(theirs[f"base_model.model.{path}.{weight}.default.weight"])
 
     rows, steps = random_rows(40), 20
-    settings = {"max_steps": steps, "batch_size": 8, "weight_decay": 0.01, "warmup_steps": 3, "max_grad_norm": 0.5}
+    settings = {"max_steps": steps, "batch_size": 8, "weight_decay": 0.01, "warmup_steps": 3, "max_grad_norm": 0.2}
     result = run(model, rows, tmp_path, packing=packing, **settings)
 
     trainable = [parameter for parameter in reference.parameters() if parameter.requires_grad]
@@ -72,12 +72,12 @@ def test_twenty_steps_equal_transformers_and_peft(tmp_path, packing):
         batch = collate([rows[i] for i in indices], 0)
         loss = reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trainable, 0.5).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trainable, 0.2).item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         expected.append(loss.item())
-    assert max(norms) > 0.5, "clipping is part of what is compared"
+    assert max(norms) > 0.2, "clipping is part of what is compared"
     assert expected[-1] < expected[0]
     # float32 sums in another order (GEMM, attention, loss), carried through 20 steps of AdamW
     torch.testing.assert_close(torch.tensor(losses(result)), torch.tensor(expected), rtol=1e-5, atol=0)
@@ -280,13 +280,15 @@ def assert_same_run(folder, other):
     assert (folder / adapter).read_bytes() == (other / adapter).read_bytes()
 
 
-@pytest.mark.parametrize("nf4", [False, True], ids=["float32", "NF4"])
-def test_five_steps_and_five_resumed_are_ten(tmp_path, nf4):
-    hard_run(tmp_path / "straight", nf4)
-    hard_run(tmp_path / "resumed", nf4)
+@pytest.mark.parametrize(
+    ("nf4", "packing"), [(False, True), (False, False), (True, True)], ids=["float32", "float32 padded", "NF4"]
+)
+def test_five_steps_and_five_resumed_are_ten(tmp_path, nf4, packing):
+    hard_run(tmp_path / "straight", nf4, packing=packing)
+    hard_run(tmp_path / "resumed", nf4, packing=packing)
     for step in range(6, 11):
         shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{step:06d}", ignore_errors=True)
-    _, result = hard_run(tmp_path / "resumed", nf4, resume="auto")
+    _, result = hard_run(tmp_path / "resumed", nf4, packing=packing, resume="auto")
     assert result.steps == 10
     assert_same_run(tmp_path / "straight", tmp_path / "resumed")
 
@@ -320,6 +322,7 @@ def test_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
     [
         ({"learning_rate": 5e-3}, "learning_rate was 0.01 and is 0.005"),
         ({"max_steps": 12}, "max_steps was 4 and is 12"),
+        ({"packing": False}, "packing was True and is False"),
         ({"betas": (0.9, 0.95)}, r"betas was \[0.9, 0.999\] and is \[0.9, 0.95\]"),
         ({"rows": random_rows(16, seed=1)}, "the training rows are not the same"),
         ({"eval_rows": random_rows(4, seed=1)}, "the held-out rows are not the same"),
