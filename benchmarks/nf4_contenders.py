@@ -111,6 +111,19 @@ def fused(case: Case, weights: Weights, x: Tensor) -> Call:
     return _each(weights.packed, lambda packed: ops.nf4_matmul(x, *packed, None))
 
 
+def fused_other_table(case: Case, weights: Weights, x: Tensor) -> Call:
+    """The same, with the other of the two tables that kernels/codes.py speaks of."""
+    from minilora.kernels.backward import backward
+    from minilora.kernels.gemv import gemv
+    from minilora.kernels.matmul import matmul
+
+    if case.operation == "backward":
+        return _each(weights.quantized, lambda q: backward(x, q, pairs=False))
+    if case.M == 1:
+        return _each(weights.quantized, lambda q: gemv(x[0], q, pairs=True)[None])
+    return _each(weights.quantized, lambda q: matmul(x, q, pairs=False))
+
+
 def one_pass(case: Case, weights: Weights, x: Tensor) -> Call:
     """Dequantized by one kernel, then multiplied by cuBLAS: what NF4Linear does above its crossover."""
     from minilora.kernels import ops
@@ -217,7 +230,13 @@ PEERS: dict[str, Build] = {
     "bitsandbytes, dequantized": bitsandbytes_dequantized,
     "dense": dense,
 }
-BACKWARD: dict[str, Build] = {"fused kernel": fused, "one-pass + cuBLAS": one_pass, **PEERS, "Unsloth": unsloth}
+BACKWARD: dict[str, Build] = {
+    "fused kernel": fused,
+    "fused, other table": fused_other_table,
+    "one-pass + cuBLAS": one_pass,
+    **PEERS,
+    "Unsloth": unsloth,
+}
 CONTENDERS: dict[str, dict[Operation, dict[str, Build]]] = {
     "cuda": {
         "dequantize": {
