@@ -87,7 +87,13 @@ def test_our_contenders_on_a_gpu_compute_the_same(benchmarks, operation):
     x = torch.randn(case.x_shape, device=device)
     expected = computed(operation, nf4.dequantize(weights.quantized[0], torch.float32), x)
     builds = contenders.CONTENDERS["cuda"][operation]
-    ours = {"one-pass kernel", "plain PyTorch", "fused kernel", "fused, other table", "one-pass + cuBLAS"} & builds.keys()
+    ours = {
+        "one-pass kernel",
+        "plain PyTorch",
+        "fused kernel",
+        "fused, other table",
+        "one-pass + cuBLAS",
+    } & builds.keys()
     assert len(ours) == (2 if operation == "dequantize" else 3)
     for name in ours:
         # float32, another order of summation
