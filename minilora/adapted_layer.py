@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, Below, without_autocast
 from minilora.errors import InputError
-from minilora.fused_lora import LoRAProduct, fused_lora, runs_as_written
-from minilora.layer_kinds import LayerKind, kind_of, linear_onto
-from minilora.linear4bit import NF4Linear
+from minilora.fused_lora import LoRAProduct, runs_as_written
+from minilora.gated_lora import gated_lora
+from minilora.layer_kinds import LayerKind, kind_of
+from minilora.linear4bit import NF4Linear, linear_onto
 from minilora.nf4 import QuantizedTensor
 from minilora.shared_input import is_plainly_called
 
@@ -219,22 +220,32 @@ class LoRALinear(AdaptedLayer):
     them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        part = self.shared_part(x)
-        return super().forward(x) if part is None else fused_lora(x, None, [part])[0]
-
     def shared_part(self, x: Tensor) -> LoRAProduct | None:
-        """What forward computes, for `shared_input.project`: where one plain LoRA acts, on a frozen W; else None."""
+        """What forward computes, for `shared_input.project`; None but where one plain LoRA acts on a frozen W and b."""
+        adapter, base = self._only_adapter(x), self.base_layer
+        W = None if adapter is None else _frozen_weight(base, x.dtype)
+        low_rank = None if adapter is None or W is None else adapter.low_rank()
+        return None if W is None or low_rank is None else LoRAProduct(W, base.bias, *low_rank)
+
+    def after_swiglu(self, gate: Tensor, up: Tensor) -> Tensor | None:
+        """forward(silu(gate) · up), for `shared_input.project_swiglu`; None but where one plain LoRA acts."""
+        adapter = self._only_adapter(up)
+        low_rank = None if adapter is None else adapter.low_rank()
+        start = self.start([], up.dtype)
+        if low_rank is None or (start is not None and start.requires_grad):
+            return None
+        width = up.shape[-1]
+        x, update = gated_lora(gate.reshape(-1, width), up.reshape(-1, width), start, *low_rank)
+        y = self.onto(update, x)
+        return y.view(*up.shape[:-1], y.shape[1])
+
+    def _only_adapter(self, x: Tensor) -> Adapter | None:
+        """The one adapter that acts on x, if nothing but the layer's product and its update would be in y."""
         adapters = self.acting_adapters()
-        if self.row_names is not None or len(adapters) != 1 or type(self).forward is not LoRALinear.forward:
+        if self.row_names is not None or len(adapters) != 1 or type(self).forward is not AdaptedLayer.forward:
             return None
-        adapter = adapters[0]
-        if not is_plainly_called(adapter) or self.own_bias(adapters) is not None or not runs_as_written(x):
-            return None
-        W, low_rank = _frozen_weight(self.base_layer, x.dtype), adapter.low_rank()
-        if W is None or low_rank is None:
-            return None
-        return LoRAProduct(W, self.base_layer.bias, *low_rank)
+        plain = is_plainly_called(adapters[0]) and adapters[0]._parameters["bias"] is None and runs_as_written(x)
+        return adapters[0] if plain else None
 
     def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
         base = self.base_layer

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import InputError
-from minilora.linear4bit import NF4Linear
+from minilora.linear4bit import NF4Linear, linear_onto
 
 
 class LayerKind:
@@ -154,17 +154,6 @@ class ConvKind(LayerKind):
     def pointwise(self, h: Tensor, B: Tensor, add: Tensor | None = None) -> Tensor:
         y = self._convolve(h, B, groups=self.groups)
         return y if add is None else add + y
-
-
-def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
-
-    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
-    """
-    if add is None or add.dim() == 1:
-        return F.linear(x, W, add)
-    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
-    return rows.view(add.shape)
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:

@@ -1,6 +1,6 @@
 """NF4Linear: a frozen linear layer whose weight rests in 4 bits (QLoRA, arXiv 2305.14314, section 3, equation 5).
 
-                      W' = dequantize(codes, absmax)        made for one product and dropped again
+                      W' = dequantize(codes, absmax)        made for one product and dropped again: see weight_to_save
     forward    y = x W'^T + bias (+ add)
     backward   dL/dx = dL/dy W'        dL/dadd = dL/dy      and nothing for W: it is frozen
 
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import InputError
 from minilora.kernel_dispatch import fused_product, temporary_weight
 from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize
+from minilora.recompute import inside_checkpoint
 
 
 class _NF4Product(torch.autograd.Function):
@@ -56,16 +58,42 @@ def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | No
     return rows @ matrix if add is None else torch.addmm(add, rows, matrix)
 
 
-def nf4_product_onto(y: Tensor, rows: Tensor, q: QuantizedTensor, transpose: bool = False) -> Tensor:
+def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
+    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
+
+    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
+    """
+    if add is None or add.dim() == 1:
+        return F.linear(x, W, add)
+    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
+    return rows.view(add.shape)
+
+
+def product_onto(y: Tensor, rows: Tensor, W: Tensor | QuantizedTensor, transpose: bool = False) -> Tensor:
     """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype and without a graph; y may be overwritten.
 
-    y (M, out_features) and rows (M, in_features), with ``transpose`` the other way round.
+    y (M, out_features) and rows (M, in_features), with ``transpose`` the other way round; W whole or in 4 bits.
     """
-    product = fused_product(rows, q, transpose, None if transpose else y)
-    if product is not None:
-        return product.add_(y) if transpose else product
-    W = temporary_weight(q, rows.dtype)
+    if isinstance(W, QuantizedTensor):
+        product = fused_product(rows, W, transpose, None if transpose else y)
+        if product is not None:
+            return product.add_(y) if transpose else product
+        W = temporary_weight(W, rows.dtype)
     return y.addmm_(rows, W if transpose else W.T)
+
+
+def weight_to_save(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | QuantizedTensor:
+    """Inside a checkpoint W, for autograd to save: what the recomputation dequantizes serves backward too. Else q.
+
+    Not on a CPU: to fault in the pages of a weight that lasts takes longer than to dequantize in scratch memory twice
+    (4096 x 4096 in bfloat16, one core: 41 ms against 2 x 15).
+    """
+    return temporary_weight(q, dtype) if inside_checkpoint() and not _in_scratch_memory(q) else q
+
+
+def _in_scratch_memory(q: QuantizedTensor) -> bool:
+    """True if the next call of temporary_weight overwrites what it gives."""
+    return q.codes.device.type == "cpu"
 
 
 class NF4Linear(nn.Module):
@@ -174,7 +202,11 @@ class NF4Linear(nn.Module):
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             add = bias.expand(*x.shape[:-1], -1) if add is None else add + bias
-        y: Tensor = _NF4Product.apply(x, add, self.quantized(), self.compute_dtype or x.dtype, False)
+        q, dtype = self.quantized(), self.compute_dtype or x.dtype
+        W = weight_to_save(q, dtype) if dtype == x.dtype and x.requires_grad else q
+        if isinstance(W, Tensor):
+            return linear_onto(add, x, W).to(x.dtype)  # which autocast may have made another
+        y: Tensor = _NF4Product.apply(x, add, q, dtype, False)
         return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":

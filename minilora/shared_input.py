@@ -1,17 +1,18 @@
-"""Layers that take the same input, computed together where they offer to be.
+"""Layers of a block that do better when they know of each other.
 
-    q, k, v = project(x, q_proj, k_proj, v_proj)        one read of x, where three calls would read it three times
-    y = project_swiglu(gate, up, down_proj)             down_proj of silu(gate) · up, without keeping that product
+    q, k, v = project(x, q_proj, k_proj, v_proj)        they share x: one read of it, where three calls make three
+    y = project_swiglu(gate, up, down_proj)             its input is silu(gate) · up: nobody need keep that product
 
-A model knows its layers only as modules. One that can do better in company offers a part:
+A model knows its layers only as modules. One that has a better way offers it by a method, which may decline:
 
-    part = layer.shared_part(x)                         what it would compute for this x, as data; None: just call me
-    ys = part.together(x, gate, [part, ...])            what all of them compute
+    part = layer.shared_part(x)                         what it would compute for x, as data; None: just call me
+    ys = part.together(x, [part, ...])                  what all of them compute
+    y = layer.after_swiglu(gate, up)                    its output for silu(gate) · up; None: just call me with it
 
 Any other layer is called by itself, and so is one with hooks, which a call has to fire.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,28 +23,30 @@ from minilora.activation import swiglu
 class Part(Protocol):
     """What one layer would compute."""
 
-    def together(self, x: Tensor, gate: Tensor | None, parts: Sequence[Any]) -> Sequence[Tensor]:
-        """The outputs of all parts for the input x (…, in), or silu(gate) · x where there is a gate (…, in)."""
+    def together(self, x: Tensor, parts: Sequence[Any]) -> Sequence[Tensor]:
+        """The outputs of all parts for the input x (…, in)."""
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """[layer(x) for layer in layers]; x as every one of the layers takes it."""
-    parts = [shared_part(layer, x) for layer in layers]
+    parts: list[Part | None] = [_ask(layer, "shared_part", x) for layer in layers]
     offered = [part for part in parts if part is not None]
-    together = iter(offered[0].together(x, None, offered) if offered else ())
+    if len(offered) < 2:
+        return [layer(x) for layer in layers]
+    together = iter(offered[0].together(x, offered))
     return [layer(x) if part is None else next(together) for layer, part in zip(layers, parts, strict=True)]
 
 
 def project_swiglu(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     """layer(silu(gate) · up); gate and up (…, in)."""
-    part = shared_part(layer, up)
-    return layer(swiglu(gate, up)) if part is None else part.together(up, gate, [part])[0]
+    y: Tensor | None = _ask(layer, "after_swiglu", gate, up)
+    return layer(swiglu(gate, up)) if y is None else y
 
 
-def shared_part(layer: nn.Module, x: Tensor) -> Part | None:
-    """What the layer offers for this x; None where it must be called."""
-    offer = getattr(type(layer), "shared_part", None)
-    return None if offer is None or not is_plainly_called(layer) else offer(layer, x)
+def _ask(layer: nn.Module, offer: str, *args: Tensor) -> Any:
+    """What the layer answers, or None where it has no such method, or must be called."""
+    method: Callable[..., Any] | None = getattr(type(layer), offer, None)
+    return None if method is None or not is_plainly_called(layer) else method(layer, *args)
 
 
 def is_plainly_called(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from minilora.adapted_layer import LoRALinear
 from minilora.fused_lora import LoRAProduct, fused_lora
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
+from minilora.shared_input import project
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 
@@ -44,9 +45,8 @@ def products(
     return parts, [factor for part in parts for factor in (part.A, part.B) if factor.requires_grad]
 
 
-def formula(x: Tensor, gate: Tensor | None, parts: list[LoRAProduct]) -> tuple[Tensor, ...]:
+def formula(x: Tensor, parts: list[LoRAProduct]) -> tuple[Tensor, ...]:
     """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ, step by step."""
-    x = x if gate is None else F.silu(gate) * x
     ys = []
     for part in parts:
         W = part.W if isinstance(part.W, Tensor) else linear4bit.dequantize(part.W, x.dtype)
@@ -63,9 +63,7 @@ CASES = {
     "in_features": st.integers(1, 5),
     "bias": st.booleans(),
     "nf4": st.booleans(),
-    "gated": st.booleans(),
     "x_trains": st.booleans(),
-    "gate_trains": st.booleans(),
     "trains": st.lists(st.booleans(), min_size=6, max_size=6),
 }
 
@@ -73,15 +71,14 @@ CASES = {
 @given(**CASES)
 @settings(deadline=None, max_examples=60)
 def test_outputs_and_gradients_equal_the_formula_and_finite_differences(
-    shape: list[int], outs: list[int], ranks: list[int], in_features: int, bias: bool, nf4: bool, gated: bool,
-    x_trains: bool, gate_trains: bool, trains: list[bool],
+    shape: list[int], outs: list[int], ranks: list[int], in_features: int, bias: bool, nf4: bool, x_trains: bool,
+    trains: list[bool],
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     parts, factors = products(outs, ranks[: len(outs)], in_features, bias, nf4, trains)
     x = torch.randn(*shape, in_features, dtype=torch.float64, requires_grad=x_trains)
-    gate = torch.randn_like(x).requires_grad_(gate_trains) if gated else None
-    ys, expected = fused_lora(x, gate, parts), formula(x, gate, parts)
-    inputs = [t for t in (x, gate, *factors) if t is not None and t.requires_grad]
+    ys, expected = fused_lora(x, parts), formula(x, parts)
+    inputs = [t for t in (x, *factors) if t.requires_grad]
     for y, exact in zip(ys, expected, strict=True):
         assert y.shape == exact.shape
         assert y.requires_grad == bool(inputs)
@@ -94,16 +91,16 @@ def test_outputs_and_gradients_equal_the_formula_and_finite_differences(
     for gradient, exact in zip(gradients, exact_gradients, strict=True):
         torch.testing.assert_close(gradient, exact, rtol=1e-11, atol=1e-11)  # sums of products of the above
     if x.numel():
-        assert torch.autograd.gradcheck(lambda *_: fused_lora(x, gate, parts), inputs)
+        assert torch.autograd.gradcheck(lambda *_: fused_lora(x, parts), inputs)
 
 
 def test_a_second_derivative_is_refused_and_torch_func_gives_it() -> None:
     layer, x = lora_layer(nn.Linear(3, 2)), torch.randn(4, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(project(x, layer, layer)[0].pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
     W = layer.base_layer.weight + layer.adapters["default"].delta()
-    hessian = torch.func.hessian(lambda row: layer(row).pow(3).sum())(x[0])
+    hessian = torch.func.hessian(lambda row: project(row, layer, layer)[0].pow(3).sum())(x[0])
     expected = torch.func.hessian(lambda row: F.linear(row, W, layer.base_layer.bias).pow(3).sum())(x[0])
     torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-5)  # float32 in another order
 
@@ -130,17 +127,16 @@ def kept(run: Callable[[], Any]) -> int:
 def test_only_x_and_xa_are_kept_of_layers_that_share_x(kind: str) -> None:
     bases = [nn.Linear(IN, OUT).bfloat16() for _ in range(3)]
     layers = [lora_layer(NF4Linear.from_linear(base) if kind == "nf4" else base) for base in bases]
-    x, gate = (torch.randn(2, TOKENS, IN).bfloat16().requires_grad_() for _ in range(2))
+    x = torch.randn(2, TOKENS, IN).bfloat16().requires_grad_()
     parts = [layer.shared_part(x) for layer in layers]
     rows = 2 * TOKENS
-    assert kept(lambda: fused_lora(x, None, parts)) == rows * (IN + 3 * R)
-    assert kept(lambda: fused_lora(x, gate, parts)) == rows * (2 * IN + 3 * R)
+    assert kept(lambda: fused_lora(x, parts)) == rows * (IN + 3 * R)
     for part in parts:
         part.A.requires_grad_(False)  # LoRA-FA
-    assert kept(lambda: fused_lora(x, None, parts)) == rows * 3 * R
+    assert kept(lambda: fused_lora(x, parts)) == rows * 3 * R
     for part in parts:
         part.B.requires_grad_(False)
-    assert kept(lambda: fused_lora(x, None, parts)) == 0
+    assert kept(lambda: fused_lora(x, parts)) == 0
 
 
 def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no_gradient(
@@ -150,10 +146,11 @@ def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no
     true_weight = linear4bit.temporary_weight
     monkeypatch.setattr(linear4bit, "temporary_weight", lambda *args: made.append(args) or true_weight(*args))
     layer = lora_layer(NF4Linear.from_linear(nn.Linear(IN, OUT)))
-    layer(torch.randn(TOKENS, IN)).sum().backward()
-    assert len(made) == 1
-    layer(torch.randn(TOKENS, IN, requires_grad=True)).sum().backward()
-    assert len(made) == 3
+    x = torch.randn(TOKENS, IN)
+    torch.cat(project(x, layer, layer)).sum().backward()
+    assert len(made) == 2
+    torch.cat(project(x.requires_grad_(), layer, layer)).sum().backward()
+    assert len(made) == 2 + 4
 
 
 # --- the same numerics as PEFT, and in bfloat16 nearer to float64 ----------------------------------------------------
@@ -163,9 +160,8 @@ def rel(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_layers_together_are_no_further_from_float64_in_bfloat16_than_peft(kind: str, gated: bool) -> None:
+def test_layers_together_are_no_further_from_float64_in_bfloat16_than_peft(kind: str) -> None:
     torch.manual_seed(0)
     parts, theirs, exact = [], [], []
     for seed in range(3):
@@ -188,24 +184,18 @@ def test_layers_together_are_no_further_from_float64_in_bfloat16_than_peft(kind:
         W, b, A, B = (t.detach().double() for t in (base.weight, base.bias, adapter.lora_A, adapter.lora_B))
         exact.append(LoRAProduct(W, b, A.requires_grad_(), B.requires_grad_(), adapter.scaling))
 
-    x0, gate0 = torch.randn(200, 256).bfloat16(), torch.randn(200, 256).bfloat16()
-    upstream = [torch.randn(200, 192).bfloat16() for _ in range(3)]
+    x0, upstream = torch.randn(200, 256).bfloat16(), [torch.randn(200, 192).bfloat16() for _ in range(3)]
 
-    def gradients(run: Callable[..., Any], dtype: torch.dtype, factors: list[Tensor]) -> list[Tensor]:
-        x, gate = x0.to(dtype).requires_grad_(), gate0.to(dtype).requires_grad_()
-        ys = run(x, gate if gated else None)
-        inputs = [x, gate, *factors] if gated else [x, *factors]
-        return [*ys, *torch.autograd.grad(ys, inputs, [g.to(dtype) for g in upstream])]
+    def results(run: Callable[[Tensor], Any], dtype: torch.dtype, factors: list[Tensor]) -> list[Tensor]:
+        x = x0.to(dtype).requires_grad_()
+        ys = run(x)
+        return [*ys, *torch.autograd.grad(ys, [x, *factors], [g.to(dtype) for g in upstream])]
 
-    def one_by_one(x: Tensor, gate: Tensor | None) -> list[Tensor]:
-        x = x if gate is None else F.silu(gate) * x
-        return [layer(x) for layer in theirs]
-
-    ours_factors, exact_factors = ([f for p in each for f in (p.A, p.B)] for each in (parts, exact))
+    our_factors, exact_factors = ([f for p in each for f in (p.A, p.B)] for each in (parts, exact))
     their_factors = [f["default"].weight for layer in theirs for f in (layer.lora_A, layer.lora_B)]
-    expected = gradients(lambda *args: formula(*args, exact), torch.float64, exact_factors)
-    ours = gradients(lambda *args: fused_lora(*args, parts), torch.bfloat16, ours_factors)
-    peft_results = gradients(one_by_one, torch.bfloat16, their_factors)
+    expected = results(lambda x: formula(x, exact), torch.float64, exact_factors)
+    ours = results(lambda x: fused_lora(x, parts), torch.bfloat16, our_factors)
+    peft_results = results(lambda x: [layer(x) for layer in theirs], torch.bfloat16, their_factors)
     assert all(gradient.dtype == torch.float32 for gradient in ours[-6:])
     for i, (mine, other, truth) in enumerate(zip(ours, peft_results, expected, strict=True)):
         if i < 4:  # the outputs and ∂L/∂x: fewer roundings
@@ -261,7 +251,7 @@ def test_the_start_of_pissa_trains_as_autograd_has_it() -> None:
     expected = F.linear(x, W + delta, layer.base_layer.bias)
     inputs = (x, adapter.lora_A, adapter.lora_B)
     assert layer.shared_part(x) is not None
-    y, upstream = layer(x), torch.randn(TOKENS, OUT)
+    y, upstream = project(x, layer, layer)[0], torch.randn(TOKENS, OUT)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)  # float32; terms of about 30 cancel
     for a, b in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (y, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)  # sums of 20 such
@@ -270,18 +260,20 @@ def test_the_start_of_pissa_trains_as_autograd_has_it() -> None:
 def test_an_activation_in_place_may_follow() -> None:
     for base in (nn.Linear(IN, OUT), NF4Linear.from_linear(nn.Linear(IN, OUT))):
         layer, x = lora_layer(base), torch.randn(2, TOKENS, IN, requires_grad=True)
-        (wanted,) = torch.autograd.grad(layer(x).relu().sum(), x)
-        assert torch.equal(torch.autograd.grad(layer(x).relu_().sum(), x)[0], wanted)
+        (wanted,) = torch.autograd.grad(project(x, layer, layer)[1].relu().sum(), x)
+        assert torch.equal(torch.autograd.grad(project(x, layer, layer)[1].relu_().sum(), x)[0], wanted)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
 def test_compiles_forward_and_backward_in_one_graph(nf4: bool) -> None:
-    layer = lora_layer(NF4Linear.from_linear(nn.Linear(IN, OUT)) if nf4 else nn.Linear(IN, OUT))
+    bases = [nn.Linear(IN, OUT) for _ in range(2)]
+    layers = nn.ModuleList([lora_layer(NF4Linear.from_linear(base) if nf4 else base) for base in bases])
     x = torch.randn(TOKENS, IN, requires_grad=True)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    inputs = (x, *layer.adapters.parameters())
-    results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in (compiled(x), layer(x))]
+    both = lambda x: torch.cat(project(x, *layers))  # noqa: E731
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    inputs = (x, *(parameter for parameter in layers.parameters() if parameter.requires_grad))
+    results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in (compiled(x), both(x))]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -294,9 +286,9 @@ def test_torch_func_and_autocast_take_pytorchs_own_steps() -> None:
     def loss(x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W, layer.base_layer.bias).square().sum()
 
-    per_row = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))(x)
+    per_row = torch.func.vmap(torch.func.grad(lambda row: project(row, layer, layer)[0].square().sum()))(x)
     torch.testing.assert_close(per_row, torch.func.vmap(torch.func.grad(loss), (0, None))(x, W), rtol=1e-4, atol=1e-4)
-    _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(lambda x: project(x, layer, layer)[1], (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, F.linear(torch.ones_like(x), W), rtol=1e-4, atol=1e-4)  # float32 sums of 48
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.shared_part(x) is None
@@ -305,8 +297,8 @@ def test_torch_func_and_autocast_take_pytorchs_own_steps() -> None:
 def test_autocast_around_the_way_back_changes_nothing() -> None:
     layer, x = lora_layer(nn.Linear(IN, OUT)), torch.randn(TOKENS, IN, requires_grad=True)
     inputs = (x, *layer.adapters.parameters())
-    wanted = torch.autograd.grad(layer(x).square().sum(), inputs)
-    loss = layer(x).square().sum()
+    wanted = torch.autograd.grad(project(x, layer, layer)[0].square().sum(), inputs)
+    loss = project(x, layer, layer)[0].square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from minilora.layer_kinds import kind_of, linear_onto
-from minilora.linear4bit import NF4Linear
+from minilora.layer_kinds import kind_of
+from minilora.linear4bit import NF4Linear, linear_onto
 
 # float32 sums of a few dozen products, in the layer's order and in that of another routine
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
