@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
+from minilora.kept_weights import keeping_weights
 from minilora.mixed_batch import adapters_for_rows, refuse_row_names
 from minilora.model import KVCache, Transformer, require_own_model
 from minilora.progress import progress_bar
@@ -70,6 +71,7 @@ def generate(
     A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
     `progress` labels a progress bar, shown once the call has taken two seconds.
     `adapter_names` names for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
+    On a CPU each NF4 weight is dequantized once a call, not at every token, where that copy fits in memory.
     Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, for adapter names that are
     not the model's or not one for each prompt, and for a model of transformers.
     """
@@ -179,7 +181,7 @@ def _decode(
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise InputError(f"adapter_names has {len(adapter_names)} names for {len(prompts)} prompts: give one for each")
-    with evaluating(model), _naming_rows(model, adapter_names) as name_rows:
+    with evaluating(model), keeping_weights(), _naming_rows(model, adapter_names) as name_rows:
         prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
         for rows in _batches(model, prompts, limits, batch_size):
             state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows)

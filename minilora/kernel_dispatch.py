@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minilora import nf4
+from minilora.kept_weights import kept_weight
 from minilora.nf4 import QuantizedTensor
 
 
@@ -96,7 +97,9 @@ def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
 
 
 def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """W, by a kernel or by PyTorch: the same bytes. For one product: the next call on this thread may overwrite it."""
+    """W, kept or made by a kernel or by PyTorch: the same bytes. To read once: the next call here may overwrite it."""
+    if (kept := kept_weight(q, dtype)) is not None:
+        return kept
     if crossovers(q.codes.device).dequantize and dtype != torch.float64:
         from minilora.kernels import ops
 

@@ -1,0 +1,79 @@
+"""Weights that stay whole for a while: where the same NF4 layers are used token after token, on a CPU.
+
+    generate, of each layer     token 1                     token 2     token 3     …
+    without                     dequantize, product         the same    the same
+    with                        dequantize, keep, product   product     product
+
+For a handful of rows a product with W in memory takes less than making W. The price is a copy of the model in the
+dtype of its products, for as long as the `with` lasts; what does not fit is dequantized as ever. On a GPU the kernels
+multiply with the packed weight itself.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from minilora import nf4
+from minilora.nf4 import QuantizedTensor
+
+__all__ = ["keeping_weights", "kept_weight"]
+
+
+class _Kept:
+    """Of the whole process, since a generator may go on in another thread than the one it began in."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.users, self.room = 0, 0  # how many `with` are open; bytes that may yet be taken
+        # By address and version of the codes, and the dtype: the codes, whose address nothing else then has, and W.
+        self.weights: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """Inside the `with`, W of a layer on a CPU is made once, for as many layers as fit in half of the free memory.
+
+    Only Linux tells how much is free; elsewhere nothing is kept.
+    """
+    with _kept.lock:
+        if _kept.users == 0:
+            _kept.room = _free_memory() // 2
+        _kept.users += 1
+    try:
+        yield
+    finally:
+        with _kept.lock:
+            _kept.users -= 1
+            if _kept.users == 0:
+                _kept.weights.clear()
+
+
+def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
+    """W (of q's shape) if it is kept, not to be written to; made now if there is room. Else None."""
+    if _kept.users == 0 or q.codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    key = (q.codes.data_ptr(), q.codes._version, dtype)
+    with _kept.lock:
+        if key not in _kept.weights:
+            size = prod(q.shape) * dtype.itemsize
+            if size > _kept.room:
+                return None
+            _kept.room -= size
+            _kept.weights[key] = q.codes, nf4.dequantize(q, dtype)
+        return _kept.weights[key][1]
+
+
+def _free_memory() -> int:
+    """Bytes that can be taken without swapping, by the kernel's estimate; 0 where it makes none."""
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text()) if file.exists() else None
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,98 @@
+"""Weights that stay whole for a while: the same bytes, made once, and no more memory than there is."""
+
+import pytest
+import torch
+from torch import nn
+from training_helpers import tiny_model
+
+from minilora import kept_weights
+from minilora.generate import generate_tokens
+from minilora.kept_weights import keeping_weights, kept_weight
+from minilora.linear4bit import NF4Linear
+
+DTYPE = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def enough_memory(monkeypatch):
+    monkeypatch.setattr(kept_weights, "_free_memory", lambda: 2**30)
+
+
+def layers(n=2):
+    torch.manual_seed(0)
+    return [NF4Linear.from_linear(nn.Linear(64, 64)) for _ in range(n)]
+
+
+def test_inside_the_with_a_weight_is_made_once():
+    first, second = (layer.quantized() for layer in layers())
+    assert kept_weight(first, DTYPE) is None
+    with keeping_weights():
+        W = kept_weight(first, DTYPE)
+        assert kept_weight(first, DTYPE) is W
+        assert torch.equal(W, layers()[0].dequantize(DTYPE))
+        assert torch.equal(kept_weight(second, DTYPE), layers()[1].dequantize(DTYPE))
+        assert kept_weight(first, torch.bfloat16).dtype == torch.bfloat16
+    assert kept_weight(first, DTYPE) is None
+    assert not kept_weights._kept.weights
+
+
+def test_products_are_the_same_and_read_the_kept_weight():
+    layer = layers(1)[0]
+    x = torch.randn(3, 64)
+    expected = layer(x)
+    with keeping_weights():
+        assert torch.equal(layer(x), expected)
+        kept_weight(layer.quantized(), DTYPE).zero_()
+        assert not layer(x)[:, :].sub(layer.bias).any(), "this product is with the kept weight"
+    assert torch.equal(layer(x), expected)
+
+
+def test_codes_that_are_written_to_are_another_weight():
+    layer, other = layers()
+    x = torch.randn(3, 64)
+    with keeping_weights():
+        layer(x)
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
+
+
+def test_withs_may_overlap():
+    q = layers(1)[0].quantized()
+    first, second = keeping_weights(), keeping_weights()
+    first.__enter__()
+    second.__enter__()
+    W = kept_weight(q, DTYPE)
+    first.__exit__(None, None, None)
+    assert kept_weight(q, DTYPE) is W
+    second.__exit__(None, None, None)
+    assert kept_weight(q, DTYPE) is None
+
+
+def test_half_of_the_free_memory_is_taken_and_no_more(monkeypatch):
+    monkeypatch.setattr(kept_weights, "_free_memory", lambda: 2 * 64 * 64 * 4)
+    first, second = (layer.quantized() for layer in layers())
+    with keeping_weights():
+        assert kept_weight(first, DTYPE) is not None
+        assert kept_weight(second, DTYPE) is None
+    with keeping_weights():
+        assert kept_weight(second, DTYPE) is not None
+
+
+def test_generate_dequantizes_once_a_call_and_gives_the_same_tokens(monkeypatch):
+    model = tiny_model(nf4=True)
+    made = []
+    dequantize = kept_weights.nf4.dequantize
+
+    def count(q, *args, **kwargs):
+        made.append(q.codes.data_ptr())
+        return dequantize(q, *args, **kwargs)
+
+    monkeypatch.setattr(kept_weights.nf4, "dequantize", count)
+    prompts = [[3, 4, 5], [6, 7]]
+    kept = generate_tokens(model, prompts, max_new_tokens=5)
+    in_4_bits = sum(isinstance(module, NF4Linear) for module in model.modules())
+    assert len(made) == len(set(made)) == in_4_bits
+    monkeypatch.setattr(kept_weights, "_free_memory", lambda: 0)
+    made.clear()
+    assert generate_tokens(model, prompts, max_new_tokens=5) == kept
+    assert len(made) == 5 * in_4_bits, "without memory, at every token"
