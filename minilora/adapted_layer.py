@@ -236,8 +236,7 @@ class LoRALinear(AdaptedLayer):
             return None
         width = up.shape[-1]
         x, update = gated_lora(gate.reshape(-1, width), up.reshape(-1, width), start, *low_rank)
-        y = self.onto(update, x)
-        return y.view(*up.shape[:-1], y.shape[1])
+        return self.onto(update.view(*up.shape[:-1], update.shape[1]), x.view(up.shape))
 
     def _only_adapter(self, x: Tensor) -> Adapter | None:
         """The one adapter that acts on x, if nothing but the layer's product and its update would be in y."""
@@ -274,7 +273,8 @@ def _is_plain(base: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor | QuantizedTensor | None:
     """W, where a call of the base layer is W x + b in this dtype and neither is trained; else None."""
-    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)) or not is_plainly_called(base):
+    own = base._parameters.values()  # a fifth of the time that .parameters() takes
+    if any(parameter is not None and parameter.requires_grad for parameter in own) or not is_plainly_called(base):
         return None
     if type(base) is NF4Linear and base.compute_dtype in (None, dtype):
         return base.quantized()
