@@ -1,14 +1,12 @@
 """The training loop, in one function: rows in; a trained adapter, checkpoints and a log out."""
 
 import math
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
@@ -21,6 +19,7 @@ from minilora.loss import held_out_loss, label_tokens, summed_loss
 from minilora.mixed_batch import refuse_row_names
 from minilora.optimizer import learning_rate_factor, make_optimizer, master_parameters
 from minilora.packing import can_pack
+from minilora.random_states import seed_everything
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
     Progress,
@@ -98,7 +97,7 @@ def train(
     parameters = master_parameters(model, adapter)
     optimizer = make_optimizer(model, adapter, config)
 
-    _seed_everything(config.seed)
+    seed_everything(config.seed)
     run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
     progress = load_checkpoint(checkpoint, model, adapter, parameters, optimizer, run) if checkpoint else Progress()
     stopped_early = _out_of_patience(progress, config)
@@ -182,12 +181,6 @@ def train(
 
 
 # --- the parts of the loop --------------------------------------------------------------------------------------------
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)  # of every GPU too
 
 
 def _steps(

@@ -15,15 +15,12 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +31,12 @@ from minilora.data import Example
 from minilora.errors import InputError
 from minilora.optimizer import optimizer_state, restore_optimizer
 from minilora.peft_format import save_adapter
+from minilora.random_states import (
+    python_random_states,
+    set_python_random_states,
+    set_torch_random_states,
+    torch_random_states,
+)
 from minilora.trained_parts import TrainedCopy
 from minilora.training_config import TrainConfig
 
@@ -125,8 +128,8 @@ def save_checkpoint(
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer.{key}": value for key, value in optimizer_state(optimizer, parameters).items()}
     tensors |= {f"buffer.{key}": buffer for key, buffer in _adapter_buffers(model, adapter).items()}
-    tensors |= _torch_random_states()
-    state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": _python_random_states()}
+    tensors |= torch_random_states()
+    state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": python_random_states()}
 
     def write(folder: Path) -> None:
         save_adapter(model, folder, adapter)
@@ -168,8 +171,8 @@ def load_checkpoint(
     _set_adapter_buffers(tensors, model, adapter)
     of_optimizer = {key.removeprefix("optimizer."): t for key, t in tensors.items() if key.startswith("optimizer.")}
     restore_optimizer(optimizer, parameters, of_optimizer)
-    _set_torch_random_states(tensors)
-    _set_python_random_states(states)
+    set_torch_random_states(tensors)
+    set_python_random_states(states)
     return progress
 
 
@@ -296,32 +299,3 @@ def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
         sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
     return digest.hexdigest()
-
-
-# --- random states --------------------------------------------------------------------------------------------------
-
-
-def _torch_random_states() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_torch_random_states(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
-    with suppress(KeyError):  # a checkpoint made with fewer GPUs, or none
-        for i in range(torch.cuda.device_count()):
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
-
-
-def _python_random_states() -> dict[str, Any]:
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [np.asarray(keys).tolist(), position, has_gauss, gauss]}
-
-
-def _set_python_random_states(states: Mapping[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
