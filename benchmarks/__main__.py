@@ -1,4 +1,7 @@
-"""The one entry point: `python -m benchmarks` lists the benchmarks, `python -m benchmarks train` runs one."""
+"""The one entry point: `python -m benchmarks` lists the benchmarks, `python -m benchmarks train` runs one.
+
+Their peers are in an extra of their own: pip install -e ".[benchmarks]".
+"""
 
 import argparse
 import importlib

@@ -2,9 +2,8 @@
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from minilora.bfcl import load_bfcl
 from minilora.checkpoint import Checkpoint
 from minilora.data import Example, batches, encode_rows
+from minilora.errors import InputError
 from minilora.fetch import model_file
 from minilora.gguf_checkpoint import GGUFCheckpoint
 from minilora.lora import LoRAConfig
@@ -103,21 +103,24 @@ def make_task(case: Case, steps: int, device: torch.device) -> Task:
     if case.shape is not None:
         return Task(case, _random_rows(case, count), [], device)
     tokenizer, splits = Tokenizer.from_gguf(model_file(MODEL)), load_bfcl()
+    held_out: list[Example] = []
     if case.length is None:
         rows = encode_rows(splits["train"], tokenizer, DEMO_LENGTH).examples[:count]
         # rows of like length together: little padding for those who pad
         rows = [rows[i] for batch in batches(rows, case.batch_size, SEED, group_by_length=True) for i in batch]
         held_out = encode_rows(splits["validation"], tokenizer, DEMO_LENGTH).examples[:HELD_OUT_ROWS]
-        return Task(case, rows, held_out, device)
-    ids = chain.from_iterable(example.input_ids for example in encode_rows(splits["train"], tokenizer).examples)
-    return Task(case, list(_cut(ids, case.length, count)), [], device)
+    else:
+        rows = _cut(encode_rows(splits["train"], tokenizer).examples, case.length)[:count]
+    if len(rows) < count:
+        raise InputError(f"{case}: there are rows for {len(rows) // case.batch_size} steps, not for {steps}")
+    return Task(case, rows, held_out, device)
 
 
-def _cut(ids: Iterator[int], length: int, count: int) -> Iterator[Example]:
-    """The demo's rows end to end, cut into equal ones. Every token is learned: no head is saved at any of them."""
-    for _ in range(count):
-        row = [next(ids) for _ in range(length)]
-        yield Example(row, [-100, *row[1:]])
+def _cut(examples: list[Example], length: int) -> list[Example]:
+    """The rows end to end, cut into equal ones. Every token is learned: no head is saved at any of them."""
+    ids = [id for example in examples for id in example.input_ids]
+    rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    return [Example(row, [-100, *row[1:]]) for row in rows]
 
 
 def _random_rows(case: Case, count: int) -> list[Example]:

@@ -10,7 +10,7 @@ TRL         SFTTrainer on the same PEFT model, on rows already tokenized and lab
             bf16 its default mixed precision. Its packing needs flash attention, so neither does it pack on a CPU
             nor would it gain from it on the rows of a GPU, which are not padded. Its QLoRA adapters are bfloat16.
 Unsloth     FastLanguageModel in the same plain loop, under the mixed precision that its trainer sets; on a GPU, where
-            it can be imported.
+            it can be imported. Written from its documentation: it has not run here yet.
 """
 
 import importlib

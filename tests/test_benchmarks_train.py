@@ -201,6 +201,8 @@ def test_rows_of_the_demo_and_cut_ones(benchmarks, length):
     if length is None:
         assert max(lengths) <= cases.DEMO_LENGTH and max(learned) < 1 and len(task.held_out) == cases.HELD_OUT_ROWS
     else:
+        with pytest.raises(InputError, match=r"^demo, LoRA, fp32: there are rows for \d+ steps, not for 9999$"):
+            cases.make_task(task.case, 9999, CPU)
         assert lengths == {length} and set(learned) == {1.0} and not task.held_out
 
 
@@ -251,6 +253,8 @@ def test_what_is_compared(benchmarks):
 
 
 def test_a_choice_of_nothing_is_refused(benchmarks, capsys):
+    with pytest.raises(InputError, match="runs on cpu and cuda, not on mps"):
+        benchmarks.train_step.run(1, torch.device("mps"))
     with pytest.raises(InputError, match="no configuration has '8 x 512' in its name; there are 8 demo rows, LoRA"):
         benchmarks.train_step.run(1, CPU, only="8 x 512")
     with pytest.raises(SystemExit):
