@@ -119,14 +119,17 @@ def test_through_any_head_it_is_that_of_its_whole_logits(head):
         torch.testing.assert_close(gradient, like, rtol=0, atol=2e-6 * like.abs().max().item())
 
 
-@pytest.mark.usefixtures("chunk")
-def test_gradients_are_right_by_finite_differences():
-    head = dense_head(bias=True, trained=True).double()
-    hidden, targets = hidden_and_targets(torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda h, *_: linear_cross_entropy(h, head, targets), (hidden, head.weight, head.bias)
-    )
-    assert torch.autograd.gradcheck(lambda z: summed_cross_entropy(z, targets), logits_and_targets(torch.float64)[0])
+def test_gradients_are_right_by_finite_differences(monkeypatch):
+    monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(loss_module, "CACHE_ELEMENTS", 7)
+    random = torch.Generator().manual_seed(0)
+    head = nn.Linear(3, 7).double()
+    hidden = torch.randn(5, 3, dtype=torch.float64, generator=random, requires_grad=True)
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=random, requires_grad=True)
+    targets = torch.tensor([0, 6, 2, 2, 5])
+    inputs = (hidden, head.weight, head.bias)
+    assert torch.autograd.gradcheck(lambda h, *_: linear_cross_entropy(h, head, targets), inputs)
+    assert torch.autograd.gradcheck(lambda z: summed_cross_entropy(z, targets), logits)
 
 
 def test_a_bfloat16_head_against_float64():
