@@ -38,8 +38,14 @@ def tiled_causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[in
     q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), query head h on key head h // G. Each of the B sequences
     holds rows of these `lengths`, T in sum, end to end.
     """
-    y: Tensor = _TiledCausalAttention.apply(q, k, v, tuple(_tiles(lengths, window)), window)
-    return y
+    tiles = tuple(_tiles(lengths, window))
+    if not torch.is_autocast_enabled("cpu"):
+        y: Tensor = _TiledCausalAttention.apply(q, k, v, tiles, window)
+        return y
+    # Autocast would give the products another dtype than what stands between them, and not on the way back.
+    q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        return _TiledCausalAttention.apply(q, k, v, tiles, window)
 
 
 class _Tile(NamedTuple):
@@ -112,7 +118,7 @@ class _Scores:
         self.keys = _by_key_head(k, K)
         # band[i, reach + j] goes to query i of a tile and key j, counted from the tile's first query: 0 if it is seen
         self.reach = 0 if window is None else window - 1
-        band = torch.full((TILE, self.reach + TILE), -math.inf, dtype=q.dtype)
+        band = q.new_full((TILE, self.reach + TILE), -math.inf)
         self.band = band.triu(self.reach + 1)
         if window is not None:
             self.band += band.tril(-1)
@@ -135,7 +141,7 @@ class _Scores:
 def _by_key_head(x: Tensor, K: int) -> Tensor:
     """(B, heads, T, D) -> (B K, T heads/K, D), a copy: products of contiguous matrices are up to three times faster."""
     B, heads, T, D = x.shape
-    copy = torch.empty(B, K, T, heads // K, D, dtype=x.dtype)
+    copy = x.new_empty(B, K, T, heads // K, D)
     copy.copy_(x.unflatten(1, (K, heads // K)).transpose(2, 3))
     return copy.view(B * K, T * (heads // K), D)
 

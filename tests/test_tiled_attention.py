@@ -97,3 +97,15 @@ def test_bfloat16_is_as_exact_as_pytorchs_kernel() -> None:
         error, other = (float((y.double() - x).norm() / x.norm()) for y in (a, b))
         # the scores are one more rounding to 8 bits than the kernel has, of numbers that reach 3: 3 x 2^-9 relative
         assert error < 2 * other + 3 * 2**-9, (name, error, other)
+
+
+def test_under_autocast_it_is_that_of_rounded_inputs() -> None:
+    q, k, v, g = heads(1, 9, 2, 1, 1, 2, dtype=torch.float32)
+    rounded = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tiled_causal_attention(q, k, v, [6, 3], None)
+    expected = tiled_causal_attention(*rounded, [6, 3], None)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(z, (q, k, v), g.bfloat16()) for z in (y, expected)), strict=True):
+        assert torch.equal(ours, theirs)
