@@ -46,12 +46,12 @@ class LoRAProduct:
 
 def fused_lora(x: Tensor, parts: Sequence[LoRAProduct]) -> tuple[Tensor, ...]:
     """y_i (…, out_i) of every part for x (…, in), in the dtype of x."""
-    frozen = [
-        (weight_to_save(part.W, x.dtype) if isinstance(part.W, QuantizedTensor) else part.W, part.bias, part.s)
-        for part in parts
-    ]
-    factors = [factor for part in parts for factor in (part.A, part.B)]
-    ys = _FusedLoRA.apply(x.reshape(-1, x.shape[-1]), frozen, *factors)
+    Ws = [weight_to_save(part.W, x.dtype) if isinstance(part.W, QuantizedTensor) else part.W for part in parts]
+    in_4_bits = [W if isinstance(W, QuantizedTensor) else None for W in Ws]
+    whole = [W if isinstance(W, Tensor) else None for W in Ws]
+    # Tensors are arguments of their own, so that torch.compile and autograd know them.
+    tensors = [*whole, *(p.bias for p in parts), *(p.A for p in parts), *(p.B for p in parts)]
+    ys = _FusedLoRA.apply(x.reshape(-1, x.shape[-1]), in_4_bits, [part.s for part in parts], *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -63,26 +63,23 @@ def runs_as_written(x: Tensor) -> bool:
 
 
 class _FusedLoRA(torch.autograd.Function):
-    """x and the outputs are matrices here; frozen holds (W, b, s) of each layer, factors its A and its B."""
+    """x and the outputs are matrices here; tensors are all W, all b, all A, all B, where a W in 4 bits is among qs."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: list[tuple[Tensor | QuantizedTensor, Tensor | None, float]], *factors: Tensor
+        ctx: Any, x: Tensor, qs: list[QuantizedTensor | None], scales: list[float], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        As, Bs = factors[0::2], factors[1::2]
+        Ws, bs, As, Bs = _by_kind(tensors)
         h = x @ torch.cat(As).to(x.dtype).T
         ys = []
-        for (W, b, s), B, h_i in zip(frozen, Bs, h.split(_ranks(As), dim=1), strict=True):
+        for W, q, b, s, B, h_i in zip(Ws, qs, bs, scales, Bs, h.split(_ranks(As), dim=1), strict=True):
             y = F.linear(h_i, (s * B).to(x.dtype), None if b is None else b.to(x.dtype))
-            ys.append(product_onto(y, x, W))
+            ys.append(product_onto(y, x, q if W is None else W))
 
         need_x, need_A, need_B = _needed(ctx)
-        ctx.frozen = [(W if isinstance(W, QuantizedTensor) else None, s) for W, _, s in frozen]
+        ctx.qs, ctx.scales = qs, scales
         ctx.save_for_backward(
-            x if need_A else None,
-            h if need_B else None,
-            *(W if need_x and isinstance(W, Tensor) else None for W, _, _ in frozen),
-            *factors,
+            x if need_A else None, h if need_B else None, *(W if need_x else None for W in Ws), *As, *Bs
         )
         return tuple(ys)
 
@@ -94,11 +91,10 @@ class _FusedLoRA(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, gs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """∂L/∂x, None, and ∂L/∂A_i, ∂L/∂B_i of each layer, from g_i = ∂L/∂y_i; None where not asked for."""
-    n, dtype = len(gs), gs[0].dtype
+    """The gradients of _FusedLoRA's arguments, from g_i = ∂L/∂y_i; None where frozen or not asked for."""
+    n, dtype, qs, scales = len(gs), gs[0].dtype, ctx.qs, ctx.scales
     x, h, *rest = ctx.saved_tensors
-    Ws, As, Bs = rest[:n], rest[n::2], rest[n + 1 :: 2]
-    qs, scales = zip(*ctx.frozen, strict=True)
+    Ws, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
     need_x, need_A, need_B = _needed(ctx)
     grad_x = None
     grad_As: Sequence[Tensor | None] = [None] * n
@@ -116,13 +112,20 @@ def _gradients(ctx: Any, gs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         grad_x = u @ torch.cat(As).to(dtype)
         for g, W, q in zip(gs, Ws, qs, strict=True):
             grad_x = product_onto(grad_x, g, q if W is None else W, transpose=True)
-    return grad_x, None, *(grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair)
+    return grad_x, None, None, *[None] * (2 * n), *grad_As, *grad_Bs
+
+
+def _by_kind(values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """What belongs to the layers' W, to their b, to their A and to their B."""
+    n = len(values) // 4
+    return [tuple(values[i : i + n]) for i in range(0, 4 * n, n)]
 
 
 def _needed(ctx: Any) -> tuple[bool, bool, bool]:
     """Whether a gradient is asked for of x, of any A, and of any B."""
-    x, _, *factors = ctx.needs_input_grad
-    return x, any(factors[0::2]), any(factors[1::2])
+    x, _, _, *tensors = ctx.needs_input_grad
+    _, _, As, Bs = _by_kind(tensors)
+    return x, any(As), any(Bs)
 
 
 def _ranks(As: Sequence[Tensor]) -> list[int]:
