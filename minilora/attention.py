@@ -78,10 +78,12 @@ def _on_the_right(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
+@torch.compiler.disable  # a graph that knew the rows' lengths would be compiled anew for every batch
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """softmax(q kᵀ / √D) v over the visible keys; query head h looks at key head h // G.
 
-    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); `visible` is what `visible_keys` gives.
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); `visible` is what `visible_keys` gives. Under torch.compile
+    it stays outside the graph.
     """
     on_cpu = q.device.type == "cpu"
     if isinstance(visible, CausalRows):
