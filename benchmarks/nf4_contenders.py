@@ -108,7 +108,7 @@ def fused(case: Case, weights: Weights, x: Tensor) -> Call:
 
     if case.operation == "backward":
         return _each(weights.packed, lambda packed: ops.nf4_backward(x, *packed))
-    return _each(weights.packed, lambda packed: ops.nf4_matmul(x, *packed, None))
+    return _each(weights.packed, lambda packed: ops.nf4_matmul(x, *packed, None, None, None))
 
 
 def fused_other_table(case: Case, weights: Weights, x: Tensor) -> Call:

@@ -70,7 +70,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"dequantize {kind}", dequantize.dequantize_kernel, dtype, whole, 2 * dequantize.BYTES)
         for pairs in (False, True):
             table = "pairs" if pairs else "values"
-            more = {"BN": gemv.BN, "PIECES": gemv.PIECES}
+            more = {"BN": gemv.BN, "PIECES": gemv.PIECES, "BR": 16, "ADD": True, "LORA": True}
             weights = 64 * gemv.BN * gemv.PIECES
             yield Case(f"gemv {kind}, {table}", gemv.gemv_kernel, dtype, nf4 | more, weights, pairs)
     tiles = {(dtype, *tile(DTYPES[dtype], M)) for dtype, M in product(DTYPES, (1, 32, 4096))}

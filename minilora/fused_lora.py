@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.adapter import without_autocast
-from minilora.linear4bit import product_onto, weight_to_save
+from minilora.linear4bit import product_onto, product_with_low_rank, weight_to_save
 from minilora.nf4 import QuantizedTensor
 
 
@@ -73,8 +72,8 @@ class _FusedLoRA(torch.autograd.Function):
         h = x @ torch.cat(As).to(x.dtype).T
         ys = []
         for W, q, b, s, B, h_i in zip(Ws, qs, bs, scales, Bs, h.split(_ranks(As), dim=1), strict=True):
-            y = F.linear(h_i, (s * B).to(x.dtype), None if b is None else b.to(x.dtype))
-            ys.append(product_onto(y, x, q if W is None else W))
+            b = None if b is None else b.to(x.dtype)
+            ys.append(product_with_low_rank(x, q if W is None else W, b, h_i, (s * B).to(x.dtype)))
 
         need_x, need_A, need_B = _needed(ctx)
         ctx.qs, ctx.scales = qs, scales

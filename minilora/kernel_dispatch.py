@@ -74,10 +74,18 @@ def read_crossovers(device: torch.device) -> Crossovers:
     return Crossovers(**{key: measured[key] for key in ("forward", "backward", "dequantize") if key in measured})
 
 
-def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | None) -> Tensor | None:
-    """rows W^T (+ add), or with `transpose` rows W, by a fused kernel; None where that is not the faster way.
+def fused_product(
+    rows: Tensor,
+    q: QuantizedTensor,
+    transpose: bool,
+    add: Tensor | None,
+    xA: Tensor | None = None,
+    B: Tensor | None = None,
+) -> Tensor | None:
+    """rows W^T (+ add) (+ xA B^T), or with `transpose` rows W, by a fused kernel; None where another way is faster.
 
-    rows (M, K) and add (M, N) in float32, bfloat16 or float16 (with `transpose` (M, N), and no add).
+    rows (M, K), add (N,) or (M, N), xA (M, r), B (N, r), all in float32, bfloat16 or float16; with `transpose` rows
+    (M, N) and nothing added.
     """
     limit = crossovers(rows.device)
     if not 0 < len(rows) <= (limit.backward if transpose else limit.forward) or not blocks_lie_in_rows(q):
@@ -88,7 +96,7 @@ def fused_product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor
 
     if transpose:
         return ops.nf4_backward(rows, *ops.packed(q))
-    return ops.nf4_matmul(rows, *ops.packed(q), add)
+    return ops.nf4_matmul(rows, *ops.packed(q), add, xA, B)
 
 
 def blocks_lie_in_rows(q: QuantizedTensor) -> bool:

@@ -69,6 +69,20 @@ def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
     return rows.view(add.shape)
 
 
+def product_with_low_rank(
+    rows: Tensor, W: Tensor | QuantizedTensor, bias: Tensor | None, xA: Tensor, B: Tensor
+) -> Tensor:
+    """bias + xA B^T + rows W^T, all in one dtype and without a graph: the small terms first, rounded once at the end.
+
+    rows (M, in_features), W (out_features, in_features) whole or in 4 bits, xA (M, r), B (out_features, r).
+    """
+    if isinstance(W, QuantizedTensor):
+        y = fused_product(rows, W, False, bias, xA, B)
+        if y is not None:
+            return y
+    return product_onto(F.linear(xA, B, bias), rows, W)
+
+
 def product_onto(y: Tensor, rows: Tensor, W: Tensor | QuantizedTensor, transpose: bool = False) -> Tensor:
     """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype and without a graph; y may be overwritten.
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import kernel_dispatch, nf4
+from minilora import kernel_dispatch, linear4bit, nf4
+from minilora.adapters import add_adapter
 from minilora.kernel_dispatch import ALWAYS, NEVER, Crossovers, crossovers, fused_product, read_crossovers
-from minilora.linear4bit import NF4Linear
+from minilora.linear4bit import NF4Linear, product_with_low_rank
+from minilora.lora import LoRAConfig
+from minilora.shared_input import project
 
 CPU = torch.device("cpu")
 
@@ -135,3 +138,33 @@ def test_a_compiled_layer_holds_the_kernels_without_a_graph_break(kernels_on: No
     assert torch.equal(compiled(x), layer(x))
     compiled(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.ones(3, 48) @ layer.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_low_rank_term_is_added_by_the_kernel(kernels_on: None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v of a model with LoRA: one launch each, once x A^T is there."""
+    torch.manual_seed(0)
+    q = nf4.quantize(torch.randn(70, 128))
+    x, bias, xA, B = torch.randn(rows, 128), torch.randn(70), torch.randn(rows, 4), torch.randn(70, 4)
+    y = product_with_low_rank(x, q, bias, xA, B)
+    monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: NEVER)
+    # float32 sums of 132 products in another order
+    torch.testing.assert_close(y, product_with_low_rank(x, q, bias, xA, B), rtol=1e-5, atol=1e-4)
+
+
+def test_layers_with_lora_that_share_an_input_come_to_it(kernels_on: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.ModuleList([NF4Linear.from_linear(nn.Linear(64, n, bias=False)) for n in (32, 48)])
+    add_adapter(layers, LoRAConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    x = torch.randn(2, 64)
+    expected = [layer(x) for layer in layers]
+    low_rank = []
+    monkeypatch.setattr(
+        linear4bit,
+        "fused_product",
+        lambda rows, q, transpose, add, xA=None, B=None: (
+            low_rank.append(xA is not None) or fused_product(rows, q, transpose, add, xA, B)
+        ),
+    )
+    for y, other in zip(project(x, *layers), expected, strict=True):
+        torch.testing.assert_close(y, other, rtol=1e-5, atol=1e-5)  # float32 sums of 68 products
+    assert low_rank == [True, True]

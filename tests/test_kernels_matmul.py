@@ -48,6 +48,9 @@ def test_what_is_added_in_the_epilogue(M: int, N: int, K: int, r: int, dtype: to
     add = rows(M, N, dtype, 4)
     W32, row = weight(q, torch.float32), x[:1]
     assert_near(gemv(x[0], q, add[0])[None], row.double() @ W32.double().T + add[:1].double(), row, W32, dtype)
+    exact = exact[:1] - row.double() @ (W - W32).double().T
+    wide = [torch.cat([a, b], dim=1) for a, b in ((row, xA[:1]), (W32, B))]
+    assert_near(gemv(x[0], q, bias, xA[0], B)[None], exact, *wide, dtype)
     assert_near(matmul(x, q, add), x.double() @ W.double().T + add.double(), x, W, dtype)
 
 

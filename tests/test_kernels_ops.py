@@ -14,25 +14,28 @@ def test_opcheck(double_quant: bool) -> None:
     x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
     g = torch.randn(3, 9, device=DEVICE, requires_grad=True)
     torch.library.opcheck(ops.nf4_dequantize, (*arguments, torch.float16))
-    torch.library.opcheck(ops.nf4_matmul, (x, *arguments, None))
-    torch.library.opcheck(ops.nf4_matmul, (x, *arguments, g))
+    torch.library.opcheck(ops.nf4_matmul, (x, *arguments, None, None, None))
+    torch.library.opcheck(ops.nf4_matmul, (x, *arguments, g, None, None))
+    xA, B = (torch.randn(n, 2, device=DEVICE, requires_grad=True) for n in (3, 9))
+    torch.library.opcheck(ops.nf4_matmul, (x, *arguments, g[0].detach().requires_grad_(), xA, B))
     torch.library.opcheck(ops.nf4_backward, (g, *arguments))
 
 
-def test_gradients_of_both_orders_are_those_of_the_dense_product() -> None:
+@pytest.mark.parametrize("add", [(3, 9), (9,)], ids=["a row each", "a bias"])
+def test_gradients_of_both_orders_are_those_of_the_dense_product(add: tuple[int, ...]) -> None:
     q = packed(9, 64)
     W = weight(q, torch.float32)
 
     def gradients(product: object) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
-        add = torch.randn(3, 9, device=DEVICE, requires_grad=True)
-        y = product(x, add)  # type: ignore[operator]
-        first = torch.autograd.grad(y.square().sum(), [x, add], create_graph=True)
-        return [y, *first, *torch.autograd.grad(first[0].square().sum(), [x, add])]
+        shapes = [(3, 64), add, (3, 2), (9, 2)]
+        inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]  # x, add, xA, B
+        y = product(*inputs)  # type: ignore[operator]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return [y, *first, *torch.autograd.grad(first[0].square().sum(), inputs)]
 
-    ours = gradients(lambda x, add: ops.nf4_matmul(x, *ops.packed(q), add))
-    dense = gradients(lambda x, add: add + x @ W.T)
+    ours = gradients(lambda x, add, xA, B: ops.nf4_matmul(x, *ops.packed(q), add, xA, B))
+    dense = gradients(lambda x, add, xA, B: add + xA @ B.T + x @ W.T)
     for a, b in zip(ours, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products, four deep
 
@@ -42,7 +45,7 @@ def test_a_compiled_function_holds_the_operator_without_a_graph_break() -> None:
     x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return ops.nf4_matmul(x.relu(), *arguments, None).tanh()
+        return ops.nf4_matmul(x.relu(), *arguments, None, None, None).tanh()
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
@@ -57,5 +60,5 @@ def test_a_single_row_has_its_own_kernel_and_the_same_result(rows: int, monkeypa
     expected = add + x @ weight(q, torch.float32).T
     other = (ops.matmul, "matmul") if rows == 1 else (ops.gemv, "gemv")
     monkeypatch.setattr(*other, lambda *_: pytest.fail(f"{rows} rows went to {other[1]}"))
-    got = ops.nf4_matmul(x, *ops.packed(q), add)
+    got = ops.nf4_matmul(x, *ops.packed(q), add, None, None)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products in another order
