@@ -58,7 +58,7 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW's term in the denominator."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW; with its moments in 8 bits by bitsandbytes; on a GPU also in memory that moves to the CPU when short."""
+    """AdamW; 8bit: its moments in 8 bits, by bitsandbytes; paged: they leave a GPU that is full for the CPU."""
     loraplus_lr_ratio: float | None = None
     """LoRA+: B's learning rate is this times that of A; 16 is usual."""
     lora_fa: bool = False
@@ -68,9 +68,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
     offload_activations: bool = False
-    """With gradient_checkpointing on a GPU: what it still keeps rests in CPU memory until the backward pass."""
+    """With gradient_checkpointing, on a GPU: what that still keeps waits in CPU memory. For minilora's own models."""
     packing: bool = True
-    """Lay the rows of a pass end to end, each still read by itself, instead of padding them to the longest."""
+    """Lay a pass's rows end to end, unpadded, each read by itself; transformers' only with flash or flex attention."""
     group_by_length: bool = True
     """Where rows are padded, put those of similar length into the same step: less padding."""
     max_length: int = 1024
