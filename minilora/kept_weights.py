@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class _Kept:
     """Of the whole process, since a generator may go on in another thread than the one it began in."""
 
     def __init__(self) -> None:
-        self.lock = Lock()
+        # The garbage collector may end an abandoned generator anywhere in this thread, also while the lock is taken.
+        self.lock = RLock()
         self.users, self.room = 0, 0  # how many `with` are open; bytes that may yet be taken
         # By address and version of the codes, and the dtype: the codes, whose address nothing else then has, and W.
         self.weights: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -59,17 +60,23 @@ def keeping_weights() -> Iterator[None]:
 
 def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
     """W (of q's shape) if it is kept, not to be written to; made now if there is room. Else None."""
-    if _kept.users == 0 or q.codes.device.type != "cpu" or torch.compiler.is_compiling():
+    # A compiled graph must not look at `users`: it would be compiled anew for every number of them.
+    if torch.compiler.is_compiling() or _kept.users == 0 or q.codes.device.type != "cpu":
+        return None
+    if q.codes.is_inference():  # nothing tells when they are written to
         return None
     key = (q.codes.data_ptr(), q.codes._version, dtype)
     with _kept.lock:
-        if key not in _kept.weights:
-            size = prod(q.shape) * dtype.itemsize
-            if size > _kept.room:
-                return None
+        if key in _kept.weights:
+            return _kept.weights[key][1]
+        size = prod(q.shape) * dtype.itemsize
+        if size > _kept.room:
+            return None
+        W = nf4.dequantize(q, dtype)
+        if _kept.users > 0:  # else the last `with` has ended meanwhile
             _kept.room -= size
-            _kept.weights[key] = q.codes, nf4.dequantize(q, dtype)
-        return _kept.weights[key][1]
+            _kept.weights[key] = q.codes, W
+        return W
 
 
 def _free_memory() -> int:

@@ -1,9 +1,13 @@
 """Weights that stay whole for a while: the same bytes, made once, and no more memory than there is."""
 
+import gc
+import threading
+
 import pytest
 import torch
 from torch import nn
-from training_helpers import tiny_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from training_helpers import tiny_base, tiny_model
 
 from minilora import kept_weights
 from minilora.generate import generate_tokens
@@ -66,6 +70,61 @@ def test_withs_may_overlap():
     assert kept_weight(q, DTYPE) is W
     second.__exit__(None, None, None)
     assert kept_weight(q, DTYPE) is None
+
+
+def test_an_abandoned_generator_may_end_while_a_weight_is_made(monkeypatch):
+    """As the garbage collector may have it, which runs in whatever thread and line makes objects."""
+    monkeypatch.setattr(kept_weights, "_kept", kept_weights._Kept())  # whose lock a failure would leave taken
+    dequantize = kept_weights.nf4.dequantize
+    W = []
+
+    def abandoned():
+        with keeping_weights():
+            yield
+
+    def collect(q, *args, **kwargs):
+        gc.collect()
+        return dequantize(q, *args, **kwargs)
+
+    def make():
+        generator = abandoned()
+        next(generator)
+        generator, cycle = None, [generator]
+        cycle.append(cycle)
+        del cycle
+        W.append(kept_weight(layers(1)[0].quantized(), DTYPE))
+
+    monkeypatch.setattr(kept_weights.nf4, "dequantize", collect)
+    thread = threading.Thread(target=make, daemon=True)
+    gc.disable()
+    try:
+        thread.start()
+        thread.join(timeout=20)
+    finally:
+        gc.enable()
+    assert not thread.is_alive()
+    assert torch.equal(W[0], layers()[0].dequantize(DTYPE))
+    assert (kept_weights._kept.users, kept_weights._kept.weights) == (0, {}), "nothing outlives the last `with`"
+
+
+def test_a_model_made_in_inference_mode_generates():
+    expected = generate_tokens(tiny_base(nf4=True), [[3, 4, 5]], max_new_tokens=3)
+    with torch.inference_mode():
+        model = tiny_base(nf4=True)
+    assert generate_tokens(model, [[3, 4, 5]], max_new_tokens=3) == expected
+
+
+def test_a_compiled_layer_is_not_compiled_anew():
+    layer, x = layers(1)[0], torch.randn(3, 64)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=graphs)
+    expected = compiled(x)
+    with keeping_weights():
+        assert torch.equal(compiled(x), expected)
+        with keeping_weights():
+            compiled(x)
+    assert graphs.frame_count == 1
 
 
 def test_half_of_the_free_memory_is_taken_and_no_more(monkeypatch):
