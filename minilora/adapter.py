@@ -163,6 +163,10 @@ class Adapter(nn.Module):
     def check_before_training(self, name: str, total_steps: int) -> None:
         """Raise InputError where a run of so many steps would not train this adapter, called `name`, as it should."""
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """What it computes with and does not hold: parameters of another layer's adapter."""
+        return []
+
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, if any."""
         return None

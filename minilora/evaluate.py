@@ -28,7 +28,7 @@ from minilora.generate import (
     micro_batches,
     shared_prefix,
 )
-from minilora.loss import label_tokens, linear_cross_entropy
+from minilora.loss import label_tokens, loss_of_chosen
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
 
@@ -182,8 +182,8 @@ def mean_nll(model: Transformer, examples: Sequence[Example], batch_size: int | 
             predicts = labels[:, 1:] != -100  # position t predicts the label of t + 1
             cache = expanded(model, prefix, len(batch), prefix.length + T) if prefix.length else None
             # Padding is on the right, where the causal mask hides it from every real token.
-            hidden = model.hidden_states(input_ids.to(device), cache=cache, logits_at=predicts.to(device))
-            total += linear_cross_entropy(hidden, model.lm_head, labels[:, 1:][predicts].to(device)).item()
+            inputs = {"input_ids": input_ids.to(device), "cache": cache}
+            total += loss_of_chosen(model, predicts.to(device), labels[:, 1:][predicts].to(device), **inputs).item()
     return total / label_tokens(examples)
 
 

@@ -22,10 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.adapter import Adapter
 from minilora.data import Batch, Example, PackedBatch, collate, pack
+from minilora.errors import InputError
+from minilora.generate import evaluating
 from minilora.model import Transformer, row_positions
+from minilora.shared_input import is_plainly_called
 
-__all__ = ["held_out_loss", "label_tokens", "linear_cross_entropy", "summed_cross_entropy", "summed_loss"]
+__all__ = [
+    "held_out_loss",
+    "label_tokens",
+    "linear_cross_entropy",
+    "loss_of_chosen",
+    "summed_cross_entropy",
+    "summed_loss",
+]
 
 # Positions through the head: enough for a matrix product's full speed. (On a core, with 2048 positions of 576 numbers
 # and a vocabulary of 49152, in bfloat16: 0.70 of the time with all logits, with 128 positions at once 0.73, 512 0.81.)
@@ -40,7 +51,10 @@ def label_tokens(examples: Sequence[Example]) -> int:
 
 
 def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
-    """Sum of the cross-entropy (nats) over the batch's labelled tokens: a float32 scalar that has a gradient."""
+    """Sum of the cross-entropy (nats) over the batch's labelled tokens: a float32 scalar that has a gradient.
+
+    Raises InputError for a model that gives no logits.
+    """
     device = next(model.parameters()).device
     labels = batch.labels.to(device)
     predicts = torch.zeros_like(labels, dtype=torch.bool)
@@ -48,9 +62,21 @@ def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
     targets = labels[:, 1:][predicts[:, :-1]]
     inputs = _inputs(model, batch, device)
     if isinstance(model, Transformer):
-        return linear_cross_entropy(model.hidden_states(**inputs, logits_at=predicts), model.lm_head, targets)
+        return loss_of_chosen(model, predicts, targets, **inputs)
     # a transformers model, or one like it: it computes every position's logits
-    return summed_cross_entropy(model(**inputs).logits[predicts], targets)
+    output = model(**inputs)
+    if not hasattr(output, "logits"):
+        raise InputError(f"this {type(model).__name__} gives no logits when it is called: give the model inside it")
+    return summed_cross_entropy(output.logits[predicts], targets)
+
+
+def loss_of_chosen(model: Transformer, chosen: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    """Σ_i −log p(targets_i) at the chosen positions, a bool mask (B, T); `inputs` are those of the model's forward."""
+    as_written = type(model).forward is Transformer.forward and model._compiled_call_impl is None
+    if as_written and is_plainly_called(model):
+        return linear_cross_entropy(model.hidden_states(**inputs, logits_at=chosen), model.lm_head, targets)
+    # More happens in a call of the model: a hook, what accelerate or a subclass has put there, a compiled graph.
+    return summed_cross_entropy(model(**inputs, logits_at=chosen), targets)
 
 
 def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) -> dict[str, Any]:
@@ -65,16 +91,19 @@ def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> float:
-    """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient."""
+    """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient.
+
+    Raises InputError where no token has a label, and inside `adapters_for_rows`: the rows are taken by length.
+    """
+    if not label_tokens(examples):
+        raise InputError("no row has a token that the loss could be taken of")
     by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch, if any
-    was_training = model.training
-    model.eval()
     total = 0.0
-    for i in range(0, len(by_length), batch_size):
-        rows = by_length[i : i + batch_size]
-        batch = pack(rows) if isinstance(model, Transformer) else collate(rows, pad_token_id)
-        total += summed_loss(model, batch).item()
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(0, len(by_length), batch_size):
+            rows = by_length[i : i + batch_size]
+            batch = pack(rows) if isinstance(model, Transformer) else collate(rows, pad_token_id)
+            total += summed_loss(model, batch).item()
     return total / label_tokens(examples)
 
 
@@ -85,9 +114,9 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Te
     by itself: a linear layer, tied or not, in 4 bits, with an adapter. Returns a scalar, whose gradient is computed
     along with it, for `hidden` and what trains in the head; ∂L/∂z is rounded once, to the logits' dtype.
     """
-    if any(_is_watched(module) for module in head.modules()):
+    trained = [parameter for parameter in _parameters(head) if parameter.requires_grad]
+    if any(_is_watched(module) for module in head.modules()) or any(p._backward_hooks for p in trained):
         return summed_cross_entropy(head(hidden), targets)
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _summed(head, hidden, targets, trained)
 
 
@@ -96,14 +125,16 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return _summed(nn.Identity(), logits, targets, [])
 
 
+def _parameters(head: nn.Module) -> list[nn.Parameter]:
+    """The head's own, and those that an adapter on it borrows from another layer's."""
+    adapters = (module for module in head.modules() if isinstance(module, Adapter))
+    return [*head.parameters(), *(parameter for adapter in adapters for parameter in adapter.borrowed_parameters())]
+
+
 def _is_watched(module: nn.Module) -> bool:
-    """True if a hook sees what is called or what is trained: it may add to the graph, and counts on one backward."""
+    """True if a hook sees what is called: it may add to the graph, and counts on one backward, as those of tensors."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(parameter._backward_hooks for parameter in module.parameters(recurse=False))
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -60,6 +60,9 @@ class TiedLoRA(Adapter):
         sB = (self._embedding[0].scaling * B).to(x.dtype)
         return self.kind.pointwise(self.kind.apply(self.dropout(x), A.to(x.dtype)), sB, add)
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        return list(self._embedding[0].parameters())
+
     def delta(self) -> Tensor:
         return self._embedding[0].delta().T
 

@@ -5,14 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_helpers import LLAMA, VOCABULARY, random_rows, tiny_model
+from training_helpers import LLAMA, VOCABULARY, random_rows, tiny_base, tiny_model
 
 from minilora import loss as loss_module
-from minilora.adapters import add_adapter, disable_adapters
-from minilora.data import Example, collate
+from minilora.adapters import adapter_parameters, add_adapter, disable_adapters
+from minilora.data import Example, collate, pack
+from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRAConfig
 from minilora.loss import held_out_loss, label_tokens, linear_cross_entropy, summed_cross_entropy, summed_loss
+from minilora.mixed_batch import adapters_for_rows
 from minilora.model import ModelConfig, Transformer
 
 N, HIDDEN = 10, 12
@@ -260,6 +262,67 @@ def test_equal_to_transformers_and_through_a_transformers_model(tied):
         )
 
 
+def whole_loss(logits, batch):
+    """Of the whole logits, by torch."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
+
+
+def test_a_head_that_borrows_the_embeddings_adapter_gives_it_a_gradient():
+    model = tiny_base()
+    add_adapter(model, LoRAConfig(r=4, target_modules=["lm_head"], ensure_weight_tying=True))
+    parameters = list(adapter_parameters(model).values())
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.1)
+    batch = pack(random_rows(4))
+    expected = whole_loss(model(batch.input_ids, lengths=batch.lengths), batch)
+    for hooked in (False, True):
+        hook = parameters[0].register_hook(lambda gradient: 3 * gradient) if hooked else None
+        gradients = torch.autograd.grad(summed_loss(model, batch), parameters)
+        likes = torch.autograd.grad(expected, parameters, retain_graph=True)
+        for gradient, like in zip(gradients, likes, strict=True):
+            # float32 sums in another order, relative to the largest entry
+            torch.testing.assert_close(gradient, like, rtol=0, atol=1e-5 * like.abs().max().item())
+    hook.remove()
+
+
+class Halved(Transformer):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) / 2
+
+
+def test_what_happens_in_a_call_of_the_model_happens_in_its_loss():
+    rows = pack(random_rows(4))
+    expected = whole_loss(tiny_base()(rows.input_ids, lengths=rows.lengths) / 2, rows)
+
+    def hooked(model):
+        model.register_forward_hook(lambda module, args, logits: logits / 2)
+
+    def wrapped(model):  # as accelerate does
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs) / 2
+
+    def subclass(model):
+        model.__class__ = Halved
+
+    def compiled(model):
+        subclass(model)
+        model.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
+
+    calls = []
+    for change in (hooked, wrapped, subclass, compiled):
+        model = tiny_base()
+        change(model)
+        # float32 in another order
+        torch.testing.assert_close(summed_loss(model, rows), expected, rtol=1e-5, atol=0, msg=change.__name__)
+    assert calls
+
+
+def test_a_wrapper_that_gives_no_logits_is_refused():
+    for model in (torch.compile(tiny_base(), backend="eager"), nn.DataParallel(tiny_base())):
+        with pytest.raises(InputError, match=f"{type(model).__name__} gives no logits .* give the model inside it"):
+            summed_loss(model, collate(random_rows(2), 0))
+
+
 def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batches():
     model = tiny_model(dropout=0.5).train()
     rows = random_rows(9)
@@ -275,3 +338,22 @@ def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batches():
         # float32 sums in another order
         assert held_out_loss(model, rows, 0, batch_size) == pytest.approx(total / label_tokens(rows), rel=1e-5)
     assert model.training, "the model is as it was"
+
+
+def test_held_out_loss_leaves_every_module_in_its_mode():
+    model = tiny_model().train()
+    model.model.embed_tokens.eval()
+    modes = [module.training for module in model.modules()]
+    held_out_loss(model, random_rows(2), 0)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(IndexError):
+        held_out_loss(model, [Example([1, VOCABULARY], [1, 1])], 0)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_held_out_rows_that_have_no_loss():
+    with pytest.raises(InputError, match="no row has a token that the loss"):
+        held_out_loss(tiny_model(), [Example([5, 6], [5, -100])], 0)
+    model = tiny_model()
+    with adapters_for_rows(model, ["default", "__base__"]), pytest.raises(InputError, match="must stay in order"):
+        held_out_loss(model, random_rows(2), 0)
