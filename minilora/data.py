@@ -54,11 +54,19 @@ DIM, GREEN, RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: a token's label is its own id where it is learned, -100 where it is only read."""
+    """One training sequence: a token's label is its own id where it is learned, -100 where it is only read.
+
+    Raises InputError where there is not one label for each token.
+    """
 
     input_ids: list[int]
     labels: list[int]
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            name, n = self.source or "an example", len(self.input_ids)
+            raise InputError(f"{name} has {len(self.labels)} labels for {n} tokens: give one for each")
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class PackedBatch(NamedTuple):
 def pack(examples: Sequence[Example]) -> PackedBatch:
     """Lay examples end to end; the first token of each has the label -100: what stands before it is another row."""
     input_ids = [id for example in examples for id in example.input_ids]
-    labels = [label for example in examples for label in [IGNORE, *example.labels[1:]]]
+    labels = [IGNORE if i == 0 else label for example in examples for i, label in enumerate(example.labels)]
     lengths = tuple(len(example.input_ids) for example in examples)
     return PackedBatch(torch.tensor([input_ids]), torch.tensor([labels]), lengths)
 

@@ -242,6 +242,12 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
 # Batches
 
 
+def test_an_example_has_a_label_for_each_token() -> None:
+    """End to end, the labels of one row too many would be the next row's."""
+    with pytest.raises(InputError, match="rows:3 has 2 labels for 3 tokens: give one for each"):
+        Example([5, 6, 7], [-100, 6], "rows:3")
+
+
 def test_collate_pads_on_the_right() -> None:
     batch = collate([Example([1, 2, 3], [IGNORE, 2, 3]), Example([2], [2])], pad_token_id=2)
     assert batch.input_ids.tolist() == [[1, 2, 3], [2, 2, 2]]

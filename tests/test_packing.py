@@ -60,10 +60,10 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rounding: f
 
 
 def test_pack_by_hand() -> None:
-    batch = pack([Example([1, 2, 3], [-100, 2, 3]), Example([4], [4]), Example([5, 6], [5, 6])])
+    batch = pack([Example([1, 2, 3], [-100, 2, 3]), Example([4], [4]), Example([], []), Example([5, 6], [5, 6])])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch.labels.tolist() == [[-100, 2, 3, -100, -100, 6]]  # 4 and 5 would be predicted from another row
-    assert batch.lengths == (3, 1, 2)
+    assert batch.lengths == (3, 1, 0, 2)
 
 
 # --- minilora's own model ---------------------------------------------------------------------------------------------

@@ -398,11 +398,10 @@ def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_nan_names_step_rows_and_checkpoint(tmp_path):
     model = tiny_model()
-    rows = [
-        Example([token for token in row.input_ids if token != 63] or [5, 6], row.labels, row.source)
-        for row in random_rows(12)
-    ]
-    rows = [Example(row.input_ids, row.input_ids, row.source) for row in rows]
+    rows = []
+    for row in random_rows(12):
+        ids = [token for token in row.input_ids if token != 63] or [5, 6]
+        rows.append(Example(ids, ids, row.source))
     order = batches(rows, 4, 0, 0, True)
     poisoned = order[2][1]  # the third step's second row
     rows[poisoned] = Example([63, *rows[poisoned].input_ids[1:]], rows[poisoned].labels, rows[poisoned].source)
