@@ -1,7 +1,7 @@
 """A model made ready to train, and put back as it was: dropout on, activations kept, recomputed or moved away."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -19,18 +19,16 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 
     Raises InputError for a model that cannot do what is asked for, or a device on which there is nothing to move.
     """
-    was_training = model.training
     if config.offload_activations:
         _check_offload(model)
-    if config.gradient_checkpointing:
-        _set_gradient_checkpointing(model, True, config.offload_activations)
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        if config.gradient_checkpointing:
-            _set_gradient_checkpointing(model, False)
+    modes = {module: module.training for module in model.modules()}
+    with _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext():
+        model.train()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def _check_offload(model: nn.Module) -> None:
@@ -40,15 +38,24 @@ def _check_offload(model: nn.Module) -> None:
         raise InputError(f"offload_activations moves them from a GPU to CPU memory: on {device.type} leave it out")
 
 
-def _set_gradient_checkpointing(model: nn.Module, on: bool, offload: bool = False) -> None:
+@contextmanager
+def _recomputing(model: nn.Module, offload: bool) -> Iterator[None]:
     if isinstance(model, Transformer):
-        model.gradient_checkpointing, model.offload_activations = on, offload
+        before = model.gradient_checkpointing, model.offload_activations
+        model.gradient_checkpointing, model.offload_activations = True, offload
+        try:
+            yield
+        finally:
+            model.gradient_checkpointing, model.offload_activations = before
         return
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise InputError(f"{type(model).__name__} has no gradient checkpointing: set gradient_checkpointing to false")
     transformer: Any = model  # of the transformers library
-    if on:
-        # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        transformer.gradient_checkpointing_disable()
+    was_on = getattr(model, "is_gradient_checkpointing", False)
+    # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
+    transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if not was_on:
+            transformer.gradient_checkpointing_disable()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from training_helpers import tiny_model
+from training_helpers import LLAMA, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.errors import InputError
 from minilora.train import TrainConfig
@@ -18,6 +19,28 @@ def test_the_model_is_put_back_after_an_error_too(was_training):
         raise ZeroDivisionError
     assert model.training == was_training
     assert not model.gradient_checkpointing
+
+
+def test_every_module_and_what_was_recomputed_before_stay_as_they_were():
+    model = tiny_model().train()
+    model.model.embed_tokens.eval()
+    model.gradient_checkpointing = model.offload_activations = True
+    modes = [module.training for module in model.modules()]
+    with training_mode(model, TrainConfig(gradient_checkpointing=True)):
+        assert all(module.training for module in model.modules())
+        assert (model.gradient_checkpointing, model.offload_activations) == (True, False)
+    assert [module.training for module in model.modules()] == modes
+    assert (model.gradient_checkpointing, model.offload_activations) == (True, True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_transformers_model_recomputes_afterwards_if_it_did_before(before):
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    if before:
+        model.gradient_checkpointing_enable()
+    with training_mode(model, TrainConfig(gradient_checkpointing=True)):
+        assert model.is_gradient_checkpointing
+    assert model.is_gradient_checkpointing == before
 
 
 def test_a_model_that_cannot_recompute_is_refused_and_unchanged():
