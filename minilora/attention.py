@@ -154,4 +154,5 @@ def _all_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window:
 
 @lru_cache(maxsize=1)  # every layer of a pass asks for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # of a tensor born in inference mode the next pass could keep nothing
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

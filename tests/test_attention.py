@@ -150,6 +150,15 @@ def test_all_rows_are_described_as_pytorchs_varlen_attn_wants_them(window: int |
     torch.testing.assert_close(ours, tiled_causal_attention(q, k, v, ROWS, window), rtol=0, atol=1e-12)
 
 
+def test_where_rows_end_may_be_kept_for_the_way_back_after_an_evaluation() -> None:
+    attention._ends.cache_clear()
+    with torch.inference_mode():
+        attention._ends((2, 3), torch.device("cpu"))
+    ends = attention._ends((2, 3), torch.device("cpu"))
+    assert ends.tolist() == [0, 2, 5]
+    (ends * torch.ones((), requires_grad=True)).sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
