@@ -98,7 +98,8 @@ def train(
     optimizer = make_optimizer(model, adapter, config)
 
     seed_everything(config.seed)
-    run = fingerprint(model, adapter, parameters, config.decisive(), examples, eval_examples)
+    settings = config.decisive() | {"packing": packing}  # as it is for this model: the order of the rows hangs on it
+    run = fingerprint(model, adapter, parameters, settings, examples, eval_examples)
     progress = load_checkpoint(checkpoint, model, adapter, parameters, optimizer, run) if checkpoint else Progress()
     stopped_early = _out_of_patience(progress, config)
 

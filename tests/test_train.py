@@ -344,6 +344,15 @@ def test_resuming_another_run_names_what_differs(tmp_path, change, named):
         run(model, folder=tmp_path, resume="auto", **settings)
 
 
+def test_resuming_where_rows_are_no_longer_packed_is_refused(tmp_path, monkeypatch):
+    """As with another kind of attention in a transformers model: grouped by length, rows come in another order."""
+    settings = {"max_steps": 2, "rows": random_rows(16)}
+    run(tiny_model(), folder=tmp_path, **settings)
+    monkeypatch.setattr(sys.modules["minilora.train"], "can_pack", lambda model: False)
+    with pytest.raises(InputError, match="packing was True and is False"):
+        run(tiny_model(), folder=tmp_path, resume="auto", **settings)
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     run(tiny_model(), random_rows(8), tmp_path, max_steps=2)
     with pytest.raises(InputError, match=r'checkpoint-000002 is there already: continue it with resume="auto"'):
