@@ -11,7 +11,7 @@ multiply with the packed weight itself.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from threading import RLock
@@ -23,6 +23,8 @@ from minilora import nf4
 from minilora.nf4 import QuantizedTensor
 
 __all__ = ["keeping_weights", "kept_weight"]
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 class _Kept:
@@ -83,4 +85,21 @@ def _free_memory() -> int:
     """Bytes that can be taken without swapping, by the kernel's estimate; 0 where it makes none."""
     file = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text()) if file.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    return min([int(found[1]) * 1024, *_left_to_container()]) if found else 0
+
+
+def _left_to_container() -> list[int]:
+    """Bytes up to the limit of the container that this runs in, of which /proc/meminfo knows nothing; [] without one.
+
+    What the limit counts of files that were read is given up before a process is killed.
+    """
+    left = []
+    for folder, limit, used, files in (
+        (CGROUPS, "memory.max", "memory.current", "inactive_file"),  # version 2, of which "max" is no limit
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ):
+        with suppress(OSError, ValueError):
+            room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            read = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            left.append(max(0, room + (int(read[1]) if read else 0)))
+    return left

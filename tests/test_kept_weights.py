@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from minilora.kept_weights import keeping_weights, kept_weight
 from minilora.linear4bit import NF4Linear
 
 DTYPE = torch.float32
+
+
+free_memory = kept_weights._free_memory
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +139,27 @@ def test_half_of_the_free_memory_is_taken_and_no_more(monkeypatch):
         assert kept_weight(second, DTYPE) is None
     with keeping_weights():
         assert kept_weight(second, DTYPE) is not None
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells how much memory is free")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path, version):
+    monkeypatch.setattr(kept_weights, "CGROUPS", tmp_path)
+    without = free_memory()
+    assert without > 2**20
+    folder, limit, used, total = (
+        (tmp_path, "memory.max", "memory.current", "")
+        if version == 2
+        else (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / used).write_text("5000\n")
+    (folder / "memory.stat").write_text(f"anon 7\n{total}active_file 9\n{total}inactive_file 300\nslab 1\n")
+    for written, free in (("6000", 1300), ("4000", 0)):
+        (folder / limit).write_text(f"{written}\n")
+        assert free_memory() == free
+    (folder / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    assert free_memory() > 2**20, "no limit"
 
 
 def test_generate_dequantizes_once_a_call_and_gives_the_same_tokens(monkeypatch):
