@@ -6,7 +6,8 @@
 
 M* is where the fused kernel stops being the faster one. `python -m benchmarks gpu` measures it, and writes it for the
 GPU at hand into kernels/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
-Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run.
+Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run: on
+any GPU, and on a CPU in Triton's interpreter.
 """
 
 import json
@@ -35,7 +36,8 @@ class Crossovers:
     dequantize: bool = False
 
 
-NEVER, ALWAYS = Crossovers(), Crossovers(forward=1 << 31, backward=1 << 31, dequantize=True)
+MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
+NEVER, ALWAYS = Crossovers(), Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True)
 
 
 def measured_file() -> Path:
@@ -67,7 +69,9 @@ def read_crossovers(device: torch.device) -> Crossovers:
     if wish == "off" or not has_triton():
         return NEVER
     if wish == "on":
-        return ALWAYS
+        from minilora.kernels.codes import INTERPRETED
+
+        return ALWAYS if device.type == "cuda" or INTERPRETED else NEVER
     if device.type != "cuda":
         return NEVER
     measured = json.loads(measured_file().read_text(encoding="utf-8")).get(torch.cuda.get_device_name(device), {})

@@ -6,14 +6,15 @@ from pathlib import Path
 # Tests run side by side, one thread each: two processes of two threads on two cores wait for each other, and take
 # ten times as long. Before torch is imported, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Without a GPU, Triton's kernels run in its interpreter; it looks at this when a kernel is defined.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from typing import Any
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter; it looks at this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

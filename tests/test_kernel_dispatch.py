@@ -1,5 +1,6 @@
 """Which product is made by what: the environment, the table of measured GPUs, and what the kernels cannot do."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,25 +28,34 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def kernels_on(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", "3.6")
-    if not torch.cuda.is_available():
-        from minilora.kernels.codes import INTERPRETED
+def device() -> torch.device:
+    """Where kernels run: a GPU, or in Triton's interpreter the CPU. Skips without a Triton that can."""
+    found: torch.device = importlib.import_module("kernel_helpers").DEVICE
+    return found
 
-        assert INTERPRETED, "the tests' conftest.py sets TRITON_INTERPRET"
+
+@pytest.fixture
+def kernels_on(fresh: None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setenv("MINILORA_KERNELS", "on")
+    return device
 
 
 def test_a_cpu_uses_no_kernel_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crossovers(CPU) == NEVER
     assert fused_product(torch.randn(1, 64), nf4.quantize(torch.randn(4, 64)), False, None) is None
     pytest.importorskip("triton", "3.6")
-    read_crossovers.cache_clear()
+    from minilora.kernels import codes
+
     monkeypatch.setenv("MINILORA_KERNELS", "on")
-    assert crossovers(CPU) == ALWAYS
+    for interpreted in (True, False):
+        monkeypatch.setattr(codes, "INTERPRETED", interpreted)
+        read_crossovers.cache_clear()
+        assert crossovers(CPU) == (ALWAYS if interpreted else NEVER), "a compiled kernel cannot read its memory"
+    read_crossovers.cache_clear()
+    assert crossovers(torch.device("cuda")) == ALWAYS
     read_crossovers.cache_clear()
     monkeypatch.setattr(kernel_dispatch.metadata, "version", lambda name: "3.5.1")
-    assert crossovers(CPU) == NEVER, "Triton is too old"
+    assert crossovers(torch.device("cuda")) == NEVER, "Triton is too old"
 
 
 def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -67,14 +77,13 @@ def test_the_committed_table_is_read() -> None:
         assert {"forward", "backward", "dequantize", "date", "versions"} <= measured.keys()
 
 
-def test_rows_above_the_crossover_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", "3.6")
+def test_rows_above_the_crossover_go_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(forward=4, backward=2))
-    q = nf4.quantize(torch.randn(8, 64))
-    assert fused_product(torch.randn(4, 64), q, False, None) is not None
-    assert fused_product(torch.randn(5, 64), q, False, None) is None
-    assert fused_product(torch.randn(2, 8), q, True, None) is not None
-    assert fused_product(torch.randn(3, 8), q, True, None) is None
+    q = nf4.quantize(torch.randn(8, 64, device=device))
+    assert fused_product(torch.randn(4, 64, device=device), q, False, None) is not None
+    assert fused_product(torch.randn(5, 64, device=device), q, False, None) is None
+    assert fused_product(torch.randn(2, 8, device=device), q, True, None) is not None
+    assert fused_product(torch.randn(3, 8, device=device), q, True, None) is None
 
 
 @pytest.mark.parametrize(
@@ -83,20 +92,21 @@ def test_rows_above_the_crossover_go_to_pytorch(monkeypatch: pytest.MonkeyPatch)
     ids=["blocks straddle rows", "small blocks", "float64"],
 )
 def test_what_no_fused_kernel_can_do_goes_to_pytorch(
-    kernels_on: None, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+    kernels_on: torch.device, shape: tuple[int, int], block_size: int, dtype: torch.dtype
 ) -> None:
-    q = nf4.quantize(torch.randn(shape), block_size)
-    assert fused_product(torch.randn(2, shape[1], dtype=dtype), q, False, None) is None
+    q = nf4.quantize(torch.randn(shape, device=kernels_on), block_size)
+    x = torch.randn(2, shape[1], dtype=dtype, device=kernels_on)
+    assert fused_product(x, q, False, None) is None
     layer = NF4Linear.from_quantized(q)
-    x = torch.randn(2, shape[1], dtype=dtype)
     W = nf4.dequantize(q, dtype)
     torch.testing.assert_close(layer(x), x @ W.T, rtol=1e-5, atol=1e-5)  # float32 sums of at most 96 products
 
 
-def test_what_the_kernel_dequantizes_takes_no_second_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", "3.6")
+def test_what_the_kernel_dequantizes_takes_no_second_buffer(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(dequantize=True))
-    layer, x = NF4Linear.from_linear(nn.Linear(64, 48)), torch.randn(3, 64)
+    layer, x = NF4Linear.from_linear(nn.Linear(64, 48, device=device)), torch.randn(3, 64, device=device)
     y = x @ layer.dequantize().T + layer.bias
     monkeypatch.setattr(nf4, "workspace", lambda role, *size: pytest.fail(f"a buffer for the {role}"))
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products
@@ -113,12 +123,12 @@ def test_a_batch_without_rows_needs_no_kernel(known: Crossovers, monkeypatch: py
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("with_add", [True, False])
 def test_nf4linear_gives_the_same_by_kernels_and_by_pytorch(
-    kernels_on: None, bias: bool, with_add: bool, monkeypatch: pytest.MonkeyPatch
+    kernels_on: torch.device, bias: bool, with_add: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    layer = NF4Linear.from_linear(nn.Linear(128, 70, bias=bias))
-    x = torch.randn(2, 3, 128, requires_grad=True)
-    add = torch.randn(2, 3, 70, requires_grad=True) if with_add else None
+    layer = NF4Linear.from_linear(nn.Linear(128, 70, bias=bias, device=kernels_on))
+    x = torch.randn(2, 3, 128, device=kernels_on, requires_grad=True)
+    add = torch.randn(2, 3, 70, device=kernels_on, requires_grad=True) if with_add else None
     inputs = [x] if add is None else [x, add]
 
     def results() -> list[torch.Tensor]:
@@ -131,31 +141,37 @@ def test_nf4linear_gives_the_same_by_kernels_and_by_pytorch(
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
-def test_a_compiled_layer_holds_the_kernels_without_a_graph_break(kernels_on: None) -> None:
-    layer = NF4Linear.from_linear(nn.Linear(64, 48))
-    x = torch.randn(3, 64, requires_grad=True)
+def test_a_compiled_layer_holds_the_kernels_without_a_graph_break(kernels_on: torch.device) -> None:
+    layer = NF4Linear.from_linear(nn.Linear(64, 48, device=kernels_on))
+    x = torch.randn(3, 64, device=kernels_on, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
     compiled(x).sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones(3, 48) @ layer.dequantize(), rtol=1e-5, atol=1e-5)
+    expected = torch.ones(3, 48, device=kernels_on) @ layer.dequantize()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 48 weights
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_low_rank_term_is_added_by_the_kernel(kernels_on: None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_rank_term_is_added_by_the_kernel(
+    kernels_on: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """q, k and v of a model with LoRA: one launch each, once x A^T is there."""
     torch.manual_seed(0)
-    q = nf4.quantize(torch.randn(70, 128))
-    x, bias, xA, B = torch.randn(rows, 128), torch.randn(70), torch.randn(rows, 4), torch.randn(70, 4)
+    q = nf4.quantize(torch.randn(70, 128, device=kernels_on))
+    x, bias, xA, B = (torch.randn(shape, device=kernels_on) for shape in ((rows, 128), (70,), (rows, 4), (70, 4)))
     y = product_with_low_rank(x, q, bias, xA, B)
     monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: NEVER)
     # float32 sums of 132 products in another order
     torch.testing.assert_close(y, product_with_low_rank(x, q, bias, xA, B), rtol=1e-5, atol=1e-4)
 
 
-def test_layers_with_lora_that_share_an_input_come_to_it(kernels_on: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = nn.ModuleList([NF4Linear.from_linear(nn.Linear(64, n, bias=False)) for n in (32, 48)])
+def test_layers_with_lora_that_share_an_input_come_to_it(
+    kernels_on: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears = [nn.Linear(64, n, bias=False, device=kernels_on) for n in (32, 48)]
+    layers = nn.ModuleList([NF4Linear.from_linear(linear) for linear in linears])
     add_adapter(layers, LoRAConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
-    x = torch.randn(2, 64)
+    x = torch.randn(2, 64, device=kernels_on)
     expected = [layer(x) for layer in layers]
     low_rank = []
     monkeypatch.setattr(
