@@ -6,6 +6,7 @@ shape.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from minilora.linear4bit import NF4Linear
 Call = Callable[[int], Tensor]
 T = TypeVar("T")
 
-L2_BYTES = 100e6  # of NF4 weights in rotation: twice the largest L2 cache
+MOST_COPIES = 128  # of one weight: more take too long to make
 GROUP = 64  # weights that share a scale, in gemlite as in NF4
 
 
@@ -33,7 +34,9 @@ class Weights:
         torch.manual_seed(0)
         self.key = (case.N, case.K, case.dtype)
         size = case.N * case.K
-        self.copies = max(1, min(32, round(L2_BYTES / (size / 2)))) if device.type == "cuda" else 1
+        self.copies = 1
+        if device.type == "cuda":
+            self.copies = in_rotation(size / 2, torch.cuda.get_device_properties(device).L2_cache_size)
         scale = case.K**-0.5
         shape = (case.N, case.K)
         self.dense = [(torch.randn(shape, device=device) * scale).to(case.dtype) for _ in range(self.copies)]
@@ -76,12 +79,18 @@ class Weights:
         return [processor.from_weights(*affine_int4(W)) for W in self.dense]
 
 
-def _linear4bit(W: Tensor) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
+def in_rotation(size: float, cache: int) -> int:
+    """How many weights of so many bytes fill the cache twice: when one has its turn again, it is not in there."""
+    return max(1, min(MOST_COPIES, math.ceil(2 * cache / size)))
 
-    layer = Linear4bit(W.shape[1], W.shape[0], False, W.dtype, True, "nf4")
-    layer.load_state_dict({"weight": W.cpu()})
-    return layer.to(W.device).requires_grad_(False)
+
+def _linear4bit(W: Tensor) -> nn.Module:
+    """As transformers makes it: quantized from W's own dtype, to which the layer dequantizes on the way back."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer = Linear4bit(W.shape[1], W.shape[0], False, W.dtype, True, "nf4", device="meta")
+    layer.weight = Params4bit(W, requires_grad=False, quant_type="nf4", module=layer)
+    return layer.to(W.device)
 
 
 def affine_int4(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,6 +113,25 @@ def test_the_calls_take_the_weights_in_turn(benchmarks):
             assert torch.equal(first, again) and not torch.allclose(first, second), name
 
 
+def test_bitsandbytes_layers_dequantize_to_the_weights_own_dtype(benchmarks):
+    """As transformers makes them; from float32 a bfloat16 layer would make its weight in float32, and cast it."""
+    pytest.importorskip("bitsandbytes")
+    weights = benchmarks.nf4_contenders.Weights(case_of(benchmarks, "forward", 1, 64, 128), CPU)
+    before = weights.dense[0].clone()
+    for layer in (*weights.linear4bit, *weights.linear4bit_eval):
+        assert layer.weight.quant_state.dtype == torch.bfloat16
+    assert torch.equal(weights.dense[0], before), "it is quantized, not replaced"
+
+
+@pytest.mark.parametrize("cache", [50 * 2**20, 126 * 2**20], ids=["H100", "B200"])
+def test_the_weights_in_rotation_exceed_the_cache(benchmarks, cache):
+    for N, K in benchmarks.nf4_cases.LLAMA.values():
+        copies = benchmarks.nf4_contenders.in_rotation(N * K / 2, cache)
+        assert copies * N * K / 2 >= 2 * cache
+    assert benchmarks.nf4_contenders.in_rotation(1e9, cache) == 1
+    assert benchmarks.nf4_contenders.in_rotation(1e3, cache) == benchmarks.nf4_contenders.MOST_COPIES
+
+
 def test_gemlites_stand_in_is_an_affine_4_bit_weight(benchmarks):
     torch.manual_seed(0)
     W = torch.randn(8, 256)
@@ -428,11 +447,34 @@ def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, 
         gpu.run(1, torch.device("cuda"))
 
 
+def test_gpu_ends_in_time_whatever_the_tests_do(benchmarks, monkeypatch):
+    gpu = benchmarks.gpu
+    monkeypatch.setattr(gpu, "SECONDS", 0.2)
+    run = subprocess.run
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: run(["sleep", "20"], **options))
+    with pytest.raises(InputError, match="the tests took more than 0 seconds"):
+        gpu.run(1, torch.device("cuda"))
+
+
+def test_gpu_keeps_its_times_where_the_crossovers_cannot_be_written(benchmarks, monkeypatch, tmp_path):
+    gpu = benchmarks.gpu
+    machine = {"device": "New GPU", "date": "today", "versions": {}}
+    result = benchmarks.output.Result(
+        "kernels", "", machine, {"crossovers": {"forward": 1}}, [], {}, lambda figure: None
+    )
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 0))
+    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: result)
+    monkeypatch.setattr(gpu, "measured_file", lambda: tmp_path / "missing" / "crossovers.json")
+    assert gpu.run(1, torch.device("cuda")) is result
+    assert len(result.notes) == 1 and "will not use these crossovers: " in result.notes[0]
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "interrupted"])
 def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, whole):
     gpu, commands, kept = benchmarks.gpu, [], []
 
     def passed(command, **options):
+        assert options["env"]["TRITON_INTERPRET"] == "0", "tests in the interpreter say nothing of the GPU"
         commands.append(command)
         return subprocess.CompletedProcess(command, 0)
 
