@@ -17,6 +17,7 @@ from minilora.errors import InputError
 from minilora.generate import stream
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
+from minilora.random_states import seed_everything
 from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
 from minilora.rows import Row
@@ -78,6 +79,7 @@ class Train:
         rows = ml.load_rows(self.data)
         eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
         model, tokenizer = self.base.load()
+        seed_everything(self.train.seed)  # A is drawn now
         ml.add_adapter(model, self.lora)
         if self.lora.init_lora_weights in ("eva", "lora_ga"):
             start_from_data(model, tokenizer, rows, self.lora.init_lora_weights, self.train)

@@ -19,6 +19,15 @@ _POSITIVE = (
     *_OPTIONAL,
 )
 _AT_LEAST_ZERO = ("warmup_steps", "weight_decay")
+_SWITCHES = (
+    "lora_fa",
+    "gradient_checkpointing",
+    "offload_activations",
+    "packing",
+    "group_by_length",
+    "progress",
+    "tensorboard",
+)
 _RESUME_MAY_CHANGE = (
     "output_dir",
     "offload_activations",
@@ -86,7 +95,7 @@ class TrainConfig:
     resume: str | None = None
     """A checkpoint to continue from; "auto" takes the last one in output_dir, or starts anew if there is none."""
     seed: int = 0
-    """Seeds Python, NumPy and torch: the order of the rows and the dropout."""
+    """Seeds Python, NumPy and torch: the order of the rows and the dropout; `minilora train` also draws A with it."""
     progress: bool = True
     """Show progress on the standard error stream."""
     tensorboard: bool = False
@@ -103,6 +112,9 @@ class TrainConfig:
                 raise InputError(f"{name} must be a number {least}, not {value!r}")
             if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):
                 raise InputError(f"{name} must be {least}, not {value}")
+        for name in _SWITCHES:  # a text "False" would count as true
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
         if self.optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):

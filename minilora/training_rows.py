@@ -53,6 +53,11 @@ def _examples(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> t
     if kinds == {Example}:
         return cast(Sequence[Example], rows), []
     if kinds == {Row} or kinds == {dict}:
+        if not isinstance(tokenizer, Tokenizer):
+            raise InputError(
+                f"a {type(tokenizer).__name__} is not minilora's tokenizer: take that of ml.load, or with a model of"
+                " transformers minilora.tokenizer.Tokenizer.from_folder(its folder)"
+            )
         given = cast(list[Row], rows) if kinds == {Row} else as_rows(cast(list[dict[str, Any]], rows))
         encoded = encode_rows(given, tokenizer, max_length)
         return encoded.examples, list(encoded.skipped)

@@ -1,8 +1,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from training_helpers import PADDING, tiny_base, trained
 
 from minilora import cli
 from minilora.errors import InputError
@@ -79,6 +82,25 @@ def test_every_expected_end_has_its_exit_code_and_no_traceback(capsys, monkeypat
     got, _, err = run(capsys, "demo")
     assert got == code
     assert message in err and "Traceback" not in err
+
+
+def test_training_draws_the_adapter_with_its_seed(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    drawn = []
+
+    def train(model, tokenizer, rows, config, eval_rows=None):
+        drawn.append(trained(model))
+        return SimpleNamespace(adapter_dir=tmp_path)
+
+    monkeypatch.setattr(cli.ModelOptions, "load", lambda self: (tiny_base(), PADDING))
+    monkeypatch.setattr(cli.ml, "train", train)
+    for seed in (5, 5, 6):
+        torch.seed()
+        cli.main(["train", "--data", str(rows), "--seed", str(seed)])
+    same, again, other = drawn
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not all(torch.equal(same[name], other[name]) for name in same)
 
 
 def test_the_installed_command_answers():

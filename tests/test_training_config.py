@@ -22,6 +22,7 @@ from minilora.train import TrainConfig
         ("warmup_steps", -0.1, "warmup_steps must be at least 0, not -0.1"),
         ("weight_decay", None, "weight_decay must be a number at least 0, not None"),
         ("epochs", float("nan"), "epochs must be above 0, not nan"),
+        ("packing", "False", "packing must be True or False, not 'False'"),
         ("schedule", "step", "schedule must be cosine, linear or constant, not 'step'"),
     ],
 )

@@ -33,3 +33,8 @@ def test_no_row_is_an_error_that_names_which_rows():
         usable_examples([LONG], PADDING, 8, "held-out")
     with pytest.raises(InputError, match="all dicts, all Rows or all Examples, not Example and str"):
         usable_examples([GOOD, "text"], PADDING, 8)
+
+
+def test_another_librarys_tokenizer_is_named():
+    with pytest.raises(InputError, match=r"a SimpleNamespace is not minilora's tokenizer: .*Tokenizer\.from_folder"):
+        usable_examples([{"prompt": "a", "completion": "b"}], PADDING, 8)
