@@ -70,7 +70,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"dequantize {kind}", dequantize.dequantize_kernel, dtype, whole, 2 * dequantize.BYTES)
         for pairs in (False, True):
             table = "pairs" if pairs else "values"
-            more = {"BN": gemv.BN, "PIECES": gemv.PIECES, "BR": 16, "ADD": True, "LORA": True}
+            more = {"BN": gemv.BN, "PIECES": gemv.PIECES, "BR": matmul.BR, "ADD": True, "LORA": True}
             weights = 64 * gemv.BN * gemv.PIECES
             yield Case(f"gemv {kind}, {table}", gemv.gemv_kernel, dtype, nf4 | more, weights, pairs)
     tiles = {(dtype, *tile(DTYPES[dtype], M)) for dtype, M in product(DTYPES, (1, 32, 4096))}
@@ -79,7 +79,7 @@ def cases() -> Iterator[Case]:
         name = f"backward {dtype}, {BM} rows"
         yield Case(name, backward.backward_kernel, dtype, sizes | {"BK": backward.BK}, BN * backward.BK)
         for extra in (False, True):
-            more = {"BK": matmul.BK, "BR": 16, "ADD": extra, "LORA": extra}
+            more = {"BK": matmul.BK, "BR": matmul.BR, "ADD": extra, "LORA": extra}
             name = f"matmul {dtype}, {BM} rows{' + add + LoRA' if extra else ''}"
             yield Case(name, matmul.matmul_kernel, dtype, sizes | more, BN * matmul.BK)
     for dtype in DTYPES:

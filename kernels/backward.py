@@ -59,9 +59,10 @@ def backward(g: Tensor, q: QuantizedTensor, pairs: bool = True) -> Tensor:
     BM, BN = tile(g.dtype, M)
     split = split_of(K // BK * triton.cdiv(M, BM), triton.cdiv(N, BN), g.device)
     out = torch.empty((split, M, K), dtype=torch.float32 if split > 1 else g.dtype, device=g.device)
-    backward_kernel[(K // BK, triton.cdiv(M, BM), split)](
-        g.contiguous(), *buffers(q, pairs), out, M, N, K, split,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BM=BM, BN=BN, BK=BK, DOT=dot_dtype(g.dtype),
-        num_warps=4, num_stages=3, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(g):  # Triton launches on the current device
+        backward_kernel[(K // BK, triton.cdiv(M, BM), split)](
+            g.contiguous(), *buffers(q, pairs), out, M, N, K, split,
+            BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BM=BM, BN=BN, BK=BK, DOT=dot_dtype(g.dtype),
+            num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
     return out.sum(0, dtype=torch.float32).to(g.dtype) if split > 1 else out[0]

@@ -55,7 +55,7 @@ def decode(byte, table_ptr):
 
 @triton.jit
 def block_absmax(block, mask, absmax_ptr, nested_ptr, offset_ptr, map_ptr, DOUBLE: tl.constexpr):
-    """float32 absmax of the blocks with these numbers, 0 where masked."""
+    """float32 absmax of the blocks with these numbers; where masked, any finite value: a 0 of x or no store follows."""
     if DOUBLE:
         quantized = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         nested = tl.load(nested_ptr + block // NESTED, mask=mask, other=0.0)

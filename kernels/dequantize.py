@@ -46,9 +46,10 @@ def dequantize(
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
     n = out.numel()
-    dequantize_kernel[(triton.cdiv(n, 2 * BYTES),)](
-        *buffers(q, pairs), out, n,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BYTES=BYTES, SHORT=n % q.block_size != 0,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(q.codes):  # Triton launches on the current device
+        dequantize_kernel[(triton.cdiv(n, 2 * BYTES),)](
+            *buffers(q, pairs), out, n,
+            BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, BYTES=BYTES, SHORT=n % q.block_size != 0,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ from torch import Tensor
 from minilora.nf4 import QuantizedTensor
 
 from .codes import block_absmax, buffers, check_rows, decode, split_of
+from .matmul import BR
 
 BN, PIECES = 16, 8  # outputs of one program, and pieces of 64 weights of each at a time
 
@@ -51,10 +52,11 @@ def gemv_kernel(
         if ADD:
             y += tl.load(add_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         if LORA:
-            r = tl.arange(0, BR)
-            B = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
-            xA = tl.load(xA_ptr + r, mask=r < R, other=0.0)
-            y += tl.sum(B.to(tl.float32) * xA.to(tl.float32)[None, :], axis=1)
+            for r0 in range(0, R, BR):
+                r = r0 + tl.arange(0, BR)
+                B = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
+                xA = tl.load(xA_ptr + r, mask=r < R, other=0.0)
+                y += tl.sum(B.to(tl.float32) * xA.to(tl.float32)[None, :], axis=1)
     tl.store(out_ptr + part * N + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -67,13 +69,15 @@ def gemv(
     add, xA and B as in `matmul`. Raises InputError where the blocks do not lie in rows, or are below 64.
     """
     check_rows(q)
+    add, xA, B = (None if part is None else part.contiguous() for part in (add, xA, B))
     N, K = q.shape
     split = split_of(triton.cdiv(N, BN), triton.cdiv(K, 64 * PIECES), x.device)
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    gemv_kernel[(triton.cdiv(N, BN), split)](
-        x.contiguous(), *buffers(q, pairs), add, xA, B, out, N, K // 64, R, split,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
-        BN=BN, PIECES=PIECES, BR=triton.next_power_of_2(max(1, R)), num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        gemv_kernel[(triton.cdiv(N, BN), split)](
+            x.contiguous(), *buffers(q, pairs), add, xA, B, out, N, K // 64, R, split,
+            BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
+            BN=BN, PIECES=PIECES, BR=BR, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out.sum(0).to(x.dtype) if split > 1 else out[0]

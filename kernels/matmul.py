@@ -25,6 +25,7 @@ from minilora.nf4 import QuantizedTensor
 from .codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 
 BK = 64  # weights of a row at a time: one block, or a part of one
+BR = 16  # of a LoRA's rank at a time: any rank takes the same registers and shared memory
 
 
 @triton.jit
@@ -60,10 +61,11 @@ def matmul_kernel(
             add = add_ptr + m[None, :].to(tl.int64) * add_stride + n[:, None]
             acc += tl.load(add, mask=(m[None, :] < M) & (n[:, None] < N), other=0.0).to(tl.float32)
         if LORA:
-            r = tl.arange(0, BR)
-            B = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
-            xA = tl.load(xA_ptr + m[None, :] * R + r[:, None], mask=(m[None, :] < M) & (r[:, None] < R), other=0.0)
-            acc = tl.dot(B.to(DOT), xA.to(DOT), acc, input_precision="ieee")
+            for r0 in range(0, R, BR):
+                r = r0 + tl.arange(0, BR)
+                B = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
+                xA = tl.load(xA_ptr + m[None, :] * R + r[:, None], mask=(m[None, :] < M) & (r[:, None] < R), other=0.0)
+                acc = tl.dot(B.to(DOT), xA.to(DOT), acc, input_precision="ieee")
     out = out_ptr + (part.to(tl.int64) * M + m[:, None]) * N + n[None, :]
     tl.store(out, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -79,6 +81,7 @@ def matmul(
     """
     (M, K), N = x.shape, q.shape[0]
     check_rows(q)
+    xA, B = (None if factor is None else factor.contiguous() for factor in (xA, B))
     if add is not None and add.dim() == 1:
         add = add.expand(M, N)
     if add is not None and add.stride(1) != 1:
@@ -87,10 +90,11 @@ def matmul(
     split = split_of(triton.cdiv(N, BN) * triton.cdiv(M, BM), K // BK, x.device)
     R = 0 if B is None else B.shape[1]
     out = torch.empty((split, M, N), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
-        x.contiguous(), *buffers(q, pairs), add, xA, B, out, M, N, K, R, 0 if add is None else add.stride(0), split,
-        BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
-        BM=BM, BN=BN, BK=BK, BR=max(16, triton.next_power_of_2(R)), DOT=dot_dtype(x.dtype),
-        num_warps=4, num_stages=3, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        matmul_kernel[(triton.cdiv(N, BN), triton.cdiv(M, BM), split)](
+            x.contiguous(), *buffers(q, pairs), add, xA, B, out, M, N, K, R, 0 if add is None else add.stride(0), split,
+            BLOCK_SIZE=q.block_size, DOUBLE=q.offset is not None, ADD=add is not None, LORA=R > 0,
+            BM=BM, BN=BN, BK=BK, BR=BR, DOT=dot_dtype(x.dtype),
+            num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
     return out.sum(0, dtype=torch.float32).to(x.dtype) if split > 1 else out[0]

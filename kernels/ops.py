@@ -50,10 +50,8 @@ def nf4_matmul(
     A single row has a kernel of its own.
     """
     q = _unpacked(codes, absmax, nested_absmax, offset, N, K, block_size)
-    xA, B = (None if factor is None else factor.contiguous() for factor in (xA, B))
     if len(x) == 1:
-        row = None if add is None else add.view(-1).contiguous()
-        return gemv.gemv(x[0], q, row, None if xA is None else xA[0], B)[None]
+        return gemv.gemv(x[0], q, None if add is None else add.view(-1), None if xA is None else xA[0], B)[None]
     return matmul.matmul(x, q, add, xA, B)
 
 

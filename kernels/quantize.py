@@ -50,8 +50,9 @@ def quantize_blocks(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(n // block_size, dtype=torch.float32, device=w.device)
     table = code(w.device)
     blocks = max(1, BLOCKS * 64 // block_size)
-    quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
-        w, codes, absmax, (table[:-1] + table[1:]) / 2, n,
-        BLOCK_SIZE=block_size, BLOCKS=blocks, SMALLEST=TINY, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(w):  # Triton launches on the current device
+        quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+            w.contiguous(), codes, absmax, (table[:-1] + table[1:]) / 2, n,
+            BLOCK_SIZE=block_size, BLOCKS=blocks, SMALLEST=TINY, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return codes, absmax

@@ -73,6 +73,23 @@ def test_the_sum_may_be_divided_among_any_number_of_programs(split: int, monkeyp
     assert_near(matmul(x, q), x.double() @ W.double().T, x, W, torch.float32)
 
 
+def test_arguments_may_be_views() -> None:
+    """Of fused_lora's h = x A^T for several layers, each takes its columns; a slice of a batch is not dense either."""
+    q = packed(33, 128)
+    wide = rows(6, 256, torch.float32)
+    x, xA, B, add = (
+        wide[::2, ::2],
+        rows(3, 9, torch.float32)[:, 4:7],
+        rows(3, 33, torch.float32).T,
+        rows(33, 3, torch.float32).T,
+    )
+    g = rows(33, 3, torch.float32).T
+    dense = [a.contiguous() for a in (x, xA, B, add, g)]
+    assert torch.equal(matmul(x, q, add, xA, B), matmul(dense[0], q, dense[3], dense[1], dense[2]))
+    assert torch.equal(gemv(x[0], q, add[0], xA[0], B), gemv(dense[0][0], q, dense[3][0], dense[1][0], dense[2]))
+    assert torch.equal(backward(g, q), backward(dense[4], q))
+
+
 @pytest.mark.parametrize("mutate", mutations())
 def test_a_fault_shows(mutate: Mutation) -> None:
     q = packed(600, 64)

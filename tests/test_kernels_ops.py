@@ -1,9 +1,12 @@
 """The kernels as operators: torch.library's own checks, finite differences, and a compiled graph."""
 
+from collections import defaultdict
+from typing import Any
+
 import pytest
 import torch
 from kernel_helpers import DEVICE, packed, runs_somewhere, weight
-from minilora.kernels import ops
+from minilora.kernels import backward, dequantize, gemv, matmul, ops, quantize
 
 pytestmark = runs_somewhere
 
@@ -62,3 +65,48 @@ def test_a_single_row_has_its_own_kernel_and_the_same_result(rows: int, monkeypa
     monkeypatch.setattr(*other, lambda *_: pytest.fail(f"{rows} rows went to {other[1]}"))
     got = ops.nf4_matmul(x, *ops.packed(q), add, None, None)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products in another order
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; a model that is divided among GPUs has tensors on others."""
+    current: list[torch.device] = []
+    launched: list[torch.device] = []
+
+    class DeviceOf:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.device = tensor.device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *error: Any) -> None:
+            current.pop()
+
+    def launch(*args: Any, **options: Any) -> None:
+        launched.extend(current)
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    for module in (backward, dequantize, gemv, matmul, quantize):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, f"{name}_kernel", defaultdict(lambda: launch))  # any grid
+    q, x = packed(9, 64), torch.randn(3, 64, device=DEVICE)
+    gemv.gemv(x[0], q)
+    matmul.matmul(x, q)
+    backward.backward(x[:, :9], q)
+    dequantize.dequantize(q)
+    quantize.quantize_blocks(x.view(-1), 64)
+    assert launched == 5 * [q.codes.device]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_may_be_on_another_device_than_the_current_one() -> None:
+    q = packed(9, 64)
+    W = weight(q, torch.float32)
+    x, there = torch.randn(3, 64, device=DEVICE), torch.device("cuda", 1)
+    arguments = [a.to(there) if isinstance(a, torch.Tensor) else a for a in ops.packed(q)]
+    assert torch.cuda.current_device() == 0
+    for rows in (x, x[:1]):
+        y = ops.nf4_matmul(rows.to(there), *arguments, None, None, None)
+        torch.testing.assert_close(y.to(DEVICE), rows @ W.T, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products
+    assert torch.equal(ops.nf4_dequantize(*arguments, torch.float32).to(DEVICE), W)
