@@ -25,6 +25,7 @@ from minilora.general_ability import general_ability
 from minilora.generate import generate
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
+from minilora.random_states import seed_everything
 from minilora.report import Report, comparison_table, general_table, show_samples, write_html, write_text
 from minilora.tokenizer import Tokenizer
 from minilora.train import TrainConfig, TrainResult, train
@@ -85,6 +86,7 @@ def run_demo(config: DemoConfig) -> Report:
         rehearsal = rehearsal_rows(model, tokenizer)
 
     with clock.stage("train"):
+        seed_everything(config.train.seed)  # A is drawn now
         add_adapter(model, config.lora)
         training_rows = rows["train"] + rehearsal
         result = train(model, tokenizer, training_rows, config.train, eval_rows=rows["validation"][:VALIDATION_ROWS])

@@ -96,6 +96,8 @@ def fused_product(
         return None
     if rows.dtype == torch.float64 or (transpose and add is not None):
         return None
+    if rows.dtype == torch.float32 and limit != ALWAYS:  # measured in bfloat16; without tensor cores the limit is lower
+        return None
     from minilora.kernels import ops
 
     if transpose:

@@ -27,7 +27,9 @@ AbsmaxRule = Literal["table", "nearest"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 TINY = 1e-38  # the absmax a block of zeros is divided by
-QUANTIZE_CHUNK, DEQUANTIZE_CHUNK = 1 << 17, 1 << 20  # elements at a time: the temporaries stay small, and in cache
+# Elements at a time: on a CPU few enough that the temporaries stay in its cache, elsewhere so many that launches do not
+# count (each element takes up to 16 bytes of temporaries).
+QUANTIZE_CHUNK, DEQUANTIZE_CHUNK, CHUNK_ELSEWHERE = 1 << 17, 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +135,9 @@ def _quantize_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     full = n - n % block_size
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
-    for start in range(0, full, QUANTIZE_CHUNK):
-        stop = min(start + QUANTIZE_CHUNK, full)
+    chunk = QUANTIZE_CHUNK if x.device.type == "cpu" else CHUNK_ELSEWHERE
+    for start in range(0, full, chunk):
+        stop = min(start + chunk, full)
         blocks = x[start:stop].float().view(-1, block_size)
         c = torch.amax(blocks.abs(), dim=-1, out=absmax[start // block_size : stop // block_size])
         codes[start // 2 : stop // 2] = encode((blocks * (1 / c.clamp(min=TINY)).unsqueeze(-1)).view(-1))
@@ -204,8 +207,9 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
         packed = q.codes, q.absmax, q.nested_absmax, q.offset, out.numel(), q.block_size, q.nested_block_size
         return out.copy_(_dequantize_in_a_graph(*packed, out.dtype).view(q.shape))
     flat, absmax, size = out.view(-1), dequantize_absmax(q), q.block_size
-    for start in range(0, flat.numel(), DEQUANTIZE_CHUNK):
-        stop = min(start + DEQUANTIZE_CHUNK, flat.numel())
+    chunk = DEQUANTIZE_CHUNK if out.device.type == "cpu" else CHUNK_ELSEWHERE
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
         values = _decode(q.codes[start // 2 : -(-stop // 2)])[: stop - start]
         flat[start:stop] = _scale_blocks_(values, absmax[start // size : -(-stop // size)], size)
     return out

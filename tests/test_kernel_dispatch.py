@@ -80,10 +80,15 @@ def test_the_committed_table_is_read() -> None:
 def test_rows_above_the_crossover_go_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(forward=4, backward=2))
     q = nf4.quantize(torch.randn(8, 64, device=device))
-    assert fused_product(torch.randn(4, 64, device=device), q, False, None) is not None
-    assert fused_product(torch.randn(5, 64, device=device), q, False, None) is None
-    assert fused_product(torch.randn(2, 8, device=device), q, True, None) is not None
-    assert fused_product(torch.randn(3, 8, device=device), q, True, None) is None
+
+    def is_fused(M: int, N: int, transpose: bool, dtype: torch.dtype = torch.float16) -> bool:
+        return fused_product(torch.randn(M, N, device=device, dtype=dtype), q, transpose, None) is not None
+
+    assert is_fused(4, 64, False)
+    assert not is_fused(5, 64, False)
+    assert is_fused(2, 8, True)
+    assert not is_fused(3, 8, True)
+    assert not is_fused(1, 64, False, torch.float32)  # the limits were measured in half precision
 
 
 @pytest.mark.parametrize(
