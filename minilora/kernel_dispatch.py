@@ -29,15 +29,20 @@ from minilora.nf4 import QuantizedTensor
 
 @dataclass(frozen=True)
 class Crossovers:
-    """Up to how many rows of x the fused kernels are used; 0: never. dequantize: by a kernel or by PyTorch."""
+    """Up to how many rows of x the fused kernels are used; 0: never. dequantize: by a kernel or by PyTorch.
+
+    The limits are measured in bfloat16. float32, which has no tensor cores, would have lower ones: it takes no fused
+    kernel but where `float32` says so.
+    """
 
     forward: int = 0
     backward: int = 0
     dequantize: bool = False
+    float32: bool = False
 
 
 MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
-NEVER, ALWAYS = Crossovers(), Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True)
+NEVER, ALWAYS = Crossovers(), Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True, float32=True)
 
 
 def measured_file() -> Path:
@@ -96,7 +101,7 @@ def fused_product(
         return None
     if rows.dtype == torch.float64 or (transpose and add is not None):
         return None
-    if rows.dtype == torch.float32 and limit != ALWAYS:  # measured in bfloat16; without tensor cores the limit is lower
+    if rows.dtype == torch.float32 and not limit.float32:
         return None
     from minilora.kernels import ops
 

@@ -13,9 +13,9 @@ import triton
 from minilora.kernels import aot, matmul
 from minilora.kernels.codes import dot_dtype
 import torch
-large = {"BLOCK_SIZE": 64, "DOUBLE": True, "BM": 64, "BN": 64, "BK": 64, "BR": 16, "ADD": True,
+large = {"BLOCK_SIZE": 64, "DOUBLE": True, "BM": 64, "BN": 128, "BK": 64, "BR": 16, "ADD": True,
          "LORA": True, "DOT": dot_dtype(torch.float32)}
-case = aot.Case("matmul in float32 with a tile that is too large", matmul.matmul_kernel, "fp32", large, 64 * 64)
+case = aot.Case("matmul in float32 with a tile that is too large", matmul.matmul_kernel, "fp32", large, 128 * 64)
 print(aot.usage(case, 90).problems(90))
 """
 
