@@ -115,7 +115,8 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Te
     along with it, for `hidden` and what trains in the head; ∂L/∂z is rounded once, to the logits' dtype.
     """
     trained = [parameter for parameter in _parameters(head) if parameter.requires_grad]
-    if any(_is_watched(module) for module in head.modules()) or any(p._backward_hooks for p in trained):
+    # A hook may add to the graph, and counts on one backward: so then there is one call of the head, and one backward.
+    if not all(map(is_plainly_called, head.modules())) or any(p._backward_hooks for p in trained):
         return summed_cross_entropy(head(hidden), targets)
     return _summed(head, hidden, targets, trained)
 
@@ -129,13 +130,6 @@ def _parameters(head: nn.Module) -> list[nn.Parameter]:
     """The head's own, and those that an adapter on it borrows from another layer's."""
     adapters = (module for module in head.modules() if isinstance(module, Adapter))
     return [*head.parameters(), *(parameter for adapter in adapters for parameter in adapter.borrowed_parameters())]
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """True if a hook sees what is called: it may add to the graph, and counts on one backward, as those of tensors."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _summed(head: nn.Module, hidden: Tensor, targets: Tensor, trained: list[nn.Parameter]) -> Tensor:

@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         }
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
-        offload = ActivationOffload(x.device) if self.offload_activations else None
+        offload = ActivationOffload(x.device) if recompute and self.offload_activations else None
         for window, block in zip(self.config.sliding_windows, self.model.layers, strict=True):
             if recompute:
                 with offload.keeping(x) if offload else nullcontext():

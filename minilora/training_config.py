@@ -1,6 +1,6 @@
 """The settings of a training run."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from minilora.errors import InputError
@@ -112,6 +112,9 @@ class TrainConfig:
                 raise InputError(f"{name} must be a number {least}, not {value!r}")
             if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):
                 raise InputError(f"{name} must be {least}, not {value}")
+        for field in fields(self):
+            if field.type in (int, int | None) and isinstance(value := getattr(self, field.name), float):
+                raise InputError(f"{field.name} must be a whole number, not {value}")
         for name in _SWITCHES:  # a text "False" would count as true
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")

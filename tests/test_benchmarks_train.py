@@ -12,25 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training_helpers import LLAMA
 
 from minilora.errors import InputError
 from minilora.loss import label_tokens
 from minilora.model import ModelConfig, Transformer
 
 CPU = torch.device("cpu")
-TINY = {  # every width a multiple of NF4's block of 64: bitsandbytes' CPU kernel for inference needs it
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+# Every width a multiple of NF4's block of 64: bitsandbytes' CPU kernel for inference needs it.
+TINY = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
 
 
 @pytest.fixture(scope="module")

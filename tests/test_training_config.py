@@ -17,6 +17,8 @@ from minilora.train import TrainConfig
         ("learning_rate", 0, "learning_rate must be above 0, not 0"),
         ("learning_rate", "1e-4", "learning_rate must be a number above 0, not '1e-4'"),
         ("batch_size", -1, "batch_size must be above 0, not -1"),
+        ("batch_size", 2.5, "batch_size must be a whole number, not 2.5"),
+        ("max_steps", 10.0, "max_steps must be a whole number, not 10.0"),
         ("batch_size", True, "batch_size must be a number"),
         ("max_steps", 0, "max_steps must be above 0, not 0"),
         ("warmup_steps", -0.1, "warmup_steps must be at least 0, not -0.1"),
