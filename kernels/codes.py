@@ -36,7 +36,8 @@ def buffers(q: QuantizedTensor, pairs: bool) -> tuple[Tensor, ...]:
     nested = q.absmax if q.nested_absmax is None else q.nested_absmax
     offset = q.absmax if q.offset is None else q.offset
     device = q.codes.device
-    return q.codes, q.absmax, nested, offset, dynamic_map(device), byte_pairs(device) if pairs else code(device)
+    table = byte_pairs(device).view(torch.int64) if pairs else code(device)
+    return q.codes, q.absmax, nested, offset, dynamic_map(device), table
 
 
 @triton.jit

@@ -14,6 +14,7 @@ Codes, statistics and dequantized values are bitsandbytes' own, byte for byte.
 import threading
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from statistics import NormalDist
 from typing import Literal
 
@@ -30,6 +31,7 @@ TINY = 1e-38  # the absmax a block of zeros is divided by
 # Elements at a time: on a CPU few enough that the temporaries stay in its cache, elsewhere so many that launches do not
 # count (each element takes up to 16 bytes of temporaries).
 QUANTIZE_CHUNK, DEQUANTIZE_CHUNK, CHUNK_ELSEWHERE = 1 << 17, 1 << 20, 1 << 24
+LOOKUP_ROWS = 64  # among which the lookups of a chunk are shared out: no more threads than this help
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,18 +255,22 @@ def _scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 def _decode(codes: Tensor) -> Tensor:
     """The float32 values of packed codes, (2 * len(codes),), in a buffer that the next call overwrites.
 
-    One lookup a byte moves the 8 bytes of its two values; a CPU does these at a word every two cycles.
+    One lookup a byte moves the 8 bytes of its two values. PyTorch deals out the rows of a gather to its threads, so the
+    bytes stand in as many rows as divide them evenly; index_select would run in one thread.
     """
-    index = workspace("index", codes.numel(), torch.int32, codes.device).copy_(codes)
-    pairs = workspace("pairs", codes.numel(), torch.int64, codes.device)
-    return torch.index_select(byte_pairs(codes.device), 0, index, out=pairs).view(torch.float32)
+    n = codes.numel()
+    rows = gcd(n, LOOKUP_ROWS)
+    index = workspace("index", n, torch.int64, codes.device).copy_(codes).view(rows, -1)
+    pairs = workspace("pairs", n, torch.complex64, codes.device)
+    torch.gather(byte_pairs(codes.device).expand(rows, 256), 1, index, out=pairs.view(rows, -1))
+    return pairs.view(torch.float32)
 
 
 @cache
 def byte_pairs(device: torch.device) -> Tensor:
-    """The two float32 values of each byte, as one int64: a single lookup moves both."""
+    """The two float32 values of each byte, (256,), as one complex64: a single lookup moves both."""
     byte = torch.arange(256, device=device)
-    return torch.stack([code(device)[byte >> 4], code(device)[byte & 15]], dim=1).view(torch.int64).view(-1)
+    return torch.complex(code(device)[byte >> 4], code(device)[byte & 15])
 
 
 class _Workspaces(threading.local):
