@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.adapter import without_autocast
-from minilora.linear4bit import product_onto, product_with_low_rank, weight_to_save
+from minilora.linear4bit import product, product_with_low_rank, weight_to_save
 from minilora.nf4 import QuantizedTensor
 
 
@@ -110,7 +110,7 @@ def _gradients(ctx: Any, gs: tuple[Tensor, ...]) -> tuple[Any, ...]:
     if need_x:  # ∂L/∂x = u A + Σ g_i W_i
         grad_x = u @ torch.cat(As).to(dtype)
         for g, W, q in zip(gs, Ws, qs, strict=True):
-            grad_x = product_onto(grad_x, g, q if W is None else W, transpose=True)
+            grad_x = product(g, q if W is None else W, grad_x, transpose=True, overwrite=True)
     return grad_x, None, None, *[None] * (2 * n), *grad_As, *grad_Bs
 
 

@@ -35,9 +35,9 @@ class _NF4Product(torch.autograd.Function):
         out_features = q.shape[1] if transpose else q.shape[0]
         add_rows = None if add is None else add.reshape(-1, out_features)
         if add_rows is None or add_rows.dtype == dtype == x.dtype:
-            y = _product(rows, q, transpose, add_rows).to(x.dtype)
+            y = product(rows, q, add_rows, transpose=transpose).to(x.dtype)
         else:
-            y = _product(rows, q, transpose, None).to(x.dtype) + add_rows.to(x.dtype)
+            y = product(rows, q, transpose=transpose).to(x.dtype) + add_rows.to(x.dtype)
         return y.view(*x.shape[:-1], out_features)
 
     @staticmethod
@@ -48,25 +48,28 @@ class _NF4Product(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _product(rows: Tensor, q: QuantizedTensor, transpose: bool, add: Tensor | None) -> Tensor:
-    """rows W^T (+ add), or with ``transpose`` rows W; a GEMM accumulates onto add and rounds once."""
-    y = fused_product(rows, q, transpose, add)
-    if y is not None:
-        return y
-    W = temporary_weight(q, rows.dtype)
-    matrix = W if transpose else W.T
-    return rows @ matrix if add is None else torch.addmm(add, rows, matrix)
+def product(
+    rows: Tensor,
+    W: Tensor | QuantizedTensor,
+    add: Tensor | None = None,
+    *,
+    transpose: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
+    """rows W^T (+ add), or with ``transpose`` rows W (+ add), all in one dtype and without a graph.
 
-
-def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
-
-    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
+    A GEMM accumulates onto add and rounds once. rows (M, in_features), W (out_features, in_features) whole or in 4 bits, add (out_features,) or (M, out_features);
+    with ``transpose`` in and out change places. With ``overwrite`` add, of the result's shape, may become the result.
     """
-    if add is None or add.dim() == 1:
-        return F.linear(x, W, add)
-    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
-    return rows.view(add.shape)
+    if isinstance(W, QuantizedTensor):
+        y = fused_product(rows, W, transpose, None if transpose else add)
+        if y is not None:
+            return y.add_(add) if transpose and add is not None else y
+        W = temporary_weight(W, rows.dtype)
+    matrix = W if transpose else W.T
+    if add is None:
+        return rows @ matrix
+    return add.addmm_(rows, matrix) if overwrite else torch.addmm(add, rows, matrix)
 
 
 def product_with_low_rank(
@@ -80,20 +83,18 @@ def product_with_low_rank(
         y = fused_product(rows, W, False, bias, xA, B)
         if y is not None:
             return y
-    return product_onto(F.linear(xA, B, bias), rows, W)
+    return product(rows, W, F.linear(xA, B, bias), overwrite=True)
 
 
-def product_onto(y: Tensor, rows: Tensor, W: Tensor | QuantizedTensor, transpose: bool = False) -> Tensor:
-    """y + rows W^T, or with ``transpose`` y + rows W, all in one dtype and without a graph; y may be overwritten.
+def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
+    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
 
-    y (M, out_features) and rows (M, in_features), with ``transpose`` the other way round; W whole or in 4 bits.
+    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
     """
-    if isinstance(W, QuantizedTensor):
-        product = fused_product(rows, W, transpose, None if transpose else y)
-        if product is not None:
-            return product.add_(y) if transpose else product
-        W = temporary_weight(W, rows.dtype)
-    return y.addmm_(rows, W if transpose else W.T)
+    if add is None or add.dim() == 1:
+        return F.linear(x, W, add)
+    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
+    return rows.view(add.shape)
 
 
 def weight_to_save(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | QuantizedTensor:

@@ -289,8 +289,8 @@ def test_a_4_bit_weight_is_dequantized_once_for_the_whole_batch(monkeypatch: pyt
     model = nn.Sequential(NF4Linear.from_linear(nn.Linear(64, 32)))
     with_adapters(model, {name: {"r": 4, "target_modules": ["0"]} for name in ("fr", "de", "pl")})
     calls = []
-    product = linear4bit._product  # dequantizes the weight for the product at hand
-    monkeypatch.setattr(linear4bit, "_product", lambda *a: calls.append(1) or product(*a))
+    product = linear4bit.product  # dequantizes the weight for the product at hand
+    monkeypatch.setattr(linear4bit, "product", lambda *a, **k: calls.append(1) or product(*a, **k))
     x = torch.randn(5, 3, 64)
     with torch.no_grad(), adapters_for_rows(model, NAMES):
         mixed = model(x)
