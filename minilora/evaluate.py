@@ -22,7 +22,6 @@ from minilora.errors import InputError
 from minilora.generate import (
     encode_prompt,
     eos_token_ids,
-    evaluating,
     expanded,
     generate_tokens,
     micro_batches,
@@ -31,6 +30,7 @@ from minilora.generate import (
 from minilora.loss import label_tokens, loss_of_chosen
 from minilora.model import Transformer
 from minilora.tokenizer import Tokenizer
+from minilora.training_mode import evaluating
 
 __all__ = ["Comparison", "Difference", "Prediction", "Scores", "compare", "evaluate", "exact_match"]
 

@@ -17,15 +17,16 @@ from itertools import groupby
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.errors import InputError
 from minilora.kept_weights import keeping_weights
-from minilora.mixed_batch import adapters_for_rows, refuse_row_names
+from minilora.mixed_batch import adapters_for_rows
 from minilora.model import KVCache, Transformer, require_own_model
 from minilora.progress import progress_bar
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
 from minilora.tokenizer import Tokenizer
+from minilora.training_mode import evaluating
 
 __all__ = ["generate", "generate_tokens", "stream"]
 
@@ -359,22 +360,3 @@ def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
     """An empty cache in the dtype and on the device of the model's activations."""
     weight = model.model.embed_tokens.weight
     return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device)
-
-
-# ------------------------------------------------------------------------------------------------ around it
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with`; afterwards each module is in the mode that it was in.
-
-    For what puts rows into batches in an order of its own: raises InputError inside `adapters_for_rows`.
-    """
-    refuse_row_names(model)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minilora.calibration import Forward, as_mapping
 from minilora.errors import InputError
-from minilora.generate import evaluating
+from minilora.training_mode import evaluating
 
 
 @torch.no_grad()

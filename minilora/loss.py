@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 from minilora.adapter import Adapter
 from minilora.data import Batch, Example, PackedBatch, collate, pack
 from minilora.errors import InputError
-from minilora.generate import evaluating
 from minilora.model import Transformer, row_positions
 from minilora.shared_input import is_plainly_called
+from minilora.training_mode import evaluating
 
 __all__ = [
     "held_out_loss",

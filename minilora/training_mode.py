@@ -1,4 +1,7 @@
-"""A model made ready to train, and put back as it was: dropout on, activations kept, recomputed or moved away."""
+"""A model made ready to train or to be evaluated, and put back as it was.
+
+To train: dropout on, activations kept, recomputed or moved away. To evaluate: dropout off.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import InputError
+from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer, require_own_model
 from minilora.training_config import TrainConfig
 
-__all__ = ["training_mode"]
+__all__ = ["evaluating", "training_mode"]
 
 
 @contextmanager
@@ -21,14 +25,31 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """
     if config.offload_activations:
         _check_offload(model)
-    modes = {module: module.training for module in model.modules()}
-    with _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext():
-        model.train()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    recomputing = _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext()
+    with recomputing, _in_mode(model, training=True):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the `with`; afterwards each module is in the mode that it was in.
+
+    For what puts rows into batches in an order of its own: raises InputError inside `adapters_for_rows`.
+    """
+    refuse_row_names(model)
+    with _in_mode(model, training=False):
+        yield
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
 
 
 def _check_offload(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.errors import InputError
 from minilora.train import TrainConfig
-from minilora.training_mode import training_mode
+from minilora.training_mode import evaluating, training_mode
 
 
 @pytest.mark.parametrize("was_training", [True, False])
@@ -31,6 +31,9 @@ def test_every_module_and_what_was_recomputed_before_stay_as_they_were():
         assert (model.gradient_checkpointing, model.offload_activations) == (True, False)
     assert [module.training for module in model.modules()] == modes
     assert (model.gradient_checkpointing, model.offload_activations) == (True, True)
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("before", [True, False])

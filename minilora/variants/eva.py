@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from minilora.adapters import build_adapters, disable_adapters, refuse_merged, replace_adapters
 from minilora.calibration import Forward, as_list, as_mapping, language_model_loss, loras_named
 from minilora.errors import InputError
-from minilora.generate import evaluating
 from minilora.incremental_pca import IncrementalPCA
 from minilora.initialization import kaiming, register_initialization, require_linear
 from minilora.lora import LoRA, LoRAConfig
 from minilora.progress import progress_bar
+from minilora.training_mode import evaluating
 
 MOST_PASSES = 100  # over the batches, for components that do not settle
 
