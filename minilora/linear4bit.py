@@ -58,8 +58,9 @@ def product(
 ) -> Tensor:
     """rows W^T (+ add), or with ``transpose`` rows W (+ add), all in one dtype and without a graph.
 
-    A GEMM accumulates onto add and rounds once. rows (M, in_features), W (out_features, in_features) whole or in 4 bits, add (out_features,) or (M, out_features);
-    with ``transpose`` in and out change places. With ``overwrite`` add, of the result's shape, may become the result.
+    rows (M, in_features), W (out_features, in_features) whole or in 4 bits, add (out_features,) or (M, out_features);
+    with ``transpose`` in and out change places. A GEMM accumulates onto add and rounds once; with ``overwrite`` add, of
+    the result's shape, may become the result.
     """
     if isinstance(W, QuantizedTensor):
         y = fused_product(rows, W, transpose, None if transpose else add)
