@@ -121,7 +121,7 @@ def fused(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def fused_other_table(case: Case, weights: Weights, x: Tensor) -> Call:
-    """The same, with the other of the two tables that kernels/codes.py speaks of."""
+    """The same, with the other of the two tables that kernels/nf4/codes.py speaks of."""
     from minilora.kernels.backward import backward
     from minilora.kernels.gemv import gemv
     from minilora.kernels.matmul import matmul

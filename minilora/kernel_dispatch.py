@@ -5,7 +5,7 @@
     backward       fused kernel                  the same, transposed
 
 M* is where the fused kernel stops being the faster one. `python -m benchmarks gpu` measures it, and writes it for the
-GPU at hand into kernels/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
+GPU at hand into kernels/nf4/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
 Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run: on
 any GPU, and on a CPU in Triton's interpreter.
 """
@@ -46,7 +46,7 @@ NEVER, ALWAYS = Crossovers(), Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, 
 
 
 def measured_file() -> Path:
-    """kernels/crossovers.json, beside the kernels: {name of the GPU: {forward, backward, dequantize, date, …}}."""
+    """crossovers.json, beside the kernels: {name of the GPU: {forward, backward, dequantize, date, …}}."""
     spec = find_spec("minilora.kernels")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).with_name("crossovers.json")

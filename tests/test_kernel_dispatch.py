@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +78,23 @@ def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_committed_table_is_read() -> None:
     for measured in json.loads(kernel_dispatch.measured_file().read_text(encoding="utf-8")).values():
         assert {"forward", "backward", "dequantize", "date", "versions"} <= measured.keys()
+
+
+def test_the_folder_kernels_does_not_hide_the_package_of_that_name(tmp_path: Path) -> None:
+    """Python started in the root of the repository finds PyPI's `kernels`, behind it on the path, and ours too."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): return f'theirs: {name}'")
+    look = (
+        "import kernels, importlib.util, sys; print(kernels.get_kernel('any'));"
+        "print(importlib.util.find_spec('minilora.kernels').origin)"
+    )
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", look]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    theirs, ours = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert theirs == "theirs: any"
+    assert Path(ours).with_name("crossovers.json") == kernel_dispatch.measured_file()
 
 
 def test_rows_above_the_crossover_go_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,4 +12,7 @@
 No GPU has run them yet, only Triton's interpreter; they compile for sm_80, sm_90 and sm_100 without spills. NF4Linear
 uses them on the GPUs listed in crossovers.json, where `python -m benchmarks gpu` writes what it measured: so far none
 (minilora/kernel_dispatch.py). Needs Triton (`pip install minilora[gpu]`), which nothing else in minilora does.
+
+The folder above has no __init__.py: as a package it would hide PyPI's `kernels`, which bitsandbytes and transformers
+import where it is installed, from a Python that is started in the repository's root.
 """
