@@ -74,7 +74,7 @@ def loss_of_chosen(model: Transformer, chosen: Tensor, targets: Tensor, **inputs
     """Σ_i −log p(targets_i) at the chosen positions, a bool mask (B, T); `inputs` are those of the model's forward."""
     as_written = type(model).forward is Transformer.forward and model._compiled_call_impl is None
     if as_written and is_plainly_called(model):
-        return linear_cross_entropy(model.hidden_states(**inputs, logits_at=chosen), model.lm_head, targets)
+        return linear_cross_entropy(model(**inputs, logits_at=chosen, head=False), model.lm_head, targets)
     # More happens in a call of the model: a hook, what accelerate or a subclass has put there, a compiled graph.
     return summed_cross_entropy(model(**inputs, logits_at=chosen), targets)
 

@@ -182,8 +182,7 @@ class Transformer(nn.Module):
     by itself, from position 0 on.
     Returns the logits (B, T, V), or with a bool mask `logits_at` (B, T) only the chosen positions' (n, V), in row-major
     order: the head, a fifth of a small model's work, then runs only there. Logits at padded positions mean nothing.
-
-    hidden_states: the same without the head, (B, T, hidden) or (n, hidden) at `logits_at`: what lm_head multiplies.
+    With head=False, what lm_head would multiply, (B, T, hidden) or (n, hidden).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -210,17 +209,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
         lengths: Sequence[int] | None = None,
-    ) -> Tensor:
-        return self.lm_head(self.hidden_states(input_ids, attention_mask, position_ids, cache, logits_at, lengths))
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        logits_at: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
+        head: bool = True,
     ) -> Tensor:
         T = input_ids.shape[1]
         past = cache.length if cache is not None else 0
@@ -248,7 +237,8 @@ class Transformer(nn.Module):
             cache.length += T
         if logits_at is not None:
             x = x[logits_at]
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        return self.lm_head(x) if head else x
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -9,15 +9,25 @@ A model knows its layers only as modules. One that has a better way offers it by
     ys = part.together(x, [part, ...])                  what all of them compute
     y = layer.after_swiglu(gate, up)                    its output for silu(gate) · up; None: just call me with it
 
-Any other layer is called by itself, and so is one with hooks, which a call has to fire.
+Any other layer is called by itself, and so is one with hooks, which a call has to fire, and every one while there are
+hooks of all modules.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
 
 from minilora.activation import swiglu
+
+HOOKS_OF_ALL_MODULES = (
+    of_all_modules._global_forward_hooks,
+    of_all_modules._global_forward_pre_hooks,
+    of_all_modules._global_backward_hooks,
+    of_all_modules._global_backward_pre_hooks,
+)
 
 
 class Part(Protocol):
@@ -53,5 +63,12 @@ def is_plainly_called(module: nn.Module) -> bool:
     """True if a call of the module does what its class's forward does, and nothing else."""
     return (
         not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        and not _hooks_of_all_modules()
         and "forward" not in module.__dict__  # accelerate sets one there, which fetches the weight first
     )
+
+
+@torch.compiler.assume_constant_result
+def _hooks_of_all_modules() -> bool:
+    """Whether any call of a module fires hooks, as torch's FlopCounterMode has them; a constant in a compiled graph."""
+    return any(HOOKS_OF_ALL_MODULES)

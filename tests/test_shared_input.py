@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from adapter_helpers import IDS, peft_model, peft_parameters, randomize, tiny_llama
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from minilora import adapted_layer, fused_lora, gated_lora
 from minilora.adapters import adapter_parameters, add_adapter
@@ -147,3 +149,41 @@ def test_the_model_computes_together_and_equals_peft(
         wanted = reference[name].grad
         # sums over 24 tokens of 64 logits, in another order: 1e-4 of the largest
         assert (parameter.grad - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
+
+
+def hook_on_all_modules(kind: str, hook: Callable[..., None]) -> Any:
+    register = {
+        "pre": module_hooks.register_module_forward_pre_hook,
+        "after": module_hooks.register_module_forward_hook,
+        "backward pre": module_hooks.register_module_full_backward_pre_hook,
+        "backward": module_hooks.register_module_full_backward_hook,
+    }
+    return register[kind](hook)
+
+
+@pytest.mark.parametrize("kind", ["pre", "after", "backward pre", "backward"])
+def test_hooks_of_all_modules_see_every_layer(kind: str, joint_calls: list[int]) -> None:
+    layers = three(["q", "k"])
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    seen: list[nn.Module] = []
+    with hook_on_all_modules(kind, lambda module, *_: seen.append(module)):
+        q, k = project(x, layers["q"], layers["k"])
+        y = project_swiglu(x, x, layers["q"])
+        torch.cat([q, k, y], dim=-1).sum().backward()
+    assert joint_calls == []
+    for name, calls in {"q": 2, "k": 1}.items():
+        layer = layers[name]
+        assert [seen.count(module) for module in (layer, layer.base_layer, layer.adapters["default"])] == [calls] * 3
+
+
+def test_flops_are_counted_in_every_layer() -> None:
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = Transformer(ModelConfig.from_hf(tiny_llama().config.to_dict()))
+    add_adapter(model, LoRAConfig(r=4, target_modules=layers))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS)
+    counts = counter.get_flop_counts()
+    for path, layer in model.named_modules():
+        if path.endswith(tuple(layers)):
+            products = layer.in_features * layer.out_features + 4 * (layer.in_features + layer.out_features)
+            assert sum(counts[f"Transformer.{path}"].values()) == 2 * IDS.numel() * products, path
