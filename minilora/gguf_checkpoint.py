@@ -66,9 +66,9 @@ class GGUFCheckpoint:
         """A tensor's values, floating point, in Hugging Face's order of rows."""
         tensor = self.file.read(self._gguf_names[name])
         if self.config.model_type == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
-            return _halves_from_pairs(tensor, self.config.num_attention_heads)
+            return halves_from_pairs(tensor, self.config.num_attention_heads)
         if self.config.model_type == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
-            return _halves_from_pairs(tensor, self.config.num_key_value_heads)
+            return halves_from_pairs(tensor, self.config.num_key_value_heads)
         return tensor
 
     def _config(self) -> ModelConfig:
@@ -157,6 +157,11 @@ def _hugging_face_name(name: str) -> str:
     return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
-def _halves_from_pairs(w: Tensor, heads: int) -> Tensor:
+def halves_from_pairs(w: Tensor, heads: int) -> Tensor:
     """Undo the converter's order of a head's rows: 0, D/2, 1, D/2 + 1, ... back to 0, 1, 2, ..."""
     return w.view(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def pairs_from_halves(w: Tensor, heads: int) -> Tensor:
+    """The converter's order of each head's rows, of a weight, a bias or a LoRA's B: 0, D/2, 1, D/2 + 1, ..."""
+    return w.view(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)

@@ -74,7 +74,7 @@ def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     if not tokens:
         raise InputError("this GGUF holds no tokenizer (no tokenizer.ggml.tokens)")
     if kind == "gpt2":
-        backend = _byte_level_bpe(tokens, get("ggml.merges", []), pre)
+        backend = byte_level_bpe(tokens, get("ggml.merges", []), pre)
         add_bos_token, default_ids = pre in BEGIN_WITH_BOS, {}
     elif kind == "llama":
         backend = _sentencepiece_bpe(tokens, get("ggml.scores", []), get("ggml.add_space_prefix", True))
@@ -88,17 +88,18 @@ def _build(metadata: Mapping[str, Any]) -> Tokenizer:
     named_tokens = {names[name]: tokens[id] for name, id in ids.items() if id is not None and id < len(tokens)}
     if get("ggml.add_bos_token", add_bos_token) and "bos_token" in named_tokens:
         _begin_with(backend, named_tokens["bos_token"])
-    template = get("chat_template")
+    templates = {name: get(f"chat_template.{name}") for name in get("chat_templates", [])}
+    templates["default"] = get("chat_template")
     more_eos_ids = [get(f"ggml.{name}_token_id") for name in ("eot", "eom")]
     return Tokenizer(
         backend,
         named_tokens,
-        {"default": template} if template else {},
+        {name: source for name, source in templates.items() if source},
         eos_token_ids=[id for id in more_eos_ids if id is not None],
     )
 
 
-def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
+def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from tokenizers.pre_tokenizers import Sequence as InTurn

@@ -3,19 +3,16 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapted_module import AdaptedModule
-from minilora.adapter import Adapter
 from minilora.bitsandbytes_format import packed, quantization_config
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
+from minilora.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.model import Transformer, require_own_model
 
 if TYPE_CHECKING:
@@ -50,7 +47,7 @@ def save_pretrained(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the model in")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    layers = _layers_with_weights(model)
+    layers = layers_with_weights(model)
     dtype = dtype or model.model.embed_tokens.weight.dtype
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         temporary = Path(name) / "new"
@@ -66,31 +63,8 @@ def save_pretrained(
         _move_into_place(temporary, folder)
 
 
-def _layers_with_weights(model: Transformer) -> dict[str, nn.Module]:
-    """The modules that hold weights, by path; a head that is nothing but the embedding is left out."""
-    layers = dict(_walk("", model))
-    embedding, head = layers["model.embed_tokens"], layers["lm_head"]
-    (of_embedding, on_embedding), (of_head, on_head) = _layer_and_acting(embedding), _layer_and_acting(head)
-    if of_head.weight is of_embedding.weight and (
-        not (on_embedding or on_head) or torch.equal(_weight_and_bias(head)[0], _weight_and_bias(embedding)[0])
-    ):
-        del layers["lm_head"]
-    return layers
-
-
-def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers from here on, those with an AdaptedModule as the plain ones that it computes with now."""
-    if isinstance(module, AdaptedModule):
-        module = module.folded() if module.acting_adapters() else module.layer_in_use()
-    if isinstance(module, AdaptedLayer) or hasattr(module, "weight"):
-        yield path, module
-        return
-    for name, child in module.named_children():
-        yield from _walk(f"{path}.{name}".lstrip("."), child)
-
-
 def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
-    plain = {path: _layer_and_acting(layer)[0] for path, layer in layers.items()}
+    plain = {path: layer_and_acting(layer)[0] for path, layer in layers.items()}
     in_nf4 = [layer for layer in plain.values() if isinstance(layer, NF4Linear)]
     if not in_nf4:
         raise InputError("in_4_bits: the model has no layer in NF4; leave it out, or call merge_to_nf4 before")
@@ -100,9 +74,9 @@ def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> di
 
 def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> dict[str, Tensor]:
     """What stands for the layer in the file."""
-    base, adapters = _layer_and_acting(layer)
+    base, adapters = layer_and_acting(layer)
     if not (in_4_bits and isinstance(base, NF4Linear)):
-        return _dense_tensors(path, layer, dtype)
+        return dense_tensors(path, layer, dtype)
     if adapters:
         raise InputError(
             f"{path} has an active adapter, which rounding to 4 bits would erase: call merge_to_nf4 before"
@@ -111,35 +85,6 @@ def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -
     if base.bias is not None:
         tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
     return tensors
-
-
-def _dense_tensors(path: str, layer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """weight, and bias if there is one, merged and dense, on the CPU."""
-    W, bias = _weight_and_bias(layer)
-    tensors = {f"{path}.weight": W.to("cpu", dtype).contiguous()}
-    if bias is not None:
-        tensors[f"{path}.bias"] = bias.detach().to("cpu", dtype)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            what = name.removeprefix(f"{path}.")
-            raise InputError(f"{path}: the {what} to save has NaN or infinity in {dtype}; nothing was saved")
-    return tensors
-
-
-def _layer_and_acting(layer: Any) -> tuple[Any, list[Adapter]]:
-    """The layer without adapters, and those that its forward applies to it now."""
-    return (layer.layer_in_use(), layer.acting_adapters()) if isinstance(layer, AdaptedLayer) else (layer, [])
-
-
-@torch.no_grad()
-def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """What the layer's forward computes with now, in the layer's own orientation: W' = W + Σ s·BA, in float32."""
-    base, adapters = _layer_and_acting(layer)
-    if adapters:
-        W, bias = layer.merged_weight()
-        return layer.kind.stored(W), bias
-    W = base.dequantize(torch.float32) if isinstance(base, NF4Linear) else base.weight
-    return W, getattr(base, "bias", None)
 
 
 def _write_weights(
@@ -172,7 +117,7 @@ def _write_weights(
 
 def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
     """What a layer's weights and bias take in the file; in 4 bits without the tables, a kilobyte."""
-    base, _ = _layer_and_acting(layer)
+    base, _ = layer_and_acting(layer)
     bias = base.bias.numel() * dtype.itemsize if getattr(base, "bias", None) is not None else 0
     if not isinstance(base, NF4Linear):
         return base.weight.numel() * dtype.itemsize + bias
