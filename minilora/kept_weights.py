@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class _Kept:
         # The garbage collector may end an abandoned generator anywhere in this thread, also while the lock is taken.
         self.lock = RLock()
         self.users, self.room = 0, 0  # how many `with` are open; bytes that may yet be taken
-        # By address and version of the codes, and the dtype: the codes, whose address nothing else then has, and W.
-        self.weights: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        # By dtype, and address and version of each tensor of q: q, so that nothing else has these addresses, and W.
+        self.weights: dict[tuple[Any, ...], tuple[QuantizedTensor, Tensor]] = {}
 
 
 _kept = _Kept()
@@ -65,9 +66,13 @@ def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
     # A compiled graph must not look at `users`: it would be compiled anew for every number of them.
     if torch.compiler.is_compiling() or _kept.users == 0 or q.codes.device.type != "cpu":
         return None
-    if q.codes.is_inference():  # nothing tells when they are written to
-        return None
-    key = (q.codes.data_ptr(), q.codes._version, dtype)
+    versions: list[int] = []
+    for part in (q.codes, q.absmax, q.nested_absmax, q.offset):
+        if part is not None:
+            if part.is_inference():  # nothing tells when it is written to
+                return None
+            versions += (part.data_ptr(), part._version)
+    key = dtype, *versions
     with _kept.lock:
         if key in _kept.weights:
             return _kept.weights[key][1]
@@ -77,7 +82,7 @@ def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
         W = nf4.dequantize(q, dtype)
         if _kept.users > 0:  # else the last `with` has ended meanwhile
             _kept.room -= size
-            _kept.weights[key] = q.codes, W
+            _kept.weights[key] = q, W
         return W
 
 

@@ -55,13 +55,34 @@ def test_products_are_the_same_and_read_the_kept_weight():
     assert torch.equal(layer(x), expected)
 
 
-def test_codes_that_are_written_to_are_another_weight():
+@pytest.mark.parametrize("written", ["weight", "absmax", "nested_absmax", "offset"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_is_written_to_is_another_weight(written, replaced):
     layer, other = layers()
     x = torch.randn(3, 64)
     with keeping_weights():
+        before = layer(x)
+        if replaced:
+            setattr(layer, written, getattr(other, written))
+        else:
+            getattr(layer, written).copy_(getattr(other, written))
+        now = layer(x)
+    assert not torch.equal(now, before)
+    assert torch.equal(now, layer(x))
+
+
+def test_statistics_made_in_inference_mode_are_not_trusted():
+    """Nothing tells when they are written to."""
+    layer, other = layers()
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        layer.absmax = layer.absmax.clone()
+    with keeping_weights():
         layer(x)
-        layer.load_state_dict(other.state_dict())
-        assert torch.equal(layer(x), other(x))
+        with torch.inference_mode():
+            layer.absmax.copy_(other.absmax)
+        kept = layer(x)
+    assert torch.equal(kept, layer(x))
 
 
 def test_withs_may_overlap():
