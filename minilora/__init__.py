@@ -28,6 +28,8 @@ from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
 from minilora.merge_report import merge_report
 from minilora.mixed_batch import adapters_for_rows
 from minilora.peft_format import load_adapter, save_adapter
+from minilora.save_adapter_gguf import save_adapter_gguf
+from minilora.save_gguf import save_gguf
 from minilora.train import TrainConfig, train
 from minilora.variants.adalora import AdaLoRAConfig
 from minilora.variants.ia3 import IA3Config
@@ -73,6 +75,8 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "save_pretrained",
+    "save_gguf",
+    "save_adapter_gguf",
     # use
     "TrainConfig",
     "train",

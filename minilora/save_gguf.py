@@ -19,6 +19,7 @@ from minilora.linear4bit import NF4Linear
 from minilora.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.model import Transformer, inverse_frequencies, require_own_model
 from minilora.model_config import ModelConfig
+from minilora.ollama_modelfile import write_modelfile
 
 if TYPE_CHECKING:
     from minilora.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 
 
 def save_gguf(model: Transformer, tokenizer: "Tokenizer", file: str | Path, *, outtype: OutType = "q8_0") -> None:
-    """Write the model, its tokenizer and its chat template as a GGUF file.
+    """Write the model, its tokenizer and its chat template as a GGUF file, and a Modelfile for Ollama beside it.
 
     W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once, to
     `outtype`: 32, 16, 16, 8.5, 6, 5.5, 5 or 4.5 bits a weight, in the order of the list. In the types of 4 and 5 bits
@@ -57,6 +58,7 @@ def save_gguf(model: Transformer, tokenizer: "Tokenizer", file: str | Path, *, o
     if factors is not None:
         plan = {ROPE_FACTORS: (tuple(factors.shape), "F32"), **plan}
     write_gguf(file, ARCHITECTURES[model.config.model_type], metadata, plan, _tensors(model.config, layers, factors))
+    write_modelfile(tokenizer, file)
 
 
 def checked_path(file: str | Path) -> Path:
