@@ -1,10 +1,12 @@
 """The `minilora` command: demo, train, eval, chat, merge. Flags and help come from the dataclasses below."""
 
+import io
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -21,6 +23,7 @@ from minilora.random_states import seed_everything
 from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
 from minilora.rows import Row
+from minilora.save_gguf import OutType
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig
 
@@ -55,7 +58,10 @@ class ModelOptions:
 
 @dataclass
 class Demo(DemoConfig):
-    """Watch a real 135M-parameter model learn function calling through QLoRA, in minutes on a CPU."""
+    """Watch a real 135M-parameter model learn function calling through QLoRA, in minutes on a CPU.
+
+    Small numbers show the way in less time: --test-rows 8 --max-steps 8.
+    """
 
     def run(self) -> None:
         run_demo(self)
@@ -71,6 +77,7 @@ class Train:
     """held-out rows for the validation loss"""
     base: ModelOptions = field(default_factory=ModelOptions)
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -145,6 +152,8 @@ class Chat:
     def run(self) -> None:
         model, tokenizer = self.base.load(self.adapter)
         messages = [{"role": "system", "content": self.system}] if self.system else []
+        if self.prompt is None and sys.stdin.isatty():
+            print("An empty line or Ctrl-D ends the chat.")
         while question := (self.prompt if self.prompt is not None else _ask()):
             messages.append({"role": "user", "content": question})
             answer = ""
@@ -160,15 +169,19 @@ class Chat:
 
 
 def _ask() -> str:
+    """The next line from a person or a pipe; an empty one at its end."""
+    typed = sys.stdin.isatty()
     try:
-        return input("> ").strip()
+        return input("> " if typed else "").strip()
     except EOFError:
+        if typed:
+            print()  # the shell's prompt comes on a line of its own
         return ""
 
 
 @dataclass
 class Merge:
-    """Add an adapter into its base and write a Hugging Face folder that needs no adapter code.
+    """Add an adapter into its base and write a model that needs no adapter code: a folder, or a GGUF file.
 
     With --quantize nf4 (the default, right after QLoRA) the adapter is added to the dequantized weights it
     was trained on; with --quantize none to the original ones. Never into 4 bits: what that would lose, and
@@ -178,7 +191,9 @@ class Merge:
     adapter: str
     """PEFT adapter folder"""
     output: str
-    """folder to write"""
+    """folder to write, for transformers and vLLM; or model.gguf, for llama.cpp and Ollama"""
+    outtype: OutType = "q8_0"
+    """the weights' type in a .gguf file"""
     base: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
@@ -189,16 +204,55 @@ class Merge:
         report = ml.merge_report(model, [self.base.dtype, "nf4"])
         console.print(report.summary_table())
         report.show_warnings(console)
-        ml.save_pretrained(model, tokenizer, self.output)
-        print(f"merged model saved to {self.output}; load it with --quantize none")
+        if self.output.endswith(".gguf"):
+            ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype)
+            print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
+        else:
+            ml.save_pretrained(model, tokenizer, self.output)
+            print(f"merged model saved to {self.output}; load it with --quantize none")
+
+
+RULES = tyro.constructors.ConstructorRegistry()
+
+
+@RULES.primitive_rule
+def _value_of_any_type(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Any, the values of eva_config and the like, is read as in a recipe: `--eva-config rho 1.5 whiten true`."""
+    import yaml
+
+    if info.type is not Any:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE",
+        instance_from_str=lambda words: yaml.safe_load(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
-    """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first."""
+    """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first.
+
+    Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
+    """
     recipe = Train()
     if argv[:1] == ["train"] and argv[1:2] and argv[1].endswith((".yaml", ".yml")):
         recipe = read_recipe(argv[1], recipe)
         argv = ["train", *argv[2:]]
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return _parsed(argv, recipe)
+    except SystemExit as end:
+        refused = _input_error_behind(end)
+    if refused is not None:  # a config's own words, which tyro would put in a box under a name of its own
+        raise refused from None
+    return _parsed(argv, recipe)  # once more, to be seen
+
+
+def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge:
     command = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
@@ -206,7 +260,14 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
         | Annotated[Chat, tyro.conf.subcommand("chat")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
     )
-    return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+    with RULES:
+        return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+
+
+def _input_error_behind(error: BaseException | None) -> InputError | None:
+    while error is not None and not isinstance(error, InputError):
+        error = error.__context__
+    return error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,6 +47,7 @@ class DemoConfig:
     test_rows: int = 128
     """held-out rows to score on; never trained on"""
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             output_dir="minilora-demo",

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def test_a_recipe_fills_the_flags_and_flags_win(tmp_path):
         (["train"], "no training rows: give --data FILE"),
         (["train", "no.yaml"], "no.yaml: No such file"),
         (["train", "--data", "no.jsonl"], "no.jsonl"),
+        (["train", "--r", "0"], "LoRAConfig: a rank must be a whole number of at least 1, not 0"),
+        (["train", "--batch-size", "0"], "batch_size must be above 0, not 0"),
         (["chat", "--model", "no/such/folder", "--prompt", "hi"], "no/such/folder"),
     ],
 )
@@ -63,6 +66,34 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     code, _, err = run(capsys, *argv)
     assert code == 2
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_misspelt_flag_or_command_is_named_with_what_there_is(capsys):
+    code, _, err = run(capsys, "train", "--lerning-rate", "1e-3")
+    assert code == 2 and "--lerning-rate" in err and "--learning-rate FLOAT" in err
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "trian" in err and "demo, train, eval, chat, merge" in err
+
+
+def test_options_of_any_type_are_flags_too():
+    flags = ["--init-lora-weights", "eva", "--eva-config", "rho", "1.5", "whiten", "true"]
+    config = cli.parse(["train", *flags]).lora.eva_config
+    assert (config["rho"], config["whiten"]) == (1.5, True)
+
+
+def test_chat_reads_a_pipe_without_prompting(capsys, monkeypatch):
+    asked = []
+
+    def stream(model, tokenizer, messages, **_):
+        asked.append([message["content"] for message in messages])
+        yield from ("an", "swer")
+
+    monkeypatch.setattr(cli.ModelOptions, "load", lambda self, adapter: (tiny_base(), PADDING))
+    monkeypatch.setattr(cli, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    code, out, err = run(capsys, "chat", "--system", "be brief")
+    assert (code, out, err) == (0, "answer\nanswer\n", "")
+    assert asked == [["be brief", "one"], ["be brief", "one", "answer", "two"]]
 
 
 @pytest.mark.parametrize(
