@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, TypeVar
@@ -25,6 +24,7 @@ import torch
 from minilora.answers import render_with_answers
 from minilora.chat_template import Span
 from minilora.errors import InputError
+from minilora.progress import with_progress
 from minilora.rows import Row, as_rows, each, load_rows
 from minilora.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     """
     turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
     rendered = each(
-        _with_progress(rows, len(rows), "Rendering"),
+        with_progress(rows, len(rows), "Rendering"),
         lambda row: row.source,
         lambda row: _render(row, tokenizer, turn_ends),
     )
@@ -110,7 +110,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     )
     labeller = _Labeller(tokenizer, turn_ends)
     encoded = Encoded([], [])
-    for row, one, encoding in zip(rows, rendered, _with_progress(encodings, len(rows), "Tokenizing"), strict=True):
+    for row, one, encoding in zip(rows, rendered, with_progress(encodings, len(rows), "Tokenizing"), strict=True):
         ids, labels = labeller(one, *encoding)
         if max_length is not None and len(ids) > max_length:
             encoded.skipped.append(Skipped(row.source, f"{len(ids)} tokens, max_length is {max_length}"))
@@ -161,26 +161,6 @@ class _Labeller:
         if row.bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids, labels = [self.bos_id, *ids], [self.bos_id, *labels]
         return ids, [IGNORE, *labels[1:]]
-
-
-def _with_progress(items: Iterable[T], total: int, description: str, patience: float = 2.0) -> Iterator[T]:
-    """The items, with a progress bar on standard error once they have taken `patience` seconds."""
-    begin, bar = time.monotonic(), None
-    try:
-        for done, item in enumerate(items, start=1):
-            yield item
-            if bar is None and time.monotonic() - begin > patience:
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = Progress(console=Console(stderr=True), transient=True)
-                task = bar.add_task(description, total=total)
-                bar.start()
-            if bar is not None:
-                bar.update(task, completed=done)
-    finally:
-        if bar is not None:
-            bar.stop()
 
 
 class Batch(NamedTuple):

@@ -193,14 +193,15 @@ def facts(
         "with double quantization, bfloat16 activations",
         "Adapter": f"LoRA on all linear layers, r={config.lora.r}, alpha={config.lora.lora_alpha}: "
         f"{trained / 1e6:.2f}M trained parameters",
-        "Data": f"BFCL single-call rows under {config.train.max_length} tokens: {len(rows['train'])} to train on, "
+        "Data": "BFCL, the Berkeley Function-Calling Leaderboard: "
+        f"single-call rows under {config.train.max_length} tokens: {len(rows['train'])} to train on, "
         f"{len(rows['validation'])} for validation, {len(rows['test'])} for the test "
         f"(the first {config.test_rows} scored). Rows are split by a hash of their id; no request is in two splits, "
         f"but of the scored rows {known:.0%} ask for a function that other requests in training ask for too",
         "Training": f"{result.steps} steps of {config.train.batch_size} rows, AdamW, learning rate "
         f"{config.train.learning_rate:g}, {config.train.schedule}; {result.tokens:,} tokens in "
         f"{clock.seconds['train']:.0f} s; seed {config.train.seed}",
-        "Machine": f"{_processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        "Machine": f"{_processor()}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, "
         f"torch {torch.__version__}",
         "Time": "; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
     }
