@@ -80,8 +80,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
     """Put these adapters on the layers at their paths under one name, and make it the active one."""
     check_new_name(model, name)
     refuse_merged(model)
-    if not all(layer.enabled for layer in adapted_layers(model).values()):
-        raise InputError(f"adapters are switched off here: leave disable_adapters before {name!r} is added")
+    refuse_switched_off(model, f"{name!r} is added")
     for path, adapter in adapters.items():
         layer = model.get_submodule(path)
         if isinstance(layer, AdaptedLayer) and adapter.base_for(layer.base_layer) is not layer.base_layer:
@@ -250,6 +249,12 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
 
 
 _merge = merge  # under a name that unload's argument does not hide
+
+
+def refuse_switched_off(model: nn.Module, before: str) -> None:
+    """Raise InputError inside `disable_adapters`, which is to be left before what the words say."""
+    if not all(layer.enabled for layer in adapted_layers(model).values()):
+        raise InputError(f"adapters are switched off here: leave disable_adapters before {before}")
 
 
 def refuse_merged(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minilora.model import Transformer, row_positions
+from minilora.training_mode import evaluating
 
 __all__ = ["can_pack", "keeps_rows_apart"]
 
@@ -36,13 +37,10 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     if not {"inputs_embeds", "position_ids", "use_cache"} <= takes.keys():
         return False
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         embed = model.get_input_embeddings()  # type: ignore[operator] # of the transformers library
         x = embed(torch.arange(2 * PROBED, device=device)[None]).detach().requires_grad_()
         positions = row_positions((PROBED, PROBED)).to(device)
         logits = model(inputs_embeds=x, position_ids=positions, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[:, PROBED:].float().square().sum(), x)
-    model.train(was_training)
     return not gradient[:, :PROBED].any()

@@ -12,28 +12,41 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from minilora.adapter import adapter_class
-from minilora.adapters import adapters_named, set_adapter, summed_regularization
+from minilora.adapters import (
+    adapters_named,
+    refuse_merged,
+    refuse_switched_off,
+    set_adapter,
+    summed_regularization,
+)
 from minilora.data import Example, Skipped, batches, collate, pack
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
 from minilora.mixed_batch import refuse_row_names
-from minilora.optimizer import learning_rate_factor, make_optimizer, master_parameters
+from minilora.optimizer import (
+    check_optimizer,
+    learning_rate_factor,
+    make_masters,
+    make_optimizer,
+    parameters_to_train,
+)
 from minilora.packing import can_pack
 from minilora.random_states import seed_everything
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
     Progress,
     checkpoint_to_resume,
-    fingerprint,
-    load_checkpoint,
+    read_checkpoint,
+    restore,
     restore_parameters,
     save_adapter_atomically,
     save_checkpoint,
 )
 from minilora.training_config import TrainConfig
+from minilora.training_fingerprint import fingerprint
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
-from minilora.training_mode import training_mode
+from minilora.training_mode import check_training_mode, training_mode
 from minilora.training_rows import Rows, usable_examples
 
 __all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
@@ -75,6 +88,7 @@ def train(
     Raises InputError for unusable rows or settings, DivergedError for a loss or gradient that is not finite,
     TrainingInterrupted on Ctrl-C.
     """
+    # All that can be refused is refused before anything is changed.
     output_dir, checkpoint = Path(config.output_dir), checkpoint_to_resume(config)
     examples, skipped = usable_examples(rows, tokenizer, config.max_length)
     eval_examples: list[Example] = []
@@ -84,9 +98,13 @@ def train(
     elif config.eval_every:
         raise InputError("eval_every needs eval_rows")
 
-    refuse_row_names(model)
-    set_adapter(model, adapter)
     adapters = adapters_named(model, adapter)
+    parameters = parameters_to_train(model, adapter)
+    refuse_row_names(model)
+    refuse_merged(model)
+    refuse_switched_off(model, "training")
+    check_training_mode(model, config)
+    check_optimizer(model, adapter, config)
     variant = adapter_class(next(iter(adapters.values())).config)
     packing = config.packing and can_pack(model)
     steps_per_epoch = math.ceil(len(examples) / (config.batch_size * config.gradient_accumulation_steps))
@@ -94,20 +112,24 @@ def train(
     if checkpoint is None:
         for each in adapters.values():
             each.check_before_training(adapter, total_steps)
-    parameters = master_parameters(model, adapter)
-    optimizer = make_optimizer(model, adapter, config)
-
-    seed_everything(config.seed)
     settings = config.decisive() | {"packing": packing}  # as it is for this model: the order of the rows hangs on it
     run = fingerprint(model, adapter, parameters, settings, examples, eval_examples)
-    progress = load_checkpoint(checkpoint, model, adapter, parameters, optimizer, run) if checkpoint else Progress()
+    saved = read_checkpoint(checkpoint, run) if checkpoint else None
+    progress = saved.progress if saved else Progress()
     stopped_early = _out_of_patience(progress, config)
 
     with (
-        training_mode(model, config),
         open_log(config, progress.step + 1, total_steps) as write,
+        training_mode(model, config),
         StopRequest() as stop,
     ):
+        set_adapter(model, adapter)
+        make_masters(parameters.values())
+        optimizer = make_optimizer(model, adapter, config)
+        seed_everything(config.seed)
+        if saved:
+            restore(saved, model, adapter, parameters, optimizer)
+
         first_step, last_step = progress.step + 1, progress.step if stopped_early else total_steps
         for step, step_examples in _steps(examples, config, packing, steps_per_epoch, first_step, last_step):
             started = time.perf_counter()
@@ -120,7 +142,7 @@ def train(
                 batch = pack(pass_examples) if packing else collate(pass_examples, tokenizer.pad_token_id)
                 loss = summed_loss(model, batch) / n
                 if not loss.requires_grad:
-                    raise InputError(f"the loss does not depend on adapter {adapter!r}: is it merged or disabled?")
+                    raise InputError(f"the loss does not depend on adapter {adapter!r}: its layers take no part in it")
                 loss.backward()
                 losses.append(loss.detach())
             penalty = summed_regularization(adapters.values())

@@ -5,21 +5,20 @@
         trainer_state.safetensors                        trained parameters, what the adapter keeps beside them (where
                                                          it started from), AdamW's moments, torch's random states
         trainer_state.json                               step, best evaluation, Python's and NumPy's random states,
-                                                         and what the run was started with
+                                                         what the run was started with, and the tensors' checksums
 
 A folder is written under a temporary name and renamed: a crash or a full disk leaves the earlier checkpoints good.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -27,31 +26,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minilora.adapters import adapters_named
-from minilora.data import Example
 from minilora.errors import InputError
 from minilora.optimizer import optimizer_state, restore_optimizer
 from minilora.peft_format import save_adapter
 from minilora.random_states import (
+    check_random_states,
     python_random_states,
     set_python_random_states,
     set_torch_random_states,
     torch_random_states,
 )
+from minilora.tensor_checksums import check_tensors, checksums
 from minilora.trained_parts import TrainedCopy
 from minilora.training_config import TrainConfig
+from minilora.training_fingerprint import differences
 
 __all__ = [
+    "Checkpoint",
     "Progress",
     "checkpoint_to_resume",
-    "fingerprint",
     "latest_checkpoint",
-    "load_checkpoint",
+    "read_checkpoint",
+    "restore",
     "restore_parameters",
     "save_adapter_atomically",
     "save_checkpoint",
 ]
 
 Parameters = Mapping[str, nn.Parameter]
+TENSORS, STATE = "trainer_state.safetensors", "trainer_state.json"
 
 
 @dataclass
@@ -64,6 +67,12 @@ class Progress:
     best_step: int | None = None
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
+
+    def check(self) -> None:
+        """Raise TypeError where a value, read from a file, is of the wrong kind."""
+        for name, kind in get_type_hints(Progress).items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
 
     def add_step(self, tokens: int, seconds: float) -> None:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
@@ -129,12 +138,17 @@ def save_checkpoint(
     tensors |= {f"optimizer.{key}": value for key, value in optimizer_state(optimizer, parameters).items()}
     tensors |= {f"buffer.{key}": buffer for key, buffer in _adapter_buffers(model, adapter).items()}
     tensors |= torch_random_states()
-    state = {"progress": dataclasses.asdict(progress), "run": dict(run), "random": python_random_states()}
+    state = {
+        "progress": dataclasses.asdict(progress),
+        "run": dict(run),
+        "random": python_random_states(),
+        "tensors": checksums(tensors),
+    }
 
     def write(folder: Path) -> None:
         save_adapter(model, folder, adapter)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "trainer_state.safetensors")
-        (folder / "trainer_state.json").write_text(_json(state), encoding="utf-8")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / TENSORS)
+        (folder / STATE).write_text(_json(state), encoding="utf-8")
 
     _replace_folder(path, write)
     best = checkpoint_path(output_dir, progress.best_step) if progress.best_step is not None else None
@@ -144,41 +158,71 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(
-    path: Path,
-    model: nn.Module,
-    adapter: str,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-    run: Mapping[str, Any],
-) -> Progress:
-    """Put the adapter, optimizer and random states back as they were when `path` was saved.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole: what `restore` puts back."""
 
-    Raises InputError if the checkpoint is not readable, or names what differs if it belongs to another run.
+    progress: Progress
+    tensors: dict[str, Tensor]
+    random: dict[str, Any]  # Python's and NumPy's states
+
+
+def read_checkpoint(path: Path, run: Mapping[str, Any]) -> Checkpoint:
+    """Read a checkpoint of the run that has this fingerprint.
+
+    Raises InputError if it is not readable, names the tensor that is not what was saved, or what differs if it belongs
+    to another run.
     """
     try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "trainer_state.safetensors")
-        progress, saved_run, states = Progress(**state["progress"]), state["run"], state["random"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"cannot resume from {path}: {type(error).__name__}: {error}") from None
-    if differences := _differences(saved_run, json.loads(_json(run))):
+        state, tensors = _read(path)
+        saved = Checkpoint(Progress(**state["progress"]), tensors, state["random"])
+        saved.progress.check()
+        check_random_states(saved.random, tensors)
+        different = differences(state["run"], json.loads(_json(run)))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"cannot resume from {path}: {STATE} is damaged: {type(error).__name__}: {error}") from None
+    except InputError as error:
+        raise InputError(f"cannot resume from {path}: {error}") from None
+    if different:
         raise InputError(
-            f"cannot resume from {path}, it is of another run: {'; '.join(differences)}."
+            f"cannot resume from {path}, it is of another run: {'; '.join(different)}."
             " Start with what it was started with, or start anew in another output_dir."
         )
+    return saved
+
+
+def restore(
+    saved: Checkpoint, model: nn.Module, adapter: str, parameters: Parameters, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the adapter, optimizer and random states back as they were when the checkpoint was saved."""
+    tensors = saved.tensors
     _copy_parameters(tensors, parameters)
     _set_adapter_buffers(tensors, model, adapter)
     of_optimizer = {key.removeprefix("optimizer."): t for key, t in tensors.items() if key.startswith("optimizer.")}
     restore_optimizer(optimizer, parameters, of_optimizer)
     set_torch_random_states(tensors)
-    set_python_random_states(states)
-    return progress
+    set_python_random_states(saved.random)
 
 
 def restore_parameters(output_dir: Path, step: int, parameters: Parameters) -> None:
-    """Copy the trained parameters of checkpoint-<step> into the model."""
-    _copy_parameters(load_file(checkpoint_path(output_dir, step) / "trainer_state.safetensors"), parameters)
+    """Copy the trained parameters of checkpoint-<step> into the model; InputError where it is not as it was saved."""
+    path = checkpoint_path(output_dir, step)
+    try:
+        _, tensors = _read(path)
+    except InputError as error:
+        raise InputError(f"cannot take the best parameters from {path}: {error}") from None
+    _copy_parameters(tensors, parameters)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The two files of a checkpoint, the tensors as they were saved; else InputError."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        tensors, saved = load_file(path / TENSORS), state["tensors"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{type(error).__name__}: {error}") from None
+    check_tensors(tensors, saved, TENSORS)
+    return state, tensors
 
 
 def save_adapter_atomically(path: Path, model: nn.Module, adapter: str) -> None:
@@ -236,66 +280,3 @@ def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapte
         for name in of_layer._buffers:
             saved = tensors.get(f"buffer.{path}.{name}")
             setattr(of_layer, name, None if saved is None else saved.to(next(of_layer.parameters()).device))
-
-
-# --- what a run was started with ------------------------------------------------------------------------------------
-
-
-def fingerprint(
-    model: nn.Module,
-    adapter: str,
-    parameters: Parameters,
-    settings: Mapping[str, Any],
-    examples: Sequence[Example],
-    eval_examples: Sequence[Example],
-) -> dict[str, Any]:
-    """What must be the same for a resumed run to continue the first one, as JSON."""
-    config = next(iter(adapters_named(model, adapter).values())).config
-    buffers = {id(buffer) for buffer in _adapter_buffers(model, adapter).values()}  # put back with the parameters
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    frozen = [(n, t) for n, t in tensors if n not in parameters and id(t) not in buffers]
-    return {
-        "adapter": dataclasses.asdict(config),
-        "settings": dict(settings),
-        "training rows": _hash_examples(examples),
-        "held-out rows": _hash_examples(eval_examples),
-        "trained parameters": {name: list(parameter.shape) for name, parameter in parameters.items()},
-        "base model": _hash_tensors(frozen),
-    }
-
-
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    found = [
-        f"{name} was {saved[group].get(name)!r} and is {now[group].get(name)!r}"
-        for group in ("settings", "adapter")
-        for name in sorted(saved[group].keys() | now[group].keys())
-        if saved[group].get(name) != now[group].get(name)
-    ]
-    for name in ("training rows", "held-out rows", "base model"):
-        if saved[name] != now[name]:
-            found.append(f"the {name} are not the same" if name.endswith("rows") else f"the {name} is another")
-    was, shapes = saved["trained parameters"], now["trained parameters"]
-    if changed := [name for name in sorted(was.keys() | shapes.keys()) if was.get(name) != shapes.get(name)]:
-        name = changed[0]
-        found.append(
-            f"{len(changed)} trained parameters differ, such as {name}:"
-            f" {was.get(name, 'not trained')} before, {shapes.get(name, 'not trained')} now"
-        )
-    return found
-
-
-def _hash_examples(examples: Iterable[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.input_ids}{example.labels}".encode())
-    return digest.hexdigest()
-
-
-def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Names, shapes, dtypes and a sample of every tensor: enough to tell two models apart without reading gigabytes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
-        digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
-    return digest.hexdigest()

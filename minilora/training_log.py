@@ -35,27 +35,39 @@ class Sink(Protocol):
 
 @contextmanager
 def open_log(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Callable[[Record], None]]:
-    """Gives a function that writes a record to every sink; raises InputError if one's package is missing."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Gives a function that writes a record to every sink.
+
+    Raises InputError if one's package is missing, or output_dir cannot be written to.
+    """
     sinks: list[Sink] = []
+
+    def write(record: Record) -> None:
+        for sink in sinks:
+            sink.write(record)
+
     try:
-        if config.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard", first_step))
-        if config.wandb_project:
-            sinks.append(WeightsAndBiases(config.wandb_project, folder, asdict(config)))
-        sinks.append(JsonLines(folder / "log.jsonl", first_step))
-        if config.progress:
-            sinks.append(ProgressBar(first_step, total_steps) if sys.stderr.isatty() else ProgressLines(total_steps))
-
-        def write(record: Record) -> None:
-            for sink in sinks:
-                sink.write(record)
-
+        for sink in _opened(config, first_step, total_steps):
+            sinks.append(sink)
         yield write
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _opened(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Sink]:
+    """The run's sinks one by one: those that are open when another one fails are to be closed."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.tensorboard:
+            yield TensorBoard(folder / "tensorboard", first_step)
+        if config.wandb_project:
+            yield WeightsAndBiases(config.wandb_project, folder, asdict(config))
+        yield JsonLines(folder / "log.jsonl", first_step)
+    except OSError as error:
+        raise InputError(f"output_dir {folder} cannot be written to: {error.strerror or error}") from None
+    if config.progress:
+        yield ProgressBar(first_step, total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
 
 
 class JsonLines:
@@ -77,11 +89,24 @@ class JsonLines:
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of a log.jsonl, none if there is no such file; a last line cut short by a kill is left out."""
+    """The records of a log.jsonl, none if there is no such file; a last line cut short by a kill is left out.
+
+    Raises InputError naming a line that is no record.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is not a whole line
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the last newline ends the last line
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(f"{where} is no record of a training log: remove the line")
+    return record
 
 
 class TensorBoard:

@@ -14,17 +14,16 @@ from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer, require_own_model
 from minilora.training_config import TrainConfig
 
-__all__ = ["evaluating", "training_mode"]
+__all__ = ["check_training_mode", "evaluating", "training_mode"]
 
 
 @contextmanager
 def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Dropout on, recomputation and offload where asked for; afterwards the model is as it was.
 
-    Raises InputError for a model that cannot do what is asked for, or a device on which there is nothing to move.
+    Raises InputError as `check_training_mode` does.
     """
-    if config.offload_activations:
-        _check_offload(model)
+    check_training_mode(model, config)
     recomputing = _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext()
     with recomputing, _in_mode(model, training=True):
         yield
@@ -52,11 +51,20 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-def _check_offload(model: nn.Module) -> None:
-    require_own_model(model, "leave offload_activations out")
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        raise InputError(f"offload_activations moves them from a GPU to CPU memory: on {device.type} leave it out")
+def check_training_mode(model: nn.Module, config: TrainConfig) -> None:
+    """Raise InputError where the model cannot do what is asked for, or there is nothing to move from its device."""
+    if config.offload_activations:
+        require_own_model(model, "leave offload_activations out")
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise InputError(f"offload_activations moves them from a GPU to CPU memory: on {device.type} leave it out")
+    # Every model of transformers has the method, and some refuse when it is called.
+    recomputes = hasattr(model, "gradient_checkpointing_enable") and getattr(
+        model, "supports_gradient_checkpointing", True
+    )
+    if config.gradient_checkpointing and not (isinstance(model, Transformer) or recomputes):
+        name = type(model).__name__
+        raise InputError(f"{name} has no gradient checkpointing: set gradient_checkpointing to false")
 
 
 @contextmanager
@@ -69,8 +77,6 @@ def _recomputing(model: nn.Module, offload: bool) -> Iterator[None]:
         finally:
             model.gradient_checkpointing, model.offload_activations = before
         return
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise InputError(f"{type(model).__name__} has no gradient checkpointing: set gradient_checkpointing to false")
     transformer: Any = model  # of the transformers library
     was_on = getattr(model, "is_gradient_checkpointing", False)
     # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.

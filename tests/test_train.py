@@ -495,8 +495,64 @@ def test_bad_input_is_one_clear_error(tmp_path, spoil, settings, message):
 
 def test_training_with_adapters_switched_off_is_an_error(tmp_path):
     model = tiny_model()
-    with pytest.raises(InputError, match="merged or disabled"), disable_adapters(model):
+    with pytest.raises(InputError, match="leave disable_adapters before training"), disable_adapters(model):
         run(model, random_rows(8), tmp_path)
+
+
+def test_an_adapter_that_takes_no_part_in_the_loss_is_an_error(tmp_path):
+    model = tiny_model()
+    model.spare = torch.nn.Linear(4, 4).requires_grad_(False)
+    add_adapter(model, LoRAConfig(target_modules=["spare"]), "spare")
+    with pytest.raises(InputError, match="does not depend on adapter 'spare': its layers take no part in it"):
+        train(model, PADDING, random_rows(8), TrainConfig(output_dir=str(tmp_path), progress=False), adapter="spare")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adamw_8bit"}, "needs bitsandbytes"),
+        ({"optimizer": "paged_adamw_8bit"}, "does not work on cpu"),
+        ({"lora_fa": True}, "LoRA-FA needs an A that does not start at zero; model.embed_tokens"),
+        ({"gradient_checkpointing": True, "offload_activations": True}, "on cpu leave it out"),
+        ({"tensorboard": True}, "pip install tensorboard"),
+        ({"wandb_project": "p"}, "pip install wandb"),
+        ({"output_dir": "/dev/null/run"}, "output_dir /dev/null/run cannot be written to: Not a directory"),
+        ({"resume": "auto", "learning_rate": 1e-3}, "learning_rate was 0.01 and is 0.001"),
+    ],
+)
+def test_what_is_refused_changes_nothing(tmp_path, monkeypatch, settings, message):
+    """Not which adapter is active, nor what trains, nor dtypes, gradients and modes."""
+    rows = random_rows(8)
+    if "resume" in settings:
+        run(two_adapters(), rows, tmp_path, max_steps=2)
+    for package in ("bitsandbytes", "bitsandbytes.optim", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    model = two_adapters()
+    before, states = snapshot(model), torch.get_rng_state()
+    with pytest.raises(InputError, match=message):
+        run(model, rows, tmp_path, **{"max_steps": 2} | settings)
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), states)
+
+
+def two_adapters():
+    """In bfloat16, the adapter that is not trained is the active one, and one layer is in a mode of its own."""
+    model = tiny_base()
+    add_adapter(model, LoRAConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    add_adapter(model, LoRAConfig(r=2, target_modules=["q_proj"]), "second")
+    model.bfloat16().train()
+    model.model.layers[0].eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def snapshot(model):
+    return [
+        [(name, p.requires_grad, p.dtype, p.grad is None, p.tolist()) for name, p in model.named_parameters()],
+        [(module.training, getattr(module, "active", None)) for module in model.modules()],
+    ]
 
 
 def test_skipped_rows_are_reported(tmp_path, caplog):

@@ -31,16 +31,9 @@ class LoRAFA(torch.optim.AdamW):
     """
 
     def __init__(self, model: nn.Module, name: str = "default", **settings: Any) -> None:
-        self.loras: list[LoRA] = []
-        for path, adapter in adapters_named(model, name).items():
-            if isinstance(adapter, Part):  # biases, copies of modules and rows of embeddings follow AdamW
-                continue
-            if not isinstance(adapter, LoRA) or isinstance(adapter.kind, EmbeddingKind):
-                raise InputError(
-                    f"LoRA-FA needs an A that does not start at zero; {path} carries a {type(adapter).__name__}"
-                )
-            adapter.lora_A.requires_grad_(False)
-            self.loras.append(adapter)
+        self.loras = loras_to_freeze(model, name)
+        for lora in self.loras:
+            lora.lora_A.requires_grad_(False)
         super().__init__([p for p in adapter_parameters(model, name).values() if p.requires_grad], **settings)
 
     @torch.no_grad()
@@ -55,6 +48,20 @@ class LoRAFA(torch.optim.AdamW):
                 lora.lora_B.grad.copy_(projected(lora))
         super().step()
         return loss
+
+
+def loras_to_freeze(model: nn.Module, name: str = "default") -> list[LoRA]:
+    """The LoRAs of an adapter that `LoRAFA` can train; raises InputError where it cannot, and nothing is changed."""
+    loras = []
+    for path, adapter in adapters_named(model, name).items():
+        if isinstance(adapter, Part):  # biases, copies of modules and rows of embeddings follow AdamW
+            continue
+        if not isinstance(adapter, LoRA) or isinstance(adapter.kind, EmbeddingKind):
+            raise InputError(
+                f"LoRA-FA needs an A that does not start at zero; {path} carries a {type(adapter).__name__}"
+            )
+        loras.append(adapter)
+    return loras
 
 
 def projected(lora: LoRA) -> torch.Tensor:
