@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilora.errors import InputError
+from minilora.kernel_dispatch import quantize as quantize_nf4
 from minilora.linear4bit import NF4Linear
 from minilora.model import ModelConfig, Transformer
 from minilora.nf4 import QuantizedTensor, dequantize
-from minilora.nf4 import quantize as quantize_nf4
 from minilora.save_pretrained import save_pretrained
 
 if TYPE_CHECKING:

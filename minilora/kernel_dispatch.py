@@ -1,13 +1,14 @@
-"""Which products with a 4-bit weight a Triton kernel makes, and which PyTorch's own: measured on each GPU, not guessed.
+"""What a Triton kernel does with a 4-bit weight, and what PyTorch's own operations: measured on each GPU, not guessed.
 
     M, rows of x   1 … M*                        above M*
     forward        fused kernel                  one-pass dequantization, then cuBLAS
     backward       fused kernel                  the same, transposed
+    quantize       a kernel where it is the faster one, whatever the shape
 
 M* is where the fused kernel stops being the faster one. `python -m benchmarks gpu` measures it, and writes it for the
 GPU at hand into kernels/nf4/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
 Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run: on
-any GPU, and on a CPU in Triton's interpreter.
+any GPU, and on a CPU in Triton's interpreter. It is read when a device is first used.
 """
 
 import json
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 
 from minilora import nf4
+from minilora.errors import InputError
 from minilora.kept_weights import kept_weight
 from minilora.nf4 import QuantizedTensor
 
 
 @dataclass(frozen=True)
 class Crossovers:
-    """Up to how many rows of x the fused kernels are used; 0: never. dequantize: by a kernel or by PyTorch.
+    """Up to how many rows of x the fused kernels are used; 0: never. dequantize, quantize: by a kernel or by PyTorch.
 
     The limits are measured in bfloat16. float32, which has no tensor cores, would have lower ones: it takes no fused
     kernel but where `float32` says so.
@@ -38,15 +40,18 @@ class Crossovers:
     forward: int = 0
     backward: int = 0
     dequantize: bool = False
+    quantize: bool = False
     float32: bool = False
 
 
 MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
-NEVER, ALWAYS = Crossovers(), Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True, float32=True)
+MEASURED = ("forward", "backward", "dequantize", "quantize")  # the fields that crossovers.json has for a GPU
+NEVER = Crossovers()
+ALWAYS = Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True, quantize=True, float32=True)
 
 
 def measured_file() -> Path:
-    """crossovers.json, beside the kernels: {name of the GPU: {forward, backward, dequantize, date, …}}."""
+    """crossovers.json, beside the kernels: {name of the GPU: {forward, …, date, versions}}."""
     spec = find_spec("minilora.kernels")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).with_name("crossovers.json")
@@ -69,8 +74,10 @@ def crossovers(device: torch.device) -> Crossovers:
 
 @cache
 def read_crossovers(device: torch.device) -> Crossovers:
-    """What is used on this device: looked up once."""
+    """What is used on this device: looked up once. Raises InputError for a MINILORA_KERNELS that is no choice."""
     wish = os.environ.get("MINILORA_KERNELS", "")
+    if wish not in ("", "on", "off"):
+        raise InputError(f"MINILORA_KERNELS is {wish!r}: it can be 'on' or 'off', or not be set")
     if wish == "off" or not has_triton():
         return NEVER
     if wish == "on":
@@ -80,7 +87,7 @@ def read_crossovers(device: torch.device) -> Crossovers:
     if device.type != "cuda":
         return NEVER
     measured = json.loads(measured_file().read_text(encoding="utf-8")).get(torch.cuda.get_device_name(device), {})
-    return Crossovers(**{key: measured[key] for key in ("forward", "backward", "dequantize") if key in measured})
+    return Crossovers(**{key: measured[key] for key in MEASURED if key in measured})
 
 
 def fused_product(
@@ -113,6 +120,15 @@ def fused_product(
 def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
     """The fused kernels multiply each row's blocks by their absmax; where blocks straddle rows they cannot."""
     return q.block_size >= 64 and q.shape[1] % q.block_size == 0
+
+
+def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True, *, name: str | None = None) -> QuantizedTensor:
+    """nf4.quantize, the blocks by a kernel or by PyTorch: the same bytes."""
+    if crossovers(w.device).quantize and w.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from minilora.kernels import ops
+
+        return nf4.quantize(w, block_size, double_quant, name=name, whole_blocks=ops.nf4_quantize)
+    return nf4.quantize(w, block_size, double_quant, name=name)
 
 
 def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import InputError
-from minilora.kernel_dispatch import fused_product, temporary_weight
-from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, quantize
+from minilora.kernel_dispatch import fused_product, quantize, temporary_weight
+from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, make_tables
 from minilora.recompute import inside_checkpoint
 
 
@@ -121,6 +121,9 @@ class NF4Linear(nn.Module):
 
     compute_dtype: in which W is dequantized and multiplied; None takes the input's.
     The constructor leaves the weight zero, for a state dict to fill; from_linear and from_quantized fill it.
+
+    For a CUDA graph, call the layer once before the capture, with as many rows: Triton compiles its kernels, and cuBLAS
+    takes its memory, when they are first called.
     """
 
     weight: Tensor
@@ -191,6 +194,7 @@ class NF4Linear(nn.Module):
         )
         layer.weight, layer.absmax, layer.nested_absmax, layer.offset = q.codes, q.absmax, q.nested_absmax, q.offset
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        make_tables(layer.weight)
         return layer
 
     def quantized(self) -> QuantizedTensor:
@@ -232,6 +236,7 @@ class NF4Linear(nn.Module):
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))  # follow to the device, keep the exact values
+        make_tables(self.weight)
         return self
 
     def extra_repr(self) -> str:

@@ -19,10 +19,11 @@ from minilora.adapters import attach, build_adapters, refuse_merged, unmerge
 from minilora.calibration import Forward, as_list, language_model_loss
 from minilora.errors import InputError
 from minilora.input_moments import input_moments
+from minilora.kernel_dispatch import quantize
 from minilora.linear4bit import NF4Linear
 from minilora.lora import LoRA, LoRAConfig
 from minilora.low_rank import randomized_svd
-from minilora.nf4 import QuantizedTensor, quantize
+from minilora.nf4 import QuantizedTensor
 from minilora.nf4_rounding import round_to_nf4
 from minilora.targets import adapted_layers, output_head
 from minilora.trained_parts import Part

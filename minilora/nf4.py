@@ -12,6 +12,7 @@ Codes, statistics and dequantized values are bitsandbytes' own, byte for byte.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -25,6 +26,7 @@ from torch import Tensor
 from minilora.errors import InputError
 
 AbsmaxRule = Literal["table", "nearest"]
+WholeBlocks = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # flat tensor, block_size -> packed codes, absmax
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 TINY = 1e-38  # the absmax a block of zeros is divided by
@@ -104,12 +106,14 @@ def quantize(
     *,
     name: str | None = None,
     absmax_rule: AbsmaxRule | None = None,
+    whole_blocks: WholeBlocks | None = None,
 ) -> QuantizedTensor:
     """Quantize a floating-point tensor of any shape to NF4.
 
     ``absmax_rule`` is how double quantization rounds to its 8-bit codes. bitsandbytes has two rules, and None takes
     the one it uses on w's device: "nearest" code, or on a CPU "table", which first rounds to a grid of 65,536 points
-    and so picks another code than the nearest in about 0.2% of the blocks.
+    and so picks another code than the nearest in about 0.2% of the blocks. ``whole_blocks`` does the work in the place
+    of quantize_whole_blocks, with the same result.
 
     Raises InputError, naming the tensor by ``name``, if w is not floating point, is empty, or has a NaN or an
     infinity; and for a block size that is not a power of two from 32 to 4096.
@@ -120,7 +124,11 @@ def quantize(
     if not w.is_floating_point() or w.numel() == 0:
         raise InputError(f"{name} cannot be quantized to NF4: it has {w.numel()} elements of {w.dtype}")
     x = w.detach().reshape(-1)
-    codes, absmax = _quantize_blocks(x, block_size)
+    full = x.numel() - x.numel() % block_size
+    codes, absmax = (whole_blocks or quantize_whole_blocks)(x[:full], block_size)
+    if full < x.numel():
+        last = _quantize_short_block(x[full:])
+        codes, absmax = (torch.cat(parts) for parts in zip((codes, absmax), last, strict=True))
     offset = absmax.mean()
     if not offset.isfinite():
         raise InputError(f"{name} cannot be quantized to NF4: {_first_not_finite(x)}")
@@ -131,23 +139,28 @@ def quantize(
     return QuantizedTensor(codes, absmax, tuple(w.shape), w.dtype, block_size, nested_absmax, offset)
 
 
-def _quantize_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Packed codes and float32 absmax of a flat tensor; full blocks chunk by chunk, then the short last one."""
+def quantize_whole_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 absmax of a flat tensor, whose length block_size divides, chunk by chunk."""
     n = x.numel()
-    full = n - n % block_size
-    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
+    codes = torch.empty(n // 2, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(n // block_size, dtype=torch.float32, device=x.device)
     chunk = QUANTIZE_CHUNK if x.device.type == "cpu" else CHUNK_ELSEWHERE
-    for start in range(0, full, chunk):
-        stop = min(start + chunk, full)
+    for start in range(0, n, chunk):
+        stop = min(start + chunk, n)
         blocks = x[start:stop].float().view(-1, block_size)
         c = torch.amax(blocks.abs(), dim=-1, out=absmax[start // block_size : stop // block_size])
         codes[start // 2 : stop // 2] = encode((blocks * (1 / c.clamp(min=TINY)).unsqueeze(-1)).view(-1))
-    if full < n:  # divided, not multiplied by a reciprocal: so does bitsandbytes, and the last bit shows it
-        tail = x[full:].float()
-        absmax[-1] = c = tail.abs().max().clamp(min=TINY)
-        codes[full // 2 :] = encode(F.pad(tail / c, (0, n % 2)))
     return codes, absmax
+
+
+def _quantize_short_block(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a last block that is not whole.
+
+    Divided, not multiplied by a reciprocal: so does bitsandbytes on a CPU, and the last bit shows it.
+    """
+    tail = x.float()
+    c = tail.abs().max().clamp(min=TINY)
+    return encode(F.pad(tail / c, (0, len(tail) % 2))), c.view(1)
 
 
 def encode(scaled: Tensor) -> Tensor:
@@ -271,6 +284,16 @@ def byte_pairs(device: torch.device) -> Tensor:
     """The two float32 values of each byte, (256,), as one complex64: a single lookup moves both."""
     byte = torch.arange(256, device=device)
     return torch.complex(code(device)[byte >> 4], code(device)[byte & 15])
+
+
+def make_tables(codes: Tensor) -> None:
+    """Make what dequantization looks up on the device of a tensor's codes, before the first call of it.
+
+    In a CUDA graph's capture that could not be done: nothing is copied to a GPU in there.
+    """
+    if type(codes) is Tensor and not codes.is_meta:  # a fake tensor's table would be a fake, for good
+        dynamic_map(codes.device)
+        byte_pairs(codes.device)
 
 
 class _Workspaces(threading.local):

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from minilora import kernel_dispatch, linear4bit, nf4
 from minilora.adapters import add_adapter
+from minilora.errors import InputError
 from minilora.kernel_dispatch import ALWAYS, NEVER, Crossovers, crossovers, fused_product, read_crossovers
 from minilora.linear4bit import NF4Linear, product_with_low_rank
 from minilora.lora import LoRAConfig
@@ -64,9 +66,10 @@ def test_a_cpu_uses_no_kernel_unless_told_to(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton", "3.6")
     table = tmp_path / "crossovers.json"
-    table.write_text(json.dumps({"Fast GPU": {"forward": 64, "backward": 16, "dequantize": True, "date": "today"}}))
+    fast = {"forward": 64, "backward": 16, "dequantize": True, "quantize": True, "date": "today"}
+    table.write_text(json.dumps({"Fast GPU": fast}))
     monkeypatch.setattr(kernel_dispatch, "measured_file", lambda: table)
-    for name, expected in {"Fast GPU": Crossovers(64, 16, True), "Unknown GPU": NEVER}.items():
+    for name, expected in {"Fast GPU": Crossovers(64, 16, True, True), "Unknown GPU": NEVER}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         read_crossovers.cache_clear()
         assert crossovers(torch.device("cuda")) == expected
@@ -77,24 +80,28 @@ def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_committed_table_is_read() -> None:
     for measured in json.loads(kernel_dispatch.measured_file().read_text(encoding="utf-8")).values():
-        assert {"forward", "backward", "dequantize", "date", "versions"} <= measured.keys()
+        assert {*kernel_dispatch.MEASURED, "date", "versions"} <= measured.keys()
+
+
+def test_a_choice_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = NF4Linear(64, 4)
+    monkeypatch.setenv("MINILORA_KERNELS", "yes")
+    with pytest.raises(InputError, match=r"MINILORA_KERNELS is 'yes': it can be 'on' or 'off', or not be set"):
+        layer(torch.randn(1, 64))
+    monkeypatch.setenv("MINILORA_KERNELS", "")
+    layer(torch.randn(1, 64))
 
 
 def test_the_folder_kernels_does_not_hide_the_package_of_that_name(tmp_path: Path) -> None:
-    """Python started in the root of the repository finds PyPI's `kernels`, behind it on the path, and ours too."""
+    """Python started in the repository's root finds PyPI's `kernels`, which comes behind it on the path."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): return f'theirs: {name}'")
-    look = (
-        "import kernels, importlib.util, sys; print(kernels.get_kernel('any'));"
-        "print(importlib.util.find_spec('minilora.kernels').origin)"
-    )
+    look = "import kernels; print(kernels.get_kernel('any'))"
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", look]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    theirs, ours = done.stdout.splitlines() or pytest.fail(done.stderr)
-    assert theirs == "theirs: any"
-    assert Path(ours).with_name("crossovers.json") == kernel_dispatch.measured_file()
+    assert done.stdout == "theirs: any\n", done.stderr
 
 
 def test_rows_above_the_crossover_go_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +142,50 @@ def test_what_the_kernel_dequantizes_takes_no_second_buffer(
     y = x @ layer.dequantize().T + layer.bias
     monkeypatch.setattr(nf4, "workspace", lambda role, *size: pytest.fail(f"a buffer for the {role}"))
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products
+
+
+def test_weights_are_quantized_by_the_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = importlib.import_module("minilora.kernels.ops")
+    by_kernel = []
+    quantize = ops.nf4_quantize
+    monkeypatch.setattr(ops, "nf4_quantize", lambda w, size: by_kernel.append(w.dtype) or quantize(w, size))
+    monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: Crossovers(quantize=True))
+    for dtype in (torch.float32, torch.float16, torch.float64):  # the last in PyTorch
+        linear = nn.Linear(100, 9, dtype=dtype, device=device)  # 14 whole blocks, and 4 weights more
+        ours, expected = NF4Linear.from_linear(linear, name="q_proj"), nf4.quantize(linear.weight)
+        for name in ("absmax", "nested_absmax", "offset"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name))
+        assert torch.equal(ours.weight, expected.codes)
+        linear.weight.data[3, 1] = torch.nan
+        with pytest.raises(InputError, match="q_proj cannot be quantized to NF4: element 301"):
+            NF4Linear.from_linear(linear, name="q_proj")
+    assert by_kernel == 2 * [torch.float32] + 2 * [torch.float16]
+    monkeypatch.setattr(kernel_dispatch, "crossovers", lambda device: NEVER)
+    NF4Linear.from_linear(nn.Linear(64, 9, device=device))
+    assert len(by_kernel) == 4
+
+
+@pytest.mark.parametrize("arrive", ["made there", "moved there"])
+def test_a_layer_that_has_arrived_finds_its_tables(arrive: str) -> None:
+    """A first call in a CUDA graph's capture could not copy them to the GPU."""
+    tables = (nf4.code, nf4.dynamic_map, nf4.byte_pairs)
+    layer = NF4Linear(64, 4)
+    q = layer.quantized()
+    for table in tables:
+        table.cache_clear()
+    layer = NF4Linear.from_quantized(q) if arrive == "made there" else layer.to(CPU)
+    made = [table.cache_info().misses for table in tables]
+    assert all(made)
+    layer(torch.randn(1, 64))
+    assert [table.cache_info().misses for table in tables] == made
+
+
+def test_a_fake_layer_leaves_no_fake_table() -> None:
+    for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs):
+        table.cache_clear()
+    with FakeTensorMode():
+        NF4Linear(64, 4).to(CPU)
+    assert not isinstance(nf4.byte_pairs(CPU), FakeTensor)
 
 
 @pytest.mark.parametrize("known", [NEVER, ALWAYS])

@@ -22,6 +22,7 @@ def test_opcheck(double_quant: bool) -> None:
     xA, B = (torch.randn(n, 2, device=DEVICE, requires_grad=True) for n in (3, 9))
     torch.library.opcheck(ops.nf4_matmul, (x, *arguments, g[0].detach().requires_grad_(), xA, B))
     torch.library.opcheck(ops.nf4_backward, (g, *arguments))
+    torch.library.opcheck(ops.nf4_quantize, (x.detach().view(-1), 64))
 
 
 @pytest.mark.parametrize("add", [(3, 9), (9,)], ids=["a row each", "a bias"])
@@ -94,7 +95,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
     matmul.matmul(x, q)
     backward.backward(x[:, :9], q)
     dequantize.dequantize(q)
-    quantize.quantize_blocks(x.view(-1), 64)
+    quantize.quantize(x.view(-1), 64)
     assert launched == 5 * [q.codes.device]
 
 

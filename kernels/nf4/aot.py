@@ -51,7 +51,7 @@ class Case:
         types = (
             STATISTICS
             | {"absmax_ptr": absmax, "table_ptr": table, "midpoints_ptr": "*fp32"}
-            | dict.fromkeys([*"MNKRn", "K_PIECES", "add_stride", "SPLIT"], "i32")
+            | dict.fromkeys([*"MNKRn", "K_PIECES", "add_stride", "SPLIT", "n_blocks"], "i32")
         )
         signature, aligned = {}, {}
         for i, name in enumerate(self.kernel.arg_names):

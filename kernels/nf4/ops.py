@@ -5,6 +5,7 @@
                                                dL/dx = dL/dy W      dL/dadd = dL/dy
                                                dL/dx_A = dL/dy B    dL/dB = dL/dy^T x_A
     minilora::nf4_backward(g, packed …)        g W             dL/dg = dL/dy W^T
+    minilora::nf4_quantize(w, block_size)      codes, absmax   no gradient: they are steps
 
 `packed …` is a QuantizedTensor as plain arguments; `packed(q)` turns one into them.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from minilora.nf4 import QuantizedTensor
 
-from . import backward, dequantize, gemv, matmul
+from . import backward, dequantize, gemv, matmul, quantize
 
 
 def packed(q: QuantizedTensor) -> tuple[Any, ...]:
@@ -64,6 +65,12 @@ def nf4_backward(
     return backward.backward(g, _unpacked(codes, absmax, nested_absmax, offset, N, K, block_size))
 
 
+@torch.library.custom_op("minilora::nf4_quantize", mutates_args=())
+def nf4_quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Of a flat tensor, whose length block_size divides: packed codes, uint8 (n / 2,), and float32 absmax."""
+    return quantize.quantize(w, block_size)
+
+
 # --- shapes, for fake tensors ----------------------------------------------------------------------------------------
 
 
@@ -83,6 +90,12 @@ def _(
 @nf4_backward.register_fake
 def _(g: Tensor, codes: Any, absmax: Any, nested_absmax: Any, offset: Any, N: int, K: int, block_size: int) -> Any:
     return g.new_empty((g.shape[0], K))
+
+
+@nf4_quantize.register_fake
+def _(w: Tensor, block_size: int) -> Any:
+    n = w.numel()
+    return w.new_empty(n // 2, dtype=torch.uint8), w.new_empty(n // block_size, dtype=torch.float32)
 
 
 # --- gradients: each of the two products is the other's --------------------------------------------------------------
