@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,37 @@ def test_the_variants_it_shows_can_be_added():
     assert ml.adapter_names(model) == ["default", "dora", "ia3", "pissa"]
 
 
-def test_every_page_it_links_to_exists():
-    for link in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / link).is_file(), link
+def test_your_own_model_can_be_any_module(tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import load_file
+
+    import minilora as ml
+
+    class YourModel(torch.nn.Sequential):
+        def __init__(self):
+            layers = {"encoder": torch.nn.Linear(16, 8), "relu": torch.nn.ReLU(), "head": torch.nn.Linear(8, 2)}
+            super().__init__(OrderedDict(layers))
+
+    monkeypatch.chdir(tmp_path)
+    exec(block("python", 2), {"ml": ml, "torch": torch, "YourModel": YourModel, "x": torch.randn(4, 16)})
+    assert len(load_file("my-adapter/adapter_model.safetensors")) == 4  # A and B of both
+
+
+def anchors(page: str) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            target, _, anchor = link.partition("#")
+            assert (page.parent / target).is_file(), link
+            assert not anchor or anchor in anchors((page.parent / target).read_text(encoding="utf-8")), link
 
 
 def test_the_recipe_is_one_the_command_reads(tmp_path):
