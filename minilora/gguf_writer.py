@@ -85,7 +85,8 @@ def _encoded(name: str, tensor: Tensor, kind: str) -> np.ndarray[Any, Any]:
     """The bytes of a tensor in a type. Raises InputError for what overflows in it: most have a scale in float16."""
     import gguf
 
+    tensor = tensor.detach()
     if kind not in ("F32", "BF16") and float(tensor.abs().max()) > FLOAT16_MAX:
         raise InputError(f"{name} has numbers beyond {FLOAT16_MAX:g}, which overflow in {kind}: choose f32 or bf16")
-    values: np.ndarray[Any, Any] = gguf.quantize(tensor.detach().numpy(), gguf.GGMLQuantizationType[kind])
+    values: np.ndarray[Any, Any] = gguf.quantize(tensor.numpy(), gguf.GGMLQuantizationType[kind])
     return values

@@ -49,7 +49,9 @@ def _plain(path: str, adapter: nn.Module, config: ModelConfig) -> LoRA:
     """The LoRA whose parameters are A and B. Raises InputError for an adapter that is more, or something else."""
     merged = "merge it into the model instead: save_gguf"
     if type(adapter) is not LoRA:
-        raise InputError(f"{path} has a {type(adapter).__name__}, and a GGUF adapter holds plain LoRAs only; {merged}")
+        raise InputError(
+            f"{path} has {type(adapter).__name__} on it, and a GGUF adapter holds plain LoRAs only; {merged}"
+        )
     if adapter.bias is not None:
         raise InputError(f"{path} has a bias of the adapter's own, for which a GGUF adapter has no place; {merged}")
     if isinstance(adapter.kind, EmbeddingKind) or (path == "lm_head" and config.tie_word_embeddings):

@@ -1,0 +1,106 @@
+"""The Modelfile: its Go template gives the text of the chat template, or is not there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from chat_helpers import CHATML, LLAMA3, MISTRAL, QWEN, ZEPHYR, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.ollama_modelfile import find_turns, modelfile, write_modelfile
+from minilora.tokenizer import Tokenizer
+
+DEFAULT_SYSTEM = CHATML.replace(
+    "{% for message in messages %}",
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}",
+    1,
+)
+# What the few words of Go's text/template that are used mean, in Jinja2's.
+IN_JINJA = {
+    r"\{\{ range \.Messages \}\}": "{% for message in messages %}",
+    r'\{\{ if eq \.Role "(\w+)" \}\}': r"{% if message.role == '\1' %}",
+    r'\{\{ else if eq \.Role "(\w+)" \}\}': r"{% elif message.role == '\1' %}",
+    r"\{\{ \.Content \}\}": "{{ message.content }}",
+    r"\{\{ if \.System \}\}": "{% if system %}",
+    r"\{\{ \.System \}\}": "{{ system }}",
+    r"\{\{ else \}\}": "{% else %}",
+    r"\{\{ end \}\}\{\{ end \}\}": "{% endif %}{% endfor %}",
+    r"\{\{ end \}\}": "{% endif %}",
+}
+words = st.text(alphabet="abc é\n{}'\"<|", max_size=8)
+
+
+def in_go(template: str, messages: list[dict[str, Any]]) -> str:
+    """What Ollama makes of the messages: it gives the system messages apart, and all of them by role."""
+    for go, jinja in IN_JINJA.items():
+        template = re.sub(go, jinja, template)
+    assert ".System" not in template and ".Messages" not in template
+    system = "".join(message["content"] for message in messages if message["role"] == "system")
+    environment = jinja2.Environment(keep_trailing_newline=True)
+    return environment.from_string(template).render(messages=messages, system=system)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    template=st.sampled_from([CHATML, ZEPHYR, QWEN, DEFAULT_SYSTEM]),
+    system=st.none() | words.filter(bool),
+    contents=st.lists(words, min_size=1, max_size=3),
+)
+def test_the_go_template_gives_the_same_text(template: str, system: str | None, contents: list[str]) -> None:
+    tokenizer = tiny(template)
+    text = re.search('TEMPLATE """(.*)"""', modelfile(tokenizer, "model.gguf"), re.DOTALL)
+    assert text is not None
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    messages = messages if len(messages) != 2 else messages[:1]
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    assert in_go(text[1], messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LLAMA3,  # today's date
+        MISTRAL,  # refuses a system message, or takes it for a user's
+        CHATML.replace("message['content']", "message['content'] | trim"),
+        CHATML.replace("message['role'] +", "message['role'] + ('!' if loop.last else '') +"),
+        CHATML.replace("<|im_start|>", "{{ '{{' }}"),  # would be Go's own
+    ],
+    ids=["date", "no system", "trim", "position", "braces"],
+)
+def test_without_a_template_that_is_right_none_is_written(template: str) -> None:
+    tokenizer = tiny(template)
+    assert find_turns(tokenizer) is None
+    text = modelfile(tokenizer, "model.gguf")
+    assert "# No TEMPLATE: " in text and 'TEMPLATE "' not in text
+
+
+def test_a_tokenizer_without_chat_template_gets_none() -> None:
+    assert modelfile(tiny(), "model.gguf") == 'FROM ./model.gguf\nPARAMETER stop "</s>"\n'
+
+
+def test_bos_is_left_to_ollama_where_it_puts_it_there() -> None:
+    template = "{{ bos_token }}" + CHATML
+    assert find_turns(tiny(template, add_bos_token=True)).start == ""  # type: ignore[union-attr]
+    assert find_turns(tiny(template, add_bos_token=False)).start == "<s>"  # type: ignore[union-attr]
+
+
+def test_file_and_stops(tmp_path: Path) -> None:
+    path = write_modelfile(tiny(CHATML), tmp_path / "tuned.gguf")
+    assert path == tmp_path / "tuned.Modelfile"
+    lines = path.read_text().splitlines()
+    assert lines[:3] == ["FROM ./tuned.gguf", 'PARAMETER stop "</s>"', 'PARAMETER stop "<|im_end|>"']
+
+
+@pytest.mark.model
+def test_smollm2(smollm2_gguf: Path) -> None:
+    tokenizer = Tokenizer.from_gguf(smollm2_gguf)
+    turns = find_turns(tokenizer)
+    assert turns is not None
+    messages = [{"role": "user", "content": "Hi"}]
+    assert in_go(turns.in_go(), messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
