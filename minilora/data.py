@@ -26,7 +26,7 @@ from minilora.chat_template import Span
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.rows import Row, as_rows, each, load_rows
-from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import Tokenizer, require_own_tokenizer
 
 __all__ = [
     "Batch",
@@ -94,9 +94,10 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     to predict it from.
 
     Raises:
-        InputError: there is no chat template, or it refuses rows or does not show where their answers are: how
+        InputError: the tokenizer is another library's, there is no chat template, or it refuses rows or does not show where their answers are: how
             many, and for the first few where they come from and what is wrong.
     """
+    require_own_tokenizer(tokenizer)
     turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
     rendered = each(
         with_progress(rows, len(rows), "Rendering"),

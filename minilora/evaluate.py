@@ -17,7 +17,7 @@ import torch
 
 from minilora.adapters import adapter_names, disable_adapters
 from minilora.chat_template import Message
-from minilora.data import Example, Row, as_rows, encode_rows
+from minilora.data import Example, Row, encode_rows
 from minilora.errors import InputError
 from minilora.generate import (
     encode_prompt,
@@ -28,7 +28,8 @@ from minilora.generate import (
     shared_prefix,
 )
 from minilora.loss import label_tokens, loss_of_chosen
-from minilora.model import Transformer
+from minilora.model import Transformer, require_own_model
+from minilora.rows import Rows, given_rows
 from minilora.tokenizer import Tokenizer
 from minilora.training_mode import evaluating
 
@@ -101,27 +102,31 @@ def exact_match(text: str, row: Row) -> bool:
 def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
-    rows: Sequence[Row] | list[dict[str, Any]],
+    rows: Rows,
     *,
     metric: Metric = exact_match,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     system: str | None = None,
-    few_shot: Sequence[Row] | list[dict[str, Any]] | None = None,
+    few_shot: Rows | None = None,
     progress: str | None = "answering",
 ) -> Scores:
     """Answer every row's conversation greedily up to its last message, and score the answers and the loss.
 
-    `metric(text, row)` gives a bool or a number, or a dict of them by name. `system` stands in place of the rows'
-    own system message; `few_shot` rows come before each row's conversation as earlier turns. `progress` labels the
-    progress bar, None shows none. Raises `InputError` for a row without an answer, or one longer than the model takes.
+    `rows` are a path, dicts or `Row`s, as for `train`; so are `few_shot` rows, which come before each row's
+    conversation as earlier turns. `metric(text, row)` gives a bool or a number, or a dict of them by name. `system`
+    stands in place of the rows' own system message. `progress` labels the progress bar, None shows none.
+    Raises `InputError` for a row without an answer or longer than the model takes, and for a model of transformers.
     """
-    rows = _conversations(rows)
+    require_own_model(model, "score what it generates itself")
+    rows = _conversations(rows, "held-out")
     if system is not None:
         rows = [with_system(row, system) for row in rows]
     if few_shot is not None:
-        examples = _conversations(few_shot)
+        examples = _conversations(few_shot, "few-shot")
         rows = [with_examples(row, examples) for row in rows]
+    expected = [answer_of(row) for row in rows]
+    loss = held_out_loss(model, tokenizer, rows, batch_size)  # which refuses rows that are too long, before any answer
     tokens = generate_tokens(
         model,
         [_prompt_tokens(tokenizer, row) for row in rows],
@@ -131,13 +136,13 @@ def evaluate(
         progress=progress,
     )
     predictions = []
-    for row, ids in zip(rows, tokens, strict=True):
+    for row, answer, ids in zip(rows, expected, tokens, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        predictions.append(Prediction(_question(row), answer_of(row), text, _scored(metric, text, row), row.source))
+        predictions.append(Prediction(_question(row), answer, text, _scored(metric, text, row), row.source))
     names = list(predictions[0].scores)
     by_name = {name: [prediction.scores[name] for prediction in predictions] for name in names}
     return Scores(
-        loss=held_out_loss(model, tokenizer, rows, batch_size),
+        loss=loss,
         metrics={name: fmean(values) for name, values in by_name.items()},
         intervals={name: interval(values) for name, values in by_name.items()},
         n=len(rows),
@@ -145,14 +150,12 @@ def evaluate(
     )
 
 
-def held_out_loss(
-    model: Transformer, tokenizer: Tokenizer, rows: Sequence[Row] | list[dict[str, Any]], batch_size: int | None = None
-) -> float:
+def held_out_loss(model: Transformer, tokenizer: Tokenizer, rows: Rows, batch_size: int | None = None) -> float:
     """Mean negative log-likelihood (nats) of a labelled token over all rows, dropout off.
 
     Raises `InputError` for a row longer than the model's `max_position_embeddings`.
     """
-    encoded = encode_rows(_as_rows(rows), tokenizer, model.config.max_position_embeddings)
+    encoded = encode_rows(given_rows(rows, "held-out"), tokenizer, model.config.max_position_embeddings)
     if encoded.skipped:
         first = encoded.skipped[0]
         raise InputError(f"{first.source}: {first.reason}; shorten it or leave it out")
@@ -193,9 +196,9 @@ def mean_nll(model: Transformer, examples: Sequence[Example], batch_size: int | 
 def compare(
     model: Transformer,
     tokenizer: Tokenizer,
-    rows: Sequence[Row] | list[dict[str, Any]],
+    rows: Rows,
     *,
-    few_shot_rows: Sequence[Row] | list[dict[str, Any]] | None = None,
+    few_shot_rows: Rows | None = None,
     metric: Metric = exact_match,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
@@ -207,9 +210,11 @@ def compare(
     """
     if not adapter_names(model):
         raise InputError("the model has no adapter to compare with its base: add or load one first")
-    prompts = {BASE: None, FEW_SHOT: few_shot_rows, TUNED: None}
-    if few_shot_rows is None:
-        del prompts[FEW_SHOT]
+    rows = _conversations(rows, "held-out")
+    prompts: dict[str, list[Row] | None] = {BASE: None}
+    if few_shot_rows is not None:
+        prompts[FEW_SHOT] = _conversations(few_shot_rows, "few-shot")
+    prompts[TUNED] = None
     scores = {}
     for name, few_shot in prompts.items():
         with nullcontext() if name == TUNED else disable_adapters(model):
@@ -259,18 +264,14 @@ def answer_of(row: Row) -> str:
     return answer
 
 
-def _as_rows(rows: Sequence[Row] | list[dict[str, Any]]) -> list[Row]:
-    if not rows:
-        raise InputError("there are no rows to score")
-    return cast(list[Row], list(rows)) if isinstance(rows[0], Row) else as_rows(cast(list[dict[str, Any]], rows))
-
-
-def _conversations(rows: Sequence[Row] | list[dict[str, Any]]) -> list[Row]:
-    rows = _as_rows(rows)
-    for row in rows:
+def _conversations(rows: Rows, what: str) -> list[Row]:
+    given = given_rows(rows, what)
+    for row in given:
         if row.messages is None:
-            raise InputError(f"{row.source}: a plain text has no answer to compare; held_out_loss scores it")
-    return rows
+            raise InputError(
+                f"{row.source}: a plain text has no answer to compare; minilora.evaluate.held_out_loss scores it"
+            )
+    return given
 
 
 def _question(row: Row) -> str:

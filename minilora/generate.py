@@ -25,7 +25,7 @@ from minilora.mixed_batch import adapters_for_rows
 from minilora.model import KVCache, Transformer, require_own_model
 from minilora.progress import progress_bar
 from minilora.sampling import GREEDY, Sampling, choose, draw_uniforms
-from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import Tokenizer, require_own_tokenizer
 from minilora.training_mode import evaluating
 
 __all__ = ["generate", "generate_tokens", "stream"]
@@ -126,6 +126,7 @@ def encode_prompt(
     tokenizer: Tokenizer, prompt: str | Conversation, tools: list[dict[str, Any]] | None = None
 ) -> list[int]:
     """The tokens that an answer follows: the text as it stands, or the chat template up to the assistant's turn."""
+    require_own_tokenizer(tokenizer)
     if isinstance(prompt, str):
         bos = [tokenizer.bos_token_id] if tokenizer.add_bos_token and tokenizer.bos_token_id is not None else []
         return bos + tokenizer.encode(prompt)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +59,9 @@ class Row:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
+
+
 def load_rows(path: str | Path) -> list[Row]:
     """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
 
@@ -86,6 +89,26 @@ def as_rows(values: Iterable[Any]) -> list[Row]:
         InputError: rows are malformed: how many, and for the first few the number and what is wrong.
     """
     return collect((f"row {number}", value) for number, value in enumerate(values, start=1))
+
+
+def given_rows(rows: Rows, what: str) -> list[Row]:
+    """The rows of whatever a caller gave; `what` they are, such as "training", is named in errors.
+
+    Raises:
+        InputError: there are none, they are not all of a kind, or as `load_rows` and `as_rows` do.
+    """
+    if isinstance(rows, str | Path):
+        return load_rows(rows)
+    given: list[Any] = list(rows) if isinstance(rows, Iterable) else [rows]
+    if not given:
+        raise InputError(f"there are no {what} rows")
+    kinds = {type(row) for row in given}
+    if kinds == {Row}:
+        return given
+    if kinds == {dict}:
+        return as_rows(given)
+    names = " and ".join(sorted(kind.__name__ for kind in kinds))
+    raise InputError(f"{what} rows must be a path, or all dicts or all Rows, not {names}")
 
 
 def collect(values: Iterable[tuple[str, Any]]) -> list[Row]:

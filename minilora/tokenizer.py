@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+def require_own_tokenizer(tokenizer: object) -> None:
+    """Raises InputError for another library's tokenizer, saying what to do."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(
+            f"a {type(tokenizer).__name__} is not minilora's tokenizer: take that of ml.load, or with a model of"
+            " transformers minilora.tokenizer.Tokenizer.from_folder(its folder)"
+        )
+
+
 class Tokenizer:
     """A tokenizer and its chat templates.
 

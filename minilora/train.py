@@ -47,7 +47,7 @@ from minilora.training_fingerprint import fingerprint
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
 from minilora.training_mode import check_training_mode, training_mode
-from minilora.training_rows import Rows, usable_examples
+from minilora.training_rows import TrainingRows, usable_examples
 
 __all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -76,9 +76,9 @@ class DivergedError(RuntimeError):
 def train(
     model: nn.Module,
     tokenizer: Tokenizer,
-    rows: Rows,
+    rows: TrainingRows,
     config: TrainConfig = TrainConfig(),  # noqa: B008 - it is frozen
-    eval_rows: Rows | None = None,
+    eval_rows: TrainingRows | None = None,
     adapter: str = "default",
 ) -> TrainResult:
     """Train one adapter of the model, made the only active one, with AdamW on the rows' labelled tokens.

@@ -2,22 +2,22 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from minilora.data import Example, Row, Skipped, as_rows, encode_rows, load_rows
+from minilora.data import Example, Skipped, encode_rows
 from minilora.errors import InputError
 from minilora.loss import label_tokens
+from minilora.rows import Rows, given_rows
 from minilora.tokenizer import Tokenizer
 
-__all__ = ["Rows", "usable_examples"]
+__all__ = ["TrainingRows", "usable_examples"]
 
-Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]] | Sequence[Example]
+TrainingRows = Rows | Sequence[Example]
 logger = logging.getLogger("minilora")
 
 
 def usable_examples(
-    rows: Rows, tokenizer: Tokenizer, max_length: int, what: str = "training"
+    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str = "training"
 ) -> tuple[list[Example], list[Skipped]]:
     """Examples that can be trained on, and the rows that cannot: they are reported, never silently dropped.
 
@@ -44,22 +44,10 @@ def usable_examples(
     return usable, skipped
 
 
-def _examples(rows: Rows, tokenizer: Tokenizer, max_length: int, what: str) -> tuple[Sequence[Example], list[Skipped]]:
-    if isinstance(rows, str | Path):
-        rows = load_rows(rows)
-    if not rows:
-        raise InputError(f"there are no {what} rows")
-    kinds = {type(row) for row in rows}
-    if kinds == {Example}:
+def _examples(
+    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str
+) -> tuple[Sequence[Example], list[Skipped]]:
+    if isinstance(rows, Sequence) and rows and all(isinstance(row, Example) for row in rows):
         return cast(Sequence[Example], rows), []
-    if kinds == {Row} or kinds == {dict}:
-        if not isinstance(tokenizer, Tokenizer):
-            raise InputError(
-                f"a {type(tokenizer).__name__} is not minilora's tokenizer: take that of ml.load, or with a model of"
-                " transformers minilora.tokenizer.Tokenizer.from_folder(its folder)"
-            )
-        given = cast(list[Row], rows) if kinds == {Row} else as_rows(cast(list[dict[str, Any]], rows))
-        encoded = encode_rows(given, tokenizer, max_length)
-        return encoded.examples, list(encoded.skipped)
-    names = " and ".join(sorted(kind.__name__ for kind in kinds))
-    raise InputError(f"{what} rows must be a path, or all dicts, all Rows or all Examples, not {names}")
+    encoded = encode_rows(given_rows(cast(Rows, rows), what), tokenizer, max_length)
+    return encoded.examples, list(encoded.skipped)

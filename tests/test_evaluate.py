@@ -139,6 +139,33 @@ def test_evaluate_scores_what_generate_answers(model: Transformer, tokenizer: To
     assert (third.prompt, third.expected, third.source) == ("and the weather?", "be a bee", "row 3")
 
 
+def test_rows_come_as_a_path_dicts_or_rows(
+    model: Transformer, tokenizer: Tokenizer, rows: list[Row], tmp_path: Path
+) -> None:
+    dicts = [{"messages": conversation} for conversation in CONVERSATIONS]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in dicts))
+    expected = evaluate(model, tokenizer, rows, few_shot=rows[:2], max_new_tokens=4)
+    for given in (path, str(path), dicts, tuple(rows), iter(rows)):
+        scores = evaluate(model, tokenizer, given, few_shot=rows[:2], max_new_tokens=4)
+        assert (scores.loss, scores.metrics) == (expected.loss, expected.metrics)
+    few = compare(with_an_adapter(model), tokenizer, path, few_shot_rows=path, max_new_tokens=4)
+    assert few.scores[FEW_SHOT].n == len(CONVERSATIONS)
+    for wrong, kinds in (([rows[0], dicts[0]], "Row and dict"), (None, "NoneType")):
+        with pytest.raises(InputError, match=f"held-out rows must be a path, or all dicts or all Rows, not {kinds}"):
+            evaluate(model, tokenizer, wrong)
+
+
+def test_another_librarys_model_or_tokenizer_is_named(
+    model: Transformer, theirs: Any, tokenizer: Tokenizer, rows: list[Row]
+) -> None:
+    with pytest.raises(InputError, match="a LlamaForCausalLM is not minilora's own model: score what it generates"):
+        evaluate(theirs, tokenizer, rows)
+    for call in (lambda: evaluate(model, object(), rows), lambda: generate(model, object(), "a bee")):
+        with pytest.raises(InputError, match="a object is not minilora's tokenizer: take that of ml.load"):
+            call()
+
+
 def test_a_metric_may_give_several_scores(model: Transformer, tokenizer: Tokenizer, rows: list[Row]) -> None:
     def metric(text: str, row: Row) -> dict[str, bool | float]:
         return {"length": float(len(text)), "right": row.messages[0]["content"] == "a bee"}
@@ -171,9 +198,14 @@ def test_a_new_system_prompt_moves_the_context_with_the_messages() -> None:
 def test_rows_without_a_text_to_compare_are_errors(model: Transformer, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="row 1: a plain text has no answer"):
         evaluate(model, tokenizer, [{"text": "a bee"}])
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(InputError, match="there are no held-out rows"):
         evaluate(model, tokenizer, [])
+    with pytest.raises(InputError, match="there are no few-shot rows"):
+        evaluate(model, tokenizer, [{"prompt": "a", "completion": "a bee"}], few_shot=[])
     call = Row(TOOL_CONVERSATION[:2], source="rows.jsonl:7")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model is not asked where a row cannot be scored"))
+    with pytest.raises(InputError, match=r"rows\.jsonl:7: its answer has no text"):
+        evaluate(model, tokenizer, [call])
     with pytest.raises(InputError, match=r"rows\.jsonl:7: its answer has no text"):
         exact_match("", call)
 

@@ -481,7 +481,7 @@ def merged(model):
         (None, {"max_length": 3}, "no training row is left: 8 of 8 .*more than max_length=3"),
         (None, {"eval_every": 5}, "eval_every needs eval_rows"),
         (None, {"early_stopping_patience": 5}, "set eval_every too"),
-        (None, {"rows": [*random_rows(1), {"text": "a"}]}, "all dicts, all Rows or all Examples, not Example and dict"),
+        (None, {"rows": [*random_rows(1), {"text": "a"}]}, "a path, or all dicts or all Rows, not Example and dict"),
         (None, {"resume": "nowhere"}, "there is no checkpoint folder nowhere"),
     ],
 )

@@ -31,7 +31,7 @@ def test_no_row_is_an_error_that_names_which_rows():
         usable_examples([], PADDING, 8, "held-out")
     with pytest.raises(InputError, match="no held-out row is left: 1 of 1 held-out rows skipped"):
         usable_examples([LONG], PADDING, 8, "held-out")
-    with pytest.raises(InputError, match="all dicts, all Rows or all Examples, not Example and str"):
+    with pytest.raises(InputError, match="a path, or all dicts or all Rows, not Example and str"):
         usable_examples([GOOD, "text"], PADDING, 8)
 
 
