@@ -94,8 +94,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     to predict it from.
 
     Raises:
-        InputError: the tokenizer is another library's, there is no chat template, or it refuses rows or does not show where their answers are: how
-            many, and for the first few where they come from and what is wrong.
+        InputError: the tokenizer is another library's; there is no chat template, or it refuses rows or does not show
+            where their answers are: how many, and for the first few where they come from and what is wrong.
     """
     require_own_tokenizer(tokenizer)
     turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)

@@ -146,8 +146,8 @@ def test_rows_come_as_a_path_dicts_or_rows(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in dicts))
     expected = evaluate(model, tokenizer, rows, few_shot=rows[:2], max_new_tokens=4)
-    for given in (path, str(path), dicts, tuple(rows), iter(rows)):
-        scores = evaluate(model, tokenizer, given, few_shot=rows[:2], max_new_tokens=4)
+    for same in (path, str(path), dicts, tuple(rows), iter(rows)):
+        scores = evaluate(model, tokenizer, same, few_shot=rows[:2], max_new_tokens=4)
         assert (scores.loss, scores.metrics) == (expected.loss, expected.metrics)
     few = compare(with_an_adapter(model), tokenizer, path, few_shot_rows=path, max_new_tokens=4)
     assert few.scores[FEW_SHOT].n == len(CONVERSATIONS)
@@ -162,7 +162,7 @@ def test_another_librarys_model_or_tokenizer_is_named(
     with pytest.raises(InputError, match="a LlamaForCausalLM is not minilora's own model: score what it generates"):
         evaluate(theirs, tokenizer, rows)
     for call in (lambda: evaluate(model, object(), rows), lambda: generate(model, object(), "a bee")):
-        with pytest.raises(InputError, match="a object is not minilora's tokenizer: take that of ml.load"):
+        with pytest.raises(InputError, match=r"a object is not minilora's tokenizer: take that of ml\.load"):
             call()
 
 
