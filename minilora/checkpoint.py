@@ -6,8 +6,7 @@ At no time is the full-precision model whole in memory: beyond what is kept, one
 """
 
 import re
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,12 +19,15 @@ from minilora.kernel_dispatch import quantize as quantize_nf4
 from minilora.linear4bit import NF4Linear
 from minilora.model import ModelConfig, Transformer
 from minilora.nf4 import QuantizedTensor, dequantize
+from minilora.progress import with_progress
 from minilora.save_pretrained import save_pretrained
 
 if TYPE_CHECKING:
     from minilora.tokenizer import Tokenizer
 
 __all__ = ["load", "save_pretrained"]
+
+FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
 
 class Checkpoint(Protocol):
@@ -54,12 +56,16 @@ def load(
     "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
     (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
     a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`.
-    Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported.
+    Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported, and for a
+    dtype or a device that cannot be used.
     """
     from minilora.tokenizer import Tokenizer
 
     if quantize not in ("nf4", None):
         raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
+    if dtype not in FLOATS:
+        raise InputError(f"dtype={dtype!r} is not supported; supported are {', '.join(map(str, FLOATS))}")
+    device = _usable(device)
     path = _locate(name_or_path)
     if path.is_dir():
         from minilora.safetensors_checkpoint import SafetensorsCheckpoint
@@ -71,7 +77,16 @@ def load(
 
         checkpoint = GGUFCheckpoint(path)
         tokenizer = Tokenizer.from_gguf(checkpoint.file.metadata)
-    return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, torch.device(device)), tokenizer
+    return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device, once a tensor has been put on it: found out before the time it takes to read a model."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this PyTorch was built without it
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"device={str(device)!r} cannot be used here: {reason}") from None
 
 
 def _locate(name_or_path: str | Path) -> Path:
@@ -108,7 +123,8 @@ def assemble(
         model = Transformer(checkpoint.config)
     _check_names_and_shapes(checkpoint, model)
 
-    for name in _with_progress([name for name, _ in model.named_parameters()], "Loading the model"):
+    names = [name for name, _ in model.named_parameters()]
+    for name in with_progress(names, len(names), "Loading the model"):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if quantize and leaf == "weight" and isinstance(module, nn.Linear) and path.startswith("model.layers."):
@@ -173,25 +189,5 @@ def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: t
 
 
 def _check_floating_point(value: Tensor, where: str) -> None:
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if value.dtype not in FLOATS:
         raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")
-
-
-def _with_progress(names: list[str], description: str) -> Iterator[str]:
-    """The names one after the other, with a progress bar on stderr once two seconds have passed."""
-    start, bar = time.monotonic(), None
-    try:
-        for done, name in enumerate(names):
-            if bar is None and time.monotonic() - start > 2:
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = Progress(console=Console(stderr=True), transient=True)
-                task = bar.add_task(description, total=len(names))
-                bar.start()
-            if bar is not None:
-                bar.update(task, completed=done)
-            yield name
-    finally:
-        if bar is not None:
-            bar.stop()

@@ -155,23 +155,14 @@ class ProgressBar:
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.progress = Progress(
-            SpinnerColumn(),  # it and the elapsed time move during a long step or evaluation too
-            TextColumn("training"),
-            BarColumn(bar_width=16),
+            SpinnerColumn(),  # it moves during a long step or evaluation too
+            BarColumn(bar_width=8),  # what gives way first where a terminal is narrow
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("·"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             TextColumn("left"),
             console=Console(stderr=True),
         )

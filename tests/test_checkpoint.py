@@ -365,5 +365,9 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(InputError, match=r"is neither a \.gguf file nor a Hugging Face folder"):
         load(file)
+    with pytest.raises(InputError, match="dtype='bfloat16' is not supported; supported are torch"):
+        load(tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="device='gpu' cannot be used here"):
+        load(tmp_path, device="gpu")
     with pytest.raises(InputError, match="quantize='int8' is not supported"):
         load(tmp_path, quantize="int8")  # type: ignore[arg-type]
