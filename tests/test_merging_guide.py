@@ -37,11 +37,11 @@ def test_the_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert json.loads(names["text"])["rows"]
     assert 0 < max(names["lost"].values()) < 1
     assert not any(layer.merged for layer in names["model"].modules() if hasattr(layer, "merged"))
-    merged, _ = load("lights/merged", quantize=None)
+    merged, _ = load("merging/merged", quantize=None)
     assert not any(isinstance(module, NF4Linear) for module in merged.modules())
-    in_4_bits, _ = load("lights/nf4")
+    in_4_bits, _ = load("merging/nf4")
     assert sum(isinstance(module, NF4Linear) for module in in_4_bits.modules()) == 14
-    assert (tmp_path / "lights/small/adapter_model.safetensors").exists()
+    assert (tmp_path / "merging/small/adapter_model.safetensors").exists()
 
 
 def test_the_table_is_the_benchmarks() -> None:
