@@ -50,8 +50,9 @@ def run(options: argparse.Namespace) -> None:
     choice = {} if options.only is None else {"only": options.only}
     for name in options.names:
         result = importlib.import_module(BENCHMARKS[name]).run(options.rounds, torch.device(options.device), **choice)
+        paths = write(result, options.output)  # first: whatever cannot be shown, it is kept
         print_table(result)
-        for path in write(result, options.output):
+        for path in paths:
             print(path)
 
 

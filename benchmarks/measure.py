@@ -103,12 +103,12 @@ def peak_memory_mb(device: torch.device) -> float:
 
 # --- where it was measured --------------------------------------------------------------------------------------------
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "triton", "gemlite", "unsloth")
+PACKAGES = ("minilora", "torch", "transformers", "peft", "bitsandbytes", "trl", "triton", "gemlite", "unsloth")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a number is worth nothing without."""
-    versions = {"python": platform.python_version(), "minilora": metadata.version("minilora")}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -1,4 +1,4 @@
-"""What the benchmark `kernels` times: products with an NF4 weight by shape, rows and direction, and its dequantization.
+"""What the benchmark `kernels` times: products with an NF4 weight by shape, rows and direction; making it, or W of it.
 
 The roofline of each is the time in which its bytes can be moved or its operations be done, whichever takes longer, at
 the speeds measured in the same run (Williams et al., "Roofline", CACM 52(4), 2009).
@@ -21,7 +21,7 @@ SMOLLM2 = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "dow
 ROWS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192), "cpu": (1, 16, 128, 512)}
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight: its code, its share of an 8-bit absmax, and of that one's absmax
 
-Operation = Literal["dequantize", "forward", "backward"]
+Operation = Literal["quantize", "dequantize", "forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Case:
-    """x W^T of x (M, K) and W (N, K); or backward, g W of g (M, N); or dequantize, W alone, and M is 0."""
+    """x W^T of x (M, K) and W (N, K); or backward, g W of g (M, N); or W alone, (de)quantized, and M is 0."""
 
     layer: str
     N: int
@@ -54,8 +54,8 @@ class Case:
     @property
     def bytes(self) -> float:
         """Moved at least: W in NF4, x and y once; or W in NF4 and in dtype."""
-        written = self.N * self.K if self.operation == "dequantize" else self.M * (self.N + self.K)
-        return self.N * self.K * NF4_BITS / 8 + written * self.dtype.itemsize
+        dense = self.M * (self.N + self.K) if self.M else self.N * self.K
+        return self.N * self.K * NF4_BITS / 8 + dense * self.dtype.itemsize
 
     @property
     def operations(self) -> float:
@@ -74,6 +74,8 @@ def cases(kind: str) -> list[Case]:
     shapes = LLAMA if kind == "cuda" else SMOLLM2
     found = []
     for dtype, (layer, (N, K)) in product(dtypes(kind), shapes.items()):
+        if kind == "cuda":  # where a kernel may do it
+            found.append(Case(layer, N, K, 0, dtype, "quantize"))
         found.append(Case(layer, N, K, 0, dtype, "dequantize"))
         for operation in ("forward", "backward"):
             found += [Case(layer, N, K, M, dtype, operation) for M in ROWS[kind]]

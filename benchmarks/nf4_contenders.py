@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from benchmarks.nf4_cases import Case, Operation
 from minilora import nf4
-from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 
 Call = Callable[[int], Tensor]
@@ -152,6 +151,18 @@ def plain_alone(case: Case, weights: Weights, x: Tensor) -> Call:
     return _each(weights.quantized, lambda q: nf4.dequantize(q, case.dtype))
 
 
+def quantized_by_kernel(case: Case, weights: Weights, x: Tensor) -> Call:
+    """W to NF4 with double quantization, its blocks by the kernel."""
+    from minilora.kernels import ops
+
+    return _each(weights.dense, lambda W: nf4.quantize(W, whole_blocks=ops.nf4_quantize).codes)
+
+
+def quantized_plainly(case: Case, weights: Weights, x: Tensor) -> Call:
+    """The same in plain PyTorch."""
+    return _each(weights.dense, lambda W: nf4.quantize(W).codes)
+
+
 def minilora_alone(case: Case, weights: Weights, x: Tensor) -> Call:
     """The same into a buffer that is used again, as NF4Linear does it."""
     return _each(weights.quantized, lambda q: nf4.dequantize(q, out=weights.buffer))
@@ -184,6 +195,13 @@ def bitsandbytes_alone(case: Case, weights: Weights, x: Tensor) -> Call:
     from bitsandbytes.functional import dequantize_4bit
 
     return _each(weights.bitsandbytes, lambda packed: dequantize_4bit(*packed))
+
+
+def bitsandbytes_quantized(case: Case, weights: Weights, x: Tensor) -> Call:
+    """quantize_4bit, its statistics compressed."""
+    from bitsandbytes.functional import quantize_4bit
+
+    return _each(weights.dense, lambda W: quantize_4bit(W, compress_statistics=True, quant_type="nf4")[0].view(-1))
 
 
 def gemlite(case: Case, weights: Weights, x: Tensor) -> Call:
@@ -248,6 +266,11 @@ BACKWARD: dict[str, Build] = {
 }
 CONTENDERS: dict[str, dict[Operation, dict[str, Build]]] = {
     "cuda": {
+        "quantize": {
+            "quantize kernel": quantized_by_kernel,
+            "plain PyTorch": quantized_plainly,
+            "bitsandbytes": bitsandbytes_quantized,
+        },
         "dequantize": {
             "one-pass kernel": one_pass_alone,
             "plain PyTorch": plain_alone,
@@ -264,18 +287,17 @@ CONTENDERS: dict[str, dict[Operation, dict[str, Build]]] = {
     },
 }
 # contender -> package that it needs, imported in this order: Unsloth changes transformers, PEFT and torch.compile
-OPTIONAL: Mapping[str, str] = {"gemlite, affine int4": "gemlite", "Unsloth": "unsloth"}
+OPTIONAL: Mapping[str, str] = {
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes, dequantized": "bitsandbytes",
+    "gemlite, affine int4": "gemlite",
+    "Unsloth": "unsloth",
+}
+TUNED = ("gemlite, affine int4", "Unsloth")  # which may take minutes to choose among their variants of a kernel
 
 
 def left_out(kind: str) -> set[str]:
-    """The optional contenders whose package cannot be used here, each named in a printed line.
-
-    Raises InputError where bitsandbytes is missing, which the benchmark is about.
-    """
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError:
-        raise InputError("this benchmark needs bitsandbytes: pip install bitsandbytes") from None
+    """The optional contenders whose package cannot be used here, each named in a printed line."""
     missing = set()
     for name, package in OPTIONAL.items():
         if any(name in builds for builds in CONTENDERS[kind].values()):

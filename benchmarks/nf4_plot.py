@@ -28,7 +28,7 @@ def plot(timed: Mapping[Case, Times], speeds: Speeds, figure: Any) -> None:
             axes = figure.add_subplot(grid[row, column])
             _roofline(axes, chosen, speeds)
             axes.set(xlabel="M, rows of x" if row else None, ylabel=None if column else "TFLOP/s")
-    _bandwidth(figure.add_subplot(grid[:, -1]), {c: t for c, t in timed.items() if not c.M}, speeds)
+    _bandwidth(figure.add_subplot(grid[:, -1]), {c: t for c, t in timed.items() if c.operation == "dequantize"}, speeds)
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         new = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -19,19 +19,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from benchmarks import nf4_cases
 from benchmarks.measure import Spread, machine, take_turns
 from benchmarks.nf4_cases import Case, Speeds
-from benchmarks.nf4_contenders import CONTENDERS, OPTIONAL, Build, Weights, left_out
+from benchmarks.nf4_contenders import CONTENDERS, TUNED, Build, Weights, left_out
 from benchmarks.nf4_plot import plot
 from benchmarks.nf4_targets import Times, share_of_roofline, target_lines
 from benchmarks.output import Result
 from minilora.errors import InputError
 
 SECONDS = 330.0  # for all cases on a GPU; what is left when they are over is not timed
-SETUP_SECONDS = 60.0  # for all that an optional contender compiles and tunes; then it takes no further part
+SETUP_SECONDS = 60.0  # for all that a contender of TUNED compiles and tunes; then it takes no further part
+KERNEL_OF_ONE_WEIGHT = {"quantize": "quantize kernel", "dequantize": "one-pass kernel"}
 TURN_SECONDS = 2e-3  # at least, of one contender, so that starting a timer costs nothing
 
 
@@ -47,7 +49,7 @@ class Timed:
 def run(rounds: int | None, device: torch.device, seconds: float | None = None) -> Result:
     """Time every contender on every case, in turns; on a GPU in at most so many seconds.
 
-    What was timed before an interruption is kept. Raises InputError if that is nothing, or bitsandbytes is missing.
+    What was timed before an interruption is kept. Raises InputError if that is nothing.
     """
     limit = math.inf if device.type == "cpu" else seconds or SECONDS
     deadline, rounds, where = time.monotonic() + limit, rounds or 7, machine(device)
@@ -92,8 +94,6 @@ def time_cases(
     every: list[Case], missing: set[str], rounds: int, device: torch.device, deadline: float
 ) -> dict[Case, Timed]:
     """Each case that there is time for; those before an interruption."""
-    from rich.progress import track
-
     timed: dict[Case, Timed] = {}
     spent: Counter[str] = Counter()
     weights = None
@@ -106,7 +106,7 @@ def time_cases(
                 builds = {
                     name: build
                     for name, build in CONTENDERS[device.type][case.operation].items()
-                    if name not in missing and not (name in OPTIONAL and spent[name] > SETUP_SECONDS)
+                    if name not in missing and not (name in TUNED and spent[name] > SETUP_SECONDS)
                 }
                 try:
                     if weights is None or weights.key != (case.N, case.K, case.dtype):
@@ -173,9 +173,13 @@ class Replay:
 
     @classmethod
     def of(cls, build: Build, case: Case, weights: Weights, x: Tensor) -> "Replay":
-        """Built, compiled and on a GPU recorded; a turn is long enough to be timed."""
-        stream = _other_stream(x.device)
+        """Built, compiled and on a GPU recorded; a turn is long enough to be timed.
+
+        Quantizing is not recorded: it waits to see that all is finite, as bitsandbytes' waits for its tables.
+        """
+        stream = None if case.operation == "quantize" else _other_stream(x.device)
         if stream is not None:
+            build(case, weights, x)  # makes the weights: bitsandbytes quantizes on the default stream in any case
             stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             call = build(case, weights, x)
@@ -214,7 +218,7 @@ def _record(once: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[
 
 
 def crossovers(timed: Mapping[Case, Times]) -> dict[str, Any]:
-    """Up to which M the fused kernels are used, in each direction, and whether the kernel that dequantizes is.
+    """Up to which M the fused kernels are used, in each direction, and whether those for a weight alone are.
 
     What minilora.kernel_dispatch takes: the limit that costs least over all M, as the median over shapes has it.
     """
@@ -229,13 +233,15 @@ def crossovers(timed: Mapping[Case, Times]) -> dict[str, Any]:
         costs = [math.log(ratio(operation, M, "fused kernel", "one-pass + cuBLAS")) for M in rows]
         limits = [0, *rows]
         found[operation] = limits[min(range(len(limits)), key=lambda n: sum(costs[:n]))]
-    return found | {"dequantize": ratio("dequantize", 0, "one-pass kernel", "plain PyTorch") <= 1}
+    for operation, kernel in KERNEL_OF_ONE_WEIGHT.items():
+        found[operation] = ratio(operation, 0, kernel, "plain PyTorch") <= 1
+    return found
 
 
 def choose(case: Case, timed: Timed, found: Mapping[str, Any]) -> None:
     """Enter as minilora, before the others, the kernel that NF4Linear takes with these crossovers."""
-    if case.operation == "dequantize":
-        name = "one-pass kernel" if found["dequantize"] else "plain PyTorch"
+    if case.operation in KERNEL_OF_ONE_WEIGHT:
+        name = KERNEL_OF_ONE_WEIGHT[case.operation] if found[case.operation] else "plain PyTorch"
     else:
         limit = found[case.operation]
         name = "fused kernel" if limit >= case.M else "one-pass + cuBLAS"

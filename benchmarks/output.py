@@ -45,10 +45,7 @@ def print_table(result: Result) -> None:
 
 
 def write(result: Result, folder: Path) -> list[Path]:
-    """Write <benchmark>-<device>.json and .png, each under a temporary name first; returns their paths."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Write <benchmark>-<device>.json, then .png, each under a temporary name first; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     device = result.machine["device"].lower().replace(" ", "-")
     name = f"{result.benchmark}-{device}"
@@ -56,13 +53,16 @@ def write(result: Result, folder: Path) -> list[Path]:
     written = [folder / f"{name}.json", folder / f"{name}.png"]
     temporary = [path.with_name(f".{path.name}.tmp") for path in written]
     temporary[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary[0].replace(written[0])
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=result.size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{result.title} ({_hardware(result.machine)})", fontsize=10)
     result.plot(figure)
     figure.savefig(temporary[1], format="png", dpi=120)
-    for source, target in zip(temporary, written, strict=True):
-        source.replace(target)
+    temporary[1].replace(written[1])
     return written
 
 

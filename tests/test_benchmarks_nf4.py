@@ -15,6 +15,7 @@ import torch
 
 from minilora import nf4
 from minilora.errors import InputError
+from minilora.kernel_dispatch import MEASURED
 
 CPU = torch.device("cpu")
 
@@ -49,6 +50,8 @@ def case_of(benchmarks, operation, M=1, N=4096, K=4096, layer="test", dtype=torc
 
 
 def computed(operation, W, x):
+    if operation == "quantize":
+        return nf4.quantize(W).codes
     return W if operation == "dequantize" else x @ W if operation == "backward" else x @ W.T
 
 
@@ -77,24 +80,26 @@ def test_all_contenders_compute_the_same(benchmarks, operation, dtype):
         assert (result - expected).norm() < tolerance * expected.norm(), name
 
 
-@pytest.mark.parametrize("operation", ["dequantize", "forward", "backward"])
+@pytest.mark.parametrize("operation", ["quantize", "dequantize", "forward", "backward"])
 def test_our_contenders_on_a_gpu_compute_the_same(benchmarks, operation):
     """In Triton's interpreter, where there is no GPU."""
     device = importlib.import_module("kernel_helpers").DEVICE  # or skips, without a Triton that can
     contenders = benchmarks.nf4_contenders
-    case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 2, 64, 128, dtype=torch.float32)
+    case = case_of(benchmarks, operation, 2 if "ward" in operation else 0, 64, 128, dtype=torch.float32)
     weights = contenders.Weights(case, device)
     x = torch.randn(case.x_shape, device=device)
-    expected = computed(operation, nf4.dequantize(weights.quantized[0], torch.float32), x)
+    W = weights.dense[0] if operation == "quantize" else nf4.dequantize(weights.quantized[0], torch.float32)
+    expected = computed(operation, W, x)
     builds = contenders.CONTENDERS["cuda"][operation]
     ours = {
+        "quantize kernel",
         "one-pass kernel",
         "plain PyTorch",
         "fused kernel",
         "fused, other table",
         "one-pass + cuBLAS",
     } & builds.keys()
-    assert len(ours) == (2 if operation == "dequantize" else 3)
+    assert len(ours) == (3 if "ward" in operation else 2)
     for name in ours:
         # float32, another order of summation
         torch.testing.assert_close(builds[name](case, weights, x)(0), expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -152,8 +157,8 @@ def test_a_contender_whose_package_is_missing_is_left_out_in_one_line(benchmarks
     assert capsys.readouterr().out.count("\n") == 1
     assert left_out("cpu") == set()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(InputError, match="needs bitsandbytes: pip install bitsandbytes"):
-        left_out("cpu")
+    assert left_out("cpu") == {"bitsandbytes", "bitsandbytes, dequantized"}
+    assert "bitsandbytes is left out: ModuleNotFoundError: " in capsys.readouterr().out
 
 
 def test_unsloth_is_called_as_its_layers_call_it(benchmarks, monkeypatch):
@@ -239,6 +244,7 @@ def test_a_gpus_crossovers_take_every_case(benchmarks, monkeypatch, broken):
     products, cases = benchmarks.nf4_products, benchmarks.nf4_cases
     speeds = cases.Speeds(3e12, {torch.bfloat16: 7e14})
     factors = {"fused kernel": 2.0, "one-pass + cuBLAS": 3.0, "one-pass kernel": 1.1, "plain PyTorch": 9.0}
+    factors["quantize kernel"] = 10.0
 
     def time_case(case, builds, weights, rounds, device, seconds):
         if broken == "one case" and case.M == 64 and case.layer == "8B down":
@@ -253,9 +259,9 @@ def test_a_gpus_crossovers_take_every_case(benchmarks, monkeypatch, broken):
     monkeypatch.setattr(products, "time_case", time_case)
     monkeypatch.setattr(products, "machine", lambda device: {"device": "made-up"})
     result = products.run(3, torch.device("cuda"))
-    assert len(result.rows) == 7 * (1 + 2 * 11) and "/ Unsloth" not in result.rows[0]
+    assert len(result.rows) == 7 * (2 + 2 * 11) and "/ Unsloth" not in result.rows[0]
     limit = 0 if broken == "fused kernel" else 8192
-    found = {"forward": limit, "backward": limit, "dequantize": broken != "one-pass kernel"}
+    found = {"forward": limit, "backward": limit, "quantize": False, "dequantize": broken != "one-pass kernel"}
     assert result.settings["crossovers"] == (None if broken == "one case" else found)
     targets = len(benchmarks.nf4_targets.TARGETS)
     assert result.notes[targets:] == ["no crossovers for NF4Linear from this run: they take every case"] * (
@@ -367,12 +373,15 @@ def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeyp
             "one-pass + cuBLAS": [1.0] * 3,
         }
     timed[case_of(benchmarks, "dequantize", 0)] = {"one-pass kernel": [1.0], "plain PyTorch": [3.0]}
+    timed[case_of(benchmarks, "quantize", 0)] = {"quantize kernel": [1.0], "plain PyTorch": [9.0]}
     timed[case_of(benchmarks, "forward", 16, layer="failed")] = {"one-pass + cuBLAS": [1.0]}
     found = benchmarks.nf4_products.crossovers(timed)
-    assert found == {"forward": 64, "backward": 16, "dequantize": True}
+    assert found == {"forward": 64, "backward": 16, "quantize": True, "dequantize": True}
+    assert found.keys() == set(MEASURED)
     slow = {case: times | {"fused kernel": [50.0]} for case, times in timed.items()}
     assert benchmarks.nf4_products.crossovers(slow)["forward"] == 0
-    assert benchmarks.nf4_products.crossovers({}) == {"forward": 0, "backward": 0, "dequantize": False}
+    nothing = {"forward": 0, "backward": 0, "quantize": False, "dequantize": False}
+    assert benchmarks.nf4_products.crossovers({}) == nothing
 
     gpu, table = benchmarks.gpu, tmp_path / "crossovers.json"
     table.write_text('{"Old GPU": {"forward": 1}}')
@@ -386,16 +395,18 @@ def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeyp
 
 def test_on_a_gpu_minilora_is_what_the_crossovers_choose(benchmarks):
     products = benchmarks.nf4_products
-    found = {"forward": 16, "backward": 0, "dequantize": False}
+    found = {"forward": 16, "backward": 0, "quantize": True, "dequantize": False}
 
     def chosen(operation, M):
-        names = ["one-pass kernel", "plain PyTorch"] if M == 0 else ["fused kernel", "one-pass + cuBLAS"]
+        kernel = {"quantize": "quantize kernel", "dequantize": "one-pass kernel"}.get(operation, "fused kernel")
+        names = [kernel, "one-pass + cuBLAS" if M else "plain PyTorch"]
         timed = products.Timed(seconds={names[0]: [1.0]}, failures={names[1]: "OutOfMemoryError: "})
         products.choose(case_of(benchmarks, operation, M), timed, found)
         return timed.seconds.get("minilora") or timed.failures["minilora"]
 
     assert [chosen("forward", M) for M in (1, 16, 32)] == [[1.0], [1.0], "OutOfMemoryError: "]
     assert chosen("backward", 1) == chosen("dequantize", 0) == "OutOfMemoryError: "
+    assert chosen("quantize", 0) == [1.0]
 
 
 def test_targets_are_met_or_missed_by_the_worst_case(benchmarks):
@@ -437,36 +448,59 @@ def test_a_target_says_what_was_not_measured(benchmarks):
 # --- gpu --------------------------------------------------------------------------------------------------------------
 
 
-def test_gpu_says_that_it_needs_one_and_times_nothing_that_is_wrong(benchmarks, monkeypatch):
-    gpu = benchmarks.gpu
+def timed_result(benchmarks, crossovers):
+    machine = {"device": "New GPU", "date": "today", "versions": {}}
+    settings = {"crossovers": crossovers}
+    return benchmarks.output.Result("kernels", "", machine, settings, [], {}, lambda figure: None, ["a target"])
+
+
+def test_gpu_says_that_it_needs_one(benchmarks):
     with pytest.raises(InputError, match="needs a CUDA device"):
-        gpu.run(1, CPU)
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
-    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **kwargs: pytest.fail("timed although a test failed"))
-    with pytest.raises(InputError, match="nothing is timed that is not right"):
-        gpu.run(1, torch.device("cuda"))
+        benchmarks.gpu.run(1, CPU)
 
 
-def test_gpu_ends_in_time_whatever_the_tests_do(benchmarks, monkeypatch):
+@pytest.mark.parametrize("wrong", ["kernels", "others"])
+def test_gpu_names_the_tests_that_fail_and_uses_no_kernel_that_is_wrong(benchmarks, monkeypatch, wrong):
+    gpu, kept = benchmarks.gpu, []
+
+    def tested(command, **options):
+        if (wrong == "others") != (command[-1] == "gpu"):
+            return subprocess.CompletedProcess(command, 0, "..\n")
+        said = ".F\nFAILED tests/test_a.py::test_b - AssertionError: c\n1 failed"
+        return subprocess.CompletedProcess(command, 1, said)
+
+    monkeypatch.setattr(gpu.subprocess, "run", tested)
+    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: timed_result(benchmarks, {"forward": 1}))
+    monkeypatch.setattr(gpu, "remember", kept.append)
+    result = gpu.run(1, torch.device("cuda"))
+    assert result.notes[:2] == ["a target", "FAILED tests/test_a.py::test_b - AssertionError: c"]
+    if wrong == "kernels":
+        assert result.notes[2:] == ["no crossovers for NF4Linear from this run: not all kernels are right"]
+        assert kept == [] and result.settings["crossovers"] is None
+    else:
+        assert kept == [result] and len(result.notes) == 2
+
+
+def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, monkeypatch, tmp_path):
     gpu = benchmarks.gpu
-    monkeypatch.setattr(gpu, "SECONDS", 0.2)
-    run = subprocess.run
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: run(["sleep", "20"], **options))
-    with pytest.raises(InputError, match="the tests took more than 0 seconds"):
-        gpu.run(1, torch.device("cuda"))
+    monkeypatch.setattr(gpu, "PROCESSES", 0)
+    file = tmp_path / "test_it.py"
+    file.write_text("import time\n\ndef test_slow():\n    time.sleep(20)\n")
+    assert "more than the 0 seconds that there were" in gpu.failures([str(file)], 0.2)[0]
+    file.write_text("import no_such_package\n")
+    (line,) = gpu.failures([str(file)], 60)
+    assert line.startswith("ERROR ") and line.endswith("test_it.py")
+    monkeypatch.setattr(gpu.sys, "executable", "false")
+    assert gpu.failures([str(file)], 60)[0].endswith("ended with status 1")
 
 
 def test_gpu_keeps_its_times_where_the_crossovers_cannot_be_written(benchmarks, monkeypatch, tmp_path):
-    gpu = benchmarks.gpu
-    machine = {"device": "New GPU", "date": "today", "versions": {}}
-    result = benchmarks.output.Result(
-        "kernels", "", machine, {"crossovers": {"forward": 1}}, [], {}, lambda figure: None
-    )
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 0))
+    gpu, result = benchmarks.gpu, timed_result(benchmarks, {"forward": 1})
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 0, ""))
     monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: result)
     monkeypatch.setattr(gpu, "measured_file", lambda: tmp_path / "missing" / "crossovers.json")
     assert gpu.run(1, torch.device("cuda")) is result
-    assert len(result.notes) == 1 and "will not use these crossovers: " in result.notes[0]
+    assert len(result.notes) == 2 and "will not use these crossovers: " in result.notes[1]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "interrupted"])
@@ -476,12 +510,11 @@ def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, w
     def passed(command, **options):
         assert options["env"]["TRITON_INTERPRET"] == "0", "tests in the interpreter say nothing of the GPU"
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, 0, "")
 
     def timed(rounds, device, seconds):
         assert 0 < seconds <= gpu.SECONDS
-        settings = {"crossovers": {"forward": 1} if whole else None}
-        return benchmarks.output.Result("kernels", "", {}, settings, [], {}, lambda figure: None)
+        return timed_result(benchmarks, {"forward": 1} if whole else None)
 
     monkeypatch.setattr(gpu.subprocess, "run", passed)
     monkeypatch.setattr(gpu.nf4_products, "run", timed)
@@ -496,12 +529,11 @@ def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, w
 @pytest.mark.gpu
 def test_every_contender_on_a_gpu(benchmarks):
     """Correct on the GPU itself, replayed from a graph, with weights in turn."""
-    pytest.importorskip("bitsandbytes")
     contenders, products = benchmarks.nf4_contenders, benchmarks.nf4_products
     device = torch.device("cuda")
     missing = contenders.left_out("cuda")
     for operation, builds in contenders.CONTENDERS["cuda"].items():
-        case = case_of(benchmarks, operation, 0 if operation == "dequantize" else 16, 256, 512)
+        case = case_of(benchmarks, operation, 16 if "ward" in operation else 0, 256, 512)
         weights = contenders.Weights(case, device)
         x = torch.randn(case.x_shape, device=device).to(case.dtype)
         expected = computed(operation, weights.dense[0].float(), x.float())
