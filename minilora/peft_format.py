@@ -224,7 +224,9 @@ def _read_config(path: Path) -> AdapterConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: {path.parent} is not an adapter folder of PEFT's form") from None
+        trained = path.parent / "adapter"  # where `train` puts it, inside its output_dir
+        hint = f"; {trained} is one" if (trained / path.name).is_file() else ""
+        raise InputError(f"{path} does not exist: {path.parent} is no adapter folder of PEFT's form{hint}") from None
     except NotADirectoryError:
         raise InputError(f"{path.parent} is a file: give the folder that it is in") from None
     except (OSError, ValueError) as error:

@@ -110,7 +110,10 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     latest = latest_checkpoint(Path(config.output_dir))
     if config.resume is None:
         if latest is not None:
-            raise InputError(f'{latest} is there already: continue it with resume="auto", or choose another output_dir')
+            raise InputError(
+                f'{latest} is there already: continue it with resume="auto" (--resume auto), '
+                "or choose another output_dir"
+            )
         return None
     if config.resume == "auto":
         return latest

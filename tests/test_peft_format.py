@@ -245,6 +245,12 @@ def test_every_fault_is_one_line_that_names_it(tmp_path: Path, damage: Callable[
     assert not adapter_names(model), "the model is left as it was"
 
 
+def test_the_folder_of_a_run_leads_to_its_adapter(tmp_path: Path) -> None:
+    saved_by_us(tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(InputError, match=f"{tmp_path} is no adapter folder of PEFT's form; {tmp_path}/adapter is one"):
+        load_adapter(tiny_llama(), tmp_path)
+
+
 def test_saving_what_is_not_there_or_to_where_one_cannot_write(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter named 'default'"):
         save_adapter(tiny_llama(), tmp_path / "folder")
