@@ -184,8 +184,8 @@ class Merge:
     """Add an adapter into its base and write a model that needs no adapter code: a folder, or a GGUF file.
 
     With --quantize nf4 (the default, right after QLoRA) the adapter is added to the dequantized weights it
-    was trained on; with --quantize none to the original ones. Never into 4 bits: what that would lose, and
-    what the merge loses, is shown first (docs/merging.md).
+    was trained on; with --quantize none to the original ones. Never into NF4: what that would lose, and
+    what the merge loses, is shown first (docs/merging.md). Who reads which output: docs/serving.md.
     """
 
     adapter: str
@@ -209,7 +209,7 @@ class Merge:
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
         else:
             ml.save_pretrained(model, tokenizer, self.output)
-            print(f"merged model saved to {self.output}; load it with --quantize none")
+            print(f"merged model saved to {self.output}, in {self.base.dtype}; load it with --quantize none, so that it stays")
 
 
 RULES = tyro.constructors.ConstructorRegistry()

@@ -171,6 +171,14 @@ def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypat
     assert code == 0, err
     assert out.strip().splitlines()[-1] == "go"
 
+    code, out, err = run(capsys, "merge", "--adapter", adapter, "--output", "lights.gguf", "--outtype", "q4_1")
+    assert code == 0, err
+    assert "merged model saved to lights.gguf" in out and (tmp_path / "lights.Modelfile").exists()
+    code, out, err = run(capsys, "chat", "--model", "lights.gguf", "--quantize", "none", "--prompt",
+                         "The light is green.", "--max-new-tokens", "8")  # fmt: skip
+    assert code == 0, err
+    assert out.strip().splitlines()[-1] == "go"
+
 
 @pytest.mark.model
 @pytest.mark.parametrize("start", ["lora_ga", "eva"])
