@@ -165,7 +165,7 @@ class MergeReport:
         """A rich table, one row a format."""
         from rich.table import Table
 
-        title = "What a merge keeps of the adapters: median of all layers, and worst layer"
+        title = "What a merge keeps of the adapters: median and worst layer"
         table = Table(title=title, title_justify="left")
         table.add_column("format", no_wrap=True)
         for name in ("kept", "worst", "cosine", "worst", "rel. error", "erased"):
