@@ -25,6 +25,7 @@ from minilora.lora import LoRA, LoRAConfig
 from minilora.low_rank import randomized_svd
 from minilora.nf4 import QuantizedTensor
 from minilora.nf4_rounding import round_to_nf4
+from minilora.progress import progress_bar, with_progress
 from minilora.targets import adapted_layers, output_head
 from minilora.trained_parts import Part
 
@@ -62,10 +63,12 @@ def merge_to_nf4(
                 layer.merge(path)
             elif path not in to_round:
                 layer.put_in_place(_in_nf4(layer, layer.base_layer.quantized(), layer.merged_weight()[1]))
-        for paths in _groups(to_round, max_moments_bytes):
-            moments = input_moments(model, paths, batches, forward)
-            for path in paths:
-                to_round[path].put_in_place(_rounded(path, to_round[path], moments.pop(path)))
+        with progress_bar("Rounding to NF4", len(to_round)) as advance:
+            for paths in _groups(to_round, max_moments_bytes):
+                moments = input_moments(model, paths, batches, forward)
+                for path in paths:
+                    to_round[path].put_in_place(_rounded(path, to_round[path], moments.pop(path)))
+                    advance(1)
     except BaseException:
         unmerge(model)
         raise
@@ -137,7 +140,8 @@ def merge_to_lora(model: nn.Module, r: int, name: str = "merged") -> dict[str, f
             raise InputError(f"{path}: {layer.active} train it, or its bias, in full, which a LoRA cannot hold")
     config = LoRAConfig(r=r, lora_alpha=r, target_modules=list(layers))
     adapters = build_adapters(model, config, list(layers))
-    lost = {path: _fit(cast(LoRA, adapters[path]), path, layer) for path, layer in layers.items()}
+    items = with_progress(layers.items(), len(layers), "Fitting a LoRA")
+    lost = {path: _fit(cast(LoRA, adapters[path]), path, layer) for path, layer in items}
     attach(model, adapters, name)
     return lost
 

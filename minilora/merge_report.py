@@ -32,6 +32,7 @@ from minilora.adapters import refuse_merged
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.nf4 import dequantize, quantize
+from minilora.progress import with_progress
 from minilora.targets import adapted_layers
 
 if TYPE_CHECKING:
@@ -233,7 +234,8 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.changes_weight()}
     if not layers:
         raise InputError("the model has no active adapter that changes a weight")
-    rows = [row for path, layer in layers.items() for row in _layer_changes(path, layer, formats)]
+    items = with_progress(layers.items(), len(layers), "Comparing formats")
+    rows = [row for path, layer in items for row in _layer_changes(path, layer, formats)]
     rows.sort(key=lambda row: (formats.index(row.format), row.kept))
     return MergeReport(rows)
 
