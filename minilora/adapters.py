@@ -118,6 +118,8 @@ def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"an adapter's name is a word, not {name!r}")
     if name in adapter_names(model):
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
     if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):

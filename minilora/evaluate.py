@@ -140,6 +140,8 @@ def evaluate(
         text = tokenizer.decode(ids, skip_special_tokens=True)
         predictions.append(Prediction(_question(row), answer, text, _scored(metric, text, row), row.source))
     names = list(predictions[0].scores)
+    if other := next((each for each in predictions if each.scores.keys() != set(names)), None):
+        raise InputError(f"{other.source}: the metric scored {list(other.scores)}, and {names} of the first row")
     by_name = {name: [prediction.scores[name] for prediction in predictions] for name in names}
     return Scores(
         loss=loss,
@@ -287,7 +289,10 @@ def _prompt_tokens(tokenizer: Tokenizer, row: Row) -> list[int]:
 
 def _scored(metric: Metric, text: str, row: Row) -> dict[str, Score]:
     score = metric(text, row)
-    return score if isinstance(score, dict) else {getattr(metric, "__name__", "score"): score}
+    scores = score if isinstance(score, dict) else {getattr(metric, "__name__", "score"): score}
+    if not all(isinstance(value, bool | int | float) for value in scores.values()):
+        raise InputError(f"{row.source}: the metric gave {score!r}: it must give a bool or a number, or a dict of them")
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -77,6 +77,8 @@ def generate(
     not the model's or not one for each prompt, and for a model of transformers.
     """
     require_own_model(model, "with transformers, call model.generate(input_ids)")
+    if not isinstance(messages, str | list | tuple):
+        raise InputError(f"messages are a text, a list of messages or a list of these, not {messages!r}")
     one = isinstance(messages, str) or (bool(messages) and isinstance(messages[0], dict))
     prompts = cast(list[str | Conversation], [messages] if one else messages)
     tokens = generate_tokens(
@@ -177,8 +179,8 @@ def _decode(
 ) -> Iterator[Step]:
     """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+        if not (isinstance(value, int) and value >= 1) and (name, value) != ("batch_size", None):
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
     limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     if adapter_names is not None and len(adapter_names) != len(prompts):
@@ -219,6 +221,9 @@ def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int
         raise InputError(f"prompt {i} is empty: give it at least one token")
     if len(prompt) >= longest:
         raise InputError(f"prompt {i} has {len(prompt)} tokens, and the model takes {longest}: shorten it")
+    known = model.config.vocab_size
+    if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < known]:
+        raise InputError(f"prompt {i} has token {unknown[0]}, the model knows {known}: the tokenizer is another's")
     return min(max_new_tokens, longest - len(prompt))
 
 

@@ -63,7 +63,8 @@ def require_linear(adapter: "LoRA", layer: nn.Module) -> None:
 def weight_to_decompose(adapter: "LoRA", layer: nn.Module) -> Tensor:
     """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
 
-    Raises InputError for another layer, for a rank that W cannot have and for a scaling that is not positive.
+    Raises InputError for another layer, for a rank that W cannot have, for a scaling that is not positive and where W
+    has NaN or infinity.
     """
     require_linear(adapter, layer)
     W = adapter.kind.weight(layer).detach().float()
@@ -71,6 +72,8 @@ def weight_to_decompose(adapter: "LoRA", layer: nn.Module) -> Tensor:
         raise InputError(f"needs r of at most {min(W.shape)}, the rank of its weight {tuple(W.shape)}, not {adapter.r}")
     if not adapter.scaling > 0:
         raise InputError(f"needs lora_alpha above 0, not {adapter.lora_alpha:g}")
+    if not W.isfinite().all():
+        raise InputError("starts from the layer's weight, which has NaN or infinity: the model is damaged")
     return W
 
 

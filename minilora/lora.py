@@ -90,6 +90,9 @@ class LoRAConfig(AdapterConfig):
         for key in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, key), bool):  # a text "False" would count as true
                 raise InputError(f"LoRAConfig: {key} must be True or False, not {getattr(self, key)!r}")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, key), Mapping):
+                raise InputError(f"LoRAConfig: {key} must be a dict, not {getattr(self, key)!r}")
         self.check_ranks()
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):

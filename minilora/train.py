@@ -47,7 +47,7 @@ from minilora.training_fingerprint import fingerprint
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
 from minilora.training_mode import check_training_mode, training_mode
-from minilora.training_rows import TrainingRows, usable_examples
+from minilora.training_rows import TrainingRows, refuse_unknown_tokens, usable_examples
 
 __all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -100,6 +100,7 @@ def train(
 
     adapters = adapters_named(model, adapter)
     parameters = parameters_to_train(model, adapter)
+    refuse_unknown_tokens(model, examples + eval_examples)
     refuse_row_names(model)
     refuse_merged(model)
     refuse_switched_off(model, "training")

@@ -1,5 +1,6 @@
 """The settings of a training run."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -38,6 +39,10 @@ _RESUME_MAY_CHANGE = (
     "tensorboard",
     "wandb_project",
 )
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,20 @@ class TrainConfig:
                 raise InputError(f"{name} must be a number {least}, not {value!r}")
             if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):
                 raise InputError(f"{name} must be {least}, not {value}")
+            if value == math.inf:
+                raise InputError(f"{name} must be finite")
         for field in fields(self):
             if field.type in (int, int | None) and isinstance(value := getattr(self, field.name), float):
                 raise InputError(f"{field.name} must be a whole number, not {value}")
         for name in _SWITCHES:  # a text "False" would count as true
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not (isinstance(self.betas, tuple | list) and len(self.betas) == 2 and all(map(_is_rate, self.betas))):
+            raise InputError(f"betas must be two numbers of at least 0 and below 1, not {self.betas!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:  # NumPy's limit
+            raise InputError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
+        if not self.output_dir:
+            raise InputError("output_dir is empty: name a folder")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
         if self.optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):

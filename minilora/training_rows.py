@@ -4,13 +4,16 @@ import logging
 from collections.abc import Sequence
 from typing import cast
 
-from minilora.data import Example, Skipped, encode_rows
+from torch import nn
+
+from minilora.data import IGNORE, Example, Skipped, encode_rows
 from minilora.errors import InputError
 from minilora.loss import label_tokens
 from minilora.rows import Rows, given_rows
+from minilora.targets import input_embedding
 from minilora.tokenizer import Tokenizer
 
-__all__ = ["TrainingRows", "usable_examples"]
+__all__ = ["TrainingRows", "refuse_unknown_tokens", "usable_examples"]
 
 TrainingRows = Rows | Sequence[Example]
 logger = logging.getLogger("minilora")
@@ -42,6 +45,17 @@ def usable_examples(
             raise InputError(f"no {what} row is left: {message}")
         logger.warning(message)
     return usable, skipped
+
+
+def refuse_unknown_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise InputError for a token that the model has no embedding for: on a GPU it would end the process."""
+    path = input_embedding(model)
+    known = getattr(model.get_submodule(path), "num_embeddings", None) if path else None
+    for example in examples if known is not None else ():
+        tokens = {*example.input_ids, *example.labels} - {IGNORE}
+        if unknown := [token for token in (min(tokens), max(tokens)) if not 0 <= token < known]:
+            where = example.source or "an example"
+            raise InputError(f"{where} has token {unknown[0]}, the model knows {known}: the tokenizer is another's")
 
 
 def _examples(

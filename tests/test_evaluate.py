@@ -176,6 +176,22 @@ def test_a_metric_may_give_several_scores(model: Transformer, tokenizer: Tokeniz
     assert scores.intervals == {"length": interval([float(n) for n in lengths]), "right": wilson(1, 4)}
 
 
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (["right", "wrong"], "row 1: the metric gave 'right': it must give a bool or a number"),
+        ([1.0, None], "row 2: the metric gave None"),
+        ([{"a": 1.0}, {"b": 1.0}], r"row 2: the metric scored \['b'\], and \['a'\] of the first row"),
+    ],
+)
+def test_a_metric_that_gives_no_score_is_named_with_its_row(
+    model: Transformer, tokenizer: Tokenizer, rows: list[Row], scores: list[Any], message: str
+) -> None:
+    given_scores = iter(scores)
+    with pytest.raises(InputError, match=message):
+        evaluate(model, tokenizer, rows[:2], metric=lambda text, row: next(given_scores), max_new_tokens=2)
+
+
 def test_a_system_prompt_stands_in_place_of_the_rows_own(
     model: Transformer, tokenizer: Tokenizer, rows: list[Row]
 ) -> None:

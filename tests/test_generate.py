@@ -236,10 +236,22 @@ def test_a_damaged_model_is_an_error(llama: Any, sampling: Sampling) -> None:
         generate_tokens(model, prompts(), 3, sampling=sampling)
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"batch_size": 0}])
-def test_no_tokens_and_no_rows_are_errors(llama: Any, values: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(values))} must be at least 1"):
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"batch_size": 0}])
+def test_no_tokens_and_no_rows_are_errors(llama: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(values))} must be a whole number of at least 1"):
         generate_tokens(our_model(llama), [[1]], **values)
+
+
+@pytest.mark.parametrize("token", [SHAPE["vocab_size"], -1])
+def test_a_token_that_the_model_does_not_know_is_an_error(llama: Any, token: int) -> None:
+    with pytest.raises(InputError, match=f"prompt 1 has token {token}, the model knows 97: the tokenizer is another's"):
+        generate_tokens(our_model(llama), [[1, 2], [3, token]], 1)
+
+
+@pytest.mark.parametrize("messages", [{"role": "user", "content": "a"}, None, 5])
+def test_what_is_no_text_and_no_conversation_is_an_error(llama: Any, messages: Any) -> None:
+    with pytest.raises(InputError, match="messages are a text, a list of messages or a list of these, not"):
+        generate(our_model(llama), tiny(), messages)
 
 
 def test_modes_are_as_before_and_no_gradient_is_kept(llama: Any) -> None:

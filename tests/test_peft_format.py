@@ -229,7 +229,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (edit_config(bias="some"), "bias='some'"),
         (edit_config(r="8"), "rank must be a whole number"),
         (edit_config(lora_dropout="some"), "adapter_config.json: "),
-        (edit_config(rank_pattern=[1]), "adapter_config.json: "),
+        (edit_config(rank_pattern=[1]), r"adapter_config.json: LoRAConfig: rank_pattern must be a dict, not \[1\]"),
         (edit_config(target_modules=["c_attn"]), "does not fit the model: .*c_attn"),
         (edit_config(target_modules=None), "does not fit the model: .*target_modules"),
     ],

@@ -77,7 +77,9 @@ def test_logits_that_are_no_numbers_are_an_error(damage: float) -> None:
             choose(torch.tensor([[0.0, damage, 1.0]]), sampling, uniform)
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_sampling_refuses_what_makes_no_sense(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
         Sampling(**values)

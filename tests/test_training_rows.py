@@ -1,11 +1,13 @@
 """Which rows are trained on; `train` on rows of every kind is in test_train.py."""
 
 import pytest
-from training_helpers import PADDING
+import torch
+from training_helpers import LLAMA, PADDING, VOCABULARY, tiny_base
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.data import Example
 from minilora.errors import InputError
-from minilora.training_rows import usable_examples
+from minilora.training_rows import refuse_unknown_tokens, usable_examples
 
 GOOD = Example([5, 6, 7], [-100, 6, 7], "good")
 LONG = Example([5] * 9, [5] * 9, "long")
@@ -38,3 +40,18 @@ def test_no_row_is_an_error_that_names_which_rows():
 def test_another_librarys_tokenizer_is_named():
     with pytest.raises(InputError, match=r"a SimpleNamespace is not minilora's tokenizer: .*Tokenizer\.from_folder"):
         usable_examples([{"prompt": "a", "completion": "b"}], PADDING, 8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "token"),
+    [([5, VOCABULARY], [-100, 6], VOCABULARY), ([5, 6], [-100, VOCABULARY], VOCABULARY), ([5, -3], [-100, 6], -3)],
+)
+def test_a_token_that_the_model_does_not_know_is_named(ids, labels, token):
+    for model in (tiny_base(), LlamaForCausalLM(LlamaConfig(**LLAMA))):
+        refuse_unknown_tokens(model, [GOOD, UNLABELLED, Example([0, VOCABULARY - 1], [-100, VOCABULARY - 1])])
+        with pytest.raises(InputError, match=f"bad.jsonl:2 has token {token}, the model knows {VOCABULARY}: the tok"):
+            refuse_unknown_tokens(model, [GOOD, Example(ids, labels, "bad.jsonl:2")])
+
+
+def test_a_model_without_an_embedding_is_not_asked():
+    refuse_unknown_tokens(torch.nn.Sequential(torch.nn.Linear(2, 2)), [GOOD])

@@ -126,6 +126,10 @@ def test_what_it_cannot_start_is_refused(init: str) -> None:
     assert_refused(init, embedding(), "linear layer, not Embedding")
     assert_refused(init, base(), f"at most {OUT}", r=OUT + 1)
     assert_refused(init, base(), "lora_alpha above 0", lora_alpha=0)
+    damaged = base()
+    with torch.no_grad():
+        damaged[0].weight[1, 2] = torch.inf
+    assert_refused(init, damaged, "starts from the layer's weight, which has NaN or infinity")
 
 
 def test_foreign_4_bit_weights_are_refused() -> None:
