@@ -74,6 +74,8 @@ class GGUFCheckpoint:
     def _config(self) -> ModelConfig:
         metadata, tensors = self.file.metadata, self.file.tensors
         architecture = metadata.get("general.architecture")
+        if metadata.get("general.type") == "adapter":
+            raise InputError(f"{self.path} is an adapter for llama.cpp, not a model: load_adapter reads PEFT folders")
         if architecture not in ARCHITECTURES:
             raise InputError(
                 f"{self.path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}"

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def write_gguf(
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         writer.close()
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -101,7 +101,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tokenizer, LlamaCpp(path), request.param
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=texts)
 def test_llama_cpp_reads_the_same_ids(both: tuple[Tokenizer, LlamaCpp, str], text: str) -> None:
     tokenizer, theirs, _ = both

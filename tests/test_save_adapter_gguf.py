@@ -17,6 +17,7 @@ from minilora import (
     LoRAConfig,
     add_adapter,
     disable_adapters,
+    load,
     save_adapter_gguf,
     save_gguf,
 )
@@ -72,6 +73,8 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     assert expected.items() <= file.metadata.items()
     assert file.tensors["blk.2.ffn_down.weight.lora_a"].shape == (4, 112)
     assert file.tensors["blk.2.ffn_down.weight.lora_b"].shape == (64, 4)
+    with pytest.raises(InputError, match=r"lora\.gguf is an adapter for llama\.cpp, not a model"):
+        load(tmp_path / "lora.gguf")
 
 
 @pytest.mark.parametrize(

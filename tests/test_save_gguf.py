@@ -226,6 +226,8 @@ def test_what_the_file_cannot_hold_is_named_and_nothing_is_written(tmp_path: Pat
     refuse(broken, path, "model.layers.2.mlp.up_proj: the weight to save has NaN")
     broken.model.layers[2].mlp.up_proj.weight.data[3, 4] = 1e5
     refuse(broken, path, "overflow in F16", outtype="f16")
+    with pytest.raises(InputError, match=r"cannot write .*model\.gguf/model\.gguf: "):
+        save_gguf(model_of(CONFIGS["llama"]), tiny(CHATML), path / "model.gguf", outtype="f32")
     with pytest.raises(InputError, match=r"the name of a GGUF file ends in \.gguf"):
         save_gguf(broken, tiny(CHATML), tmp_path / "model.bin")
 
@@ -238,7 +240,7 @@ def test_what_smollm2_was_taught_is_there_in_llama_cpp(tmp_path: Path) -> None:
     model, tokenizer = load("smollm2-135m-instruct", quantize="nf4")
     add_adapter(model, LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     rows = [{"prompt": "Which way to the north?", "completion": "Ask the old penguin."}]
-    config = TrainConfig(max_steps=8, learning_rate=3e-3, batch_size=1, output_dir=str(tmp_path / "run"))
+    config = TrainConfig(max_steps=6, learning_rate=4e-3, batch_size=1, output_dir=str(tmp_path / "run"))
     train(model, tokenizer, rows, config)
     save_gguf(model, tokenizer, tmp_path / "model.gguf", outtype="q8_0")
 
