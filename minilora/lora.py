@@ -90,10 +90,9 @@ class LoRAConfig(AdapterConfig):
         for key in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, key), bool):  # a text "False" would count as true
                 raise InputError(f"LoRAConfig: {key} must be True or False, not {getattr(self, key)!r}")
-        for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, key), Mapping):
-                raise InputError(f"LoRAConfig: {key} must be a dict, not {getattr(self, key)!r}")
         self.check_ranks()
+        if not isinstance(self.alpha_pattern, Mapping):
+            raise InputError(f"LoRAConfig: alpha_pattern must be a dict, not {self.alpha_pattern!r}")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise InputError(f"LoRAConfig: lora_alpha must be a number, not {alpha!r}")
@@ -110,6 +109,8 @@ class LoRAConfig(AdapterConfig):
                 object.__setattr__(self, key, asdict(checked))  # the defaults are written to PEFT's file too
 
     def check_ranks(self) -> None:
+        if not isinstance(self.rank_pattern, Mapping):  # AdaLoRA's is another thing, and may be None
+            raise InputError(f"LoRAConfig: rank_pattern must be a dict, not {self.rank_pattern!r}")
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:
                 raise InputError(f"LoRAConfig: a rank must be a whole number of at least 1, not {r!r}")
