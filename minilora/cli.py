@@ -209,7 +209,7 @@ class Merge:
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
         else:
             ml.save_pretrained(model, tokenizer, self.output)
-            print(f"merged model saved to {self.output}, in {self.base.dtype}; load it with --quantize none, so that it stays")
+            print(f"merged model saved to {self.output}; load it with --quantize none")
 
 
 RULES = tyro.constructors.ConstructorRegistry()
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"minilora: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except DivergedError as error:
+    except (DivergedError, OSError) as error:  # of the system: a disk that is full, a pipe that is closed
         print(f"minilora: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt as interrupt:

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from minilora.bitsandbytes_format import packed, quantization_config
@@ -14,16 +15,14 @@ from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.model import Transformer, require_own_model
-
-if TYPE_CHECKING:
-    from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import Tokenizer, require_own_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
 
 def save_pretrained(
     model: Transformer,
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -39,28 +38,33 @@ def save_pretrained(
     layout of bitsandbytes, which transformers loads too.
     Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
     a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
-    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer; and
-    for a model of transformers, which has a method of this name: after `unload(model, merge=True)`.
+    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer; where
+    the folder cannot be written; and for a model of transformers, which has a method of this name: after
+    `unload(model, merge=True)`.
     """
     require_own_model(model, "with transformers, unload(model, merge=True), then model.save_pretrained(folder)")
+    require_own_tokenizer(tokenizer)
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the model in")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     layers = layers_with_weights(model)
     dtype = dtype or model.model.embed_tokens.weight.dtype
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        temporary = Path(name) / "new"
-        temporary.mkdir()
-        _write_weights(layers, temporary, dtype, max_shard_bytes, in_4_bits)
-        config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
-        values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-        if in_4_bits:
-            values["quantization_config"] = _quantization_config(layers, dtype)
-        _write_json(temporary / "config.json", values)
-        _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
-        tokenizer.save(temporary)
-        _move_into_place(temporary, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            temporary = Path(name) / "new"
+            temporary.mkdir()
+            _write_weights(layers, temporary, dtype, max_shard_bytes, in_4_bits)
+            config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
+            values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+            if in_4_bits:
+                values["quantization_config"] = _quantization_config(layers, dtype)
+            _write_json(temporary / "config.json", values)
+            _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
+            tokenizer.save(temporary)
+            _move_into_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the model to {folder}: {error}") from None
 
 
 def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
     return base.out_features * base.in_features * dtype.itemsize + bias
 
 
-def _generation_config(model: Transformer, tokenizer: "Tokenizer") -> dict[str, object]:
+def _generation_config(model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:
     """Where generation starts, stops and pads: the ids that transformers' generate takes from this file."""
     stops = list(dict.fromkeys([*model.config.eos_token_ids, *tokenizer.eos_token_ids]))
     return {

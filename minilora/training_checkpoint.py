@@ -234,24 +234,27 @@ def save_adapter_atomically(path: Path, model: nn.Module, adapter: str) -> None:
 
 
 def _replace_folder(path: Path, write: Any) -> None:
-    """Call write(temporary folder), then put that folder in the place of `path`."""
+    """Call write(temporary folder), then put that folder in the place of `path`; InputError if it cannot be written."""
     temporary, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for leftover in (temporary, previous):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())  # a full disk shows here at the latest, before the rename
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if path.exists():  # a folder that is not empty cannot be renamed over
-        path.replace(previous)
-    temporary.replace(path)
-    shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():  # a folder that is not empty cannot be renamed over
+            path.replace(previous)
+        temporary.replace(path)
+    except (OSError, SafetensorError, InputError) as error:
+        raise InputError(f"cannot write {path}: {error}; what was saved before is as it was") from None
+    finally:
+        if previous.exists() and not path.exists():
+            previous.replace(path)
+        for leftover in (temporary, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _json(value: Any) -> str:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,14 +78,18 @@ class JsonLines:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         temporary.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()  # a run that is killed keeps its log, and `tail -f` follows it
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()  # a run that is killed keeps its log, and `tail -f` follows it
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; checkpoints stay as they were") from None
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # of what `write` could not write
+            self.file.close()
 
 
 def read_log(path: Path) -> list[Record]:

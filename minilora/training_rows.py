@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,7 +50,7 @@ def usable_examples(
 def refuse_unknown_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
     """Raise InputError for a token that the model has no embedding for: on a GPU it would end the process."""
     path = input_embedding(model)
-    known = getattr(model.get_submodule(path), "num_embeddings", None) if path else None
+    known: Any = getattr(model.get_submodule(path), "num_embeddings", None) if path else None
     for example in examples if known is not None else ():
         tokens = {*example.input_ids, *example.labels} - {IGNORE}
         if unknown := [token for token in (min(tokens), max(tokens)) if not 0 <= token < known]:

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import subprocess
@@ -101,6 +102,7 @@ def test_chat_reads_a_pipe_without_prompting(capsys, monkeypatch):
     [
         (InputError("the thing; the way out"), 2, "minilora: the thing; the way out"),
         (DivergedError("step 3: loss is nan"), 1, "minilora: step 3: loss is nan"),
+        (OSError(errno.ENOSPC, "No space left on device", "scores.json"), 1, "No space left on device: 'scores.json'"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt("resume with --resume auto"), 130, "resume with --resume auto"),
     ],

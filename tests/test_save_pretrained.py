@@ -222,7 +222,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(type(TOKENIZER), "save", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(InputError, match=r"cannot write the model to .*saved: disk full$"):
             save_pretrained(adapted("llama", nf4=True), TOKENIZER, folder)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.adapters["default"].lora_B[0, 0] = float("nan")
@@ -250,3 +250,5 @@ def test_a_file_in_the_folders_place_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("a file")
     with pytest.raises(InputError, match="saved is a file; give a folder"):
         save_pretrained(our_model(transformers_model(CONFIGS["llama"])), TOKENIZER, tmp_path / "saved")
+    with pytest.raises(InputError, match=r"cannot write the model to .*saved/model: .*File exists"):
+        save_pretrained(our_model(transformers_model(CONFIGS["llama"])), TOKENIZER, tmp_path / "saved" / "model")

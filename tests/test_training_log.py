@@ -3,6 +3,7 @@
 import json
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,24 @@ def test_a_log_cut_short_keeps_its_whole_lines_and_drops_repeated_steps(tmp_path
     sink.write({"step": 3, "loss": 0.5})
     sink.close()
     assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("line", ["{", '"step"', '{"loss": 1.0}', '{"step": "1"}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl:2 is no record of a training log: remove the line"):
+        read_log(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    sink = JsonLines(tmp_path / "log.jsonl", first_step=1)
+    sink.file.close()
+    sink.file = Path("/dev/full").open("w")  # noqa: SIM115 - the sink closes it
+    with pytest.raises(InputError, match=r"cannot write .*log\.jsonl: No space left on device"):
+        sink.write(STEP)
+    sink.close()
 
 
 def test_smoothing_starts_at_the_first_value_and_follows():
