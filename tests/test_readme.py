@@ -23,8 +23,8 @@ def test_the_example_works_when_pasted(tmp_path):
     assert done.returncode == 0, done.stderr
     tuned, base = (line.partition(":")[2].strip() for line in done.stdout.splitlines())
     assert tuned == "go" != base
-    assert (tmp_path / "lights/merged/model.safetensors").exists()
-    assert (tmp_path / "lights/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "first-run/merged/model.safetensors").exists()
+    assert (tmp_path / "first-run/adapter/adapter_model.safetensors").exists()
 
 
 def test_the_example_is_fifteen_lines_or_fewer():
