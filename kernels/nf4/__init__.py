@@ -6,7 +6,7 @@
     gemv         y = W x, one token at a time
     matmul       y = x W^T (+ bias) (+ LoRA) for few rows of x
     backward     g_x = g_y W
-    ops          dequantize, matmul and backward as PyTorch operators
+    ops          dequantize, quantize, matmul and backward as PyTorch operators
     aot          all of them compiled without a GPU: registers, spills, shared memory
 
 No GPU has run them yet, only Triton's interpreter; they compile for sm_80, sm_90 and sm_100 without spills. NF4Linear

@@ -5,7 +5,7 @@
                                                dL/dx = dL/dy W      dL/dadd = dL/dy
                                                dL/dx_A = dL/dy B    dL/dB = dL/dy^T x_A
     minilora::nf4_backward(g, packed …)        g W             dL/dg = dL/dy W^T
-    minilora::nf4_quantize(w, block_size)      codes, absmax   no gradient: they are steps
+    minilora::nf4_quantize(w, block_size)      codes, absmax   no gradient: rounding has none
 
 `packed …` is a QuantizedTensor as plain arguments; `packed(q)` turns one into them.
 """
