@@ -47,7 +47,7 @@ from minilora.training_fingerprint import fingerprint
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
 from minilora.training_log import Record, memory_mb, open_log, read_log
 from minilora.training_mode import check_training_mode, training_mode
-from minilora.training_rows import TrainingRows, refuse_unknown_tokens, usable_examples
+from minilora.training_rows import TrainingRows, refuse_unreadable, usable_examples
 
 __all__ = ["DivergedError", "TrainConfig", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -100,7 +100,7 @@ def train(
 
     adapters = adapters_named(model, adapter)
     parameters = parameters_to_train(model, adapter)
-    refuse_unknown_tokens(model, examples + eval_examples)
+    refuse_unreadable(model, examples + eval_examples)
     refuse_row_names(model)
     refuse_merged(model)
     refuse_switched_off(model, "training")
@@ -240,9 +240,12 @@ def _divergence(
     sources = [example.source or "a row without a source" for rows in guilty or passes for example in rows]
     what = f"loss is {sum(pass_losses)}" if guilty else f"gradient norm is {grad_norm}"
     saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before"
+    advice = "A lower learning_rate, a smaller max_grad_norm or a look at these rows may help."
+    if step == 1:  # nothing has been learned yet
+        advice = "Look at these rows, at the model's weights, or whether its dtype overflows."
     return (
         f"step {step}: the {what} on the rows {', '.join(sources)}; the parameters were not updated with it;"
-        f" {saved}. A lower learning_rate, a smaller max_grad_norm or a look at these rows may help."
+        f" {saved}. {advice}"
     )
 
 

@@ -1,8 +1,9 @@
 """The rows of a training run: whatever the caller has, made into examples that something can be learned from."""
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from minilora.rows import Rows, given_rows
 from minilora.targets import input_embedding
 from minilora.tokenizer import Tokenizer
 
-__all__ = ["TrainingRows", "refuse_unknown_tokens", "usable_examples"]
+__all__ = ["TrainingRows", "refuse_unreadable", "usable_examples"]
 
 TrainingRows = Rows | Sequence[Example]
 logger = logging.getLogger("minilora")
@@ -47,14 +48,20 @@ def usable_examples(
     return usable, skipped
 
 
-def refuse_unknown_tokens(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Raise InputError for a token that the model has no embedding for: on a GPU it would end the process."""
+def refuse_unreadable(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise InputError for a row longer than the model takes, or a token that it has no embedding for.
+
+    On a GPU, such a token ends the process.
+    """
     path = input_embedding(model)
-    known: Any = getattr(model.get_submodule(path), "num_embeddings", None) if path else None
-    for example in examples if known is not None else ():
+    known = getattr(model.get_submodule(path), "num_embeddings", math.inf) if path else math.inf
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for example in examples:
+        where, length = example.source or "an example", len(example.input_ids)
+        if longest is not None and 0 < longest < length:  # -1: any length
+            raise InputError(f"{where} has {length} tokens, the model takes {longest}: max_length={longest} skips it")
         tokens = {*example.input_ids, *example.labels} - {IGNORE}
         if unknown := [token for token in (min(tokens), max(tokens)) if not 0 <= token < known]:
-            where = example.source or "an example"
             raise InputError(f"{where} has token {unknown[0]}, the model knows {known}: the tokenizer is another's")
 
 

@@ -426,6 +426,7 @@ def test_a_loss_that_is_nan_names_step_rows_and_checkpoint(tmp_path):
         run(model, rows, tmp_path, **settings)
     message = str(diverged.value)
     assert "step 3: the loss is nan" in message
+    assert "A lower learning_rate" in message
     assert rows[poisoned].source + ";" in message, "that row"
     assert not any(
         f"{rows[i].source}," in message or f"{rows[i].source};" in message for i in order[2] if i != poisoned
@@ -440,7 +441,8 @@ def test_a_gradient_that_is_infinite_stops_too(tmp_path):
     parameter.register_hook(lambda gradient: gradient * math.inf)
     start, rows = trained(model), random_rows(8)
     with pytest.raises(
-        DivergedError, match=r"step 1: the gradient norm is (nan|inf) on the rows .*no checkpoint"
+        DivergedError,
+        match=r"step 1: the gradient norm is (nan|inf) on the rows .*no checkpoint.* Look at .* the model's weights",
     ) as error:
         run(model, rows, tmp_path, batch_size=8)
     assert all(row.source in str(error.value) for row in rows)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.data import Example
 from minilora.errors import InputError
-from minilora.training_rows import refuse_unknown_tokens, usable_examples
+from minilora.training_rows import refuse_unreadable, usable_examples
 
 GOOD = Example([5, 6, 7], [-100, 6, 7], "good")
 LONG = Example([5] * 9, [5] * 9, "long")
@@ -48,10 +48,17 @@ def test_another_librarys_tokenizer_is_named():
 )
 def test_a_token_that_the_model_does_not_know_is_named(ids, labels, token):
     for model in (tiny_base(), LlamaForCausalLM(LlamaConfig(**LLAMA))):
-        refuse_unknown_tokens(model, [GOOD, UNLABELLED, Example([0, VOCABULARY - 1], [-100, VOCABULARY - 1])])
+        refuse_unreadable(model, [GOOD, UNLABELLED, Example([0, VOCABULARY - 1], [-100, VOCABULARY - 1])])
         with pytest.raises(InputError, match=f"bad.jsonl:2 has token {token}, the model knows {VOCABULARY}: the tok"):
-            refuse_unknown_tokens(model, [GOOD, Example(ids, labels, "bad.jsonl:2")])
+            refuse_unreadable(model, [GOOD, Example(ids, labels, "bad.jsonl:2")])
 
 
 def test_a_model_without_an_embedding_is_not_asked():
-    refuse_unknown_tokens(torch.nn.Sequential(torch.nn.Linear(2, 2)), [GOOD])
+    refuse_unreadable(torch.nn.Sequential(torch.nn.Linear(2, 2)), [GOOD])
+
+
+def test_a_row_longer_than_the_model_takes_is_named():
+    row = Example([5] * (LLAMA["max_position_embeddings"] + 1), [5] * (LLAMA["max_position_embeddings"] + 1), "a:1")
+    for model in (tiny_base(), LlamaForCausalLM(LlamaConfig(**LLAMA))):
+        with pytest.raises(InputError, match="a:1 has 129 tokens, the model takes 128: max_length=128 skips it"):
+            refuse_unreadable(model, [GOOD, row])
