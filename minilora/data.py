@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +43,6 @@ __all__ = [
     "pack",
     "show_example",
 ]
-
-T = TypeVar("T")
 
 IGNORE = -100  # the label that PyTorch's cross_entropy skips
 CHUNK = 256  # rows tokenized at a time
@@ -219,12 +217,15 @@ def batches(
     return cut
 
 
-def show_example(example: Example, tokenizer: Tokenizer, color: bool | None = None) -> str:
-    """The example as text, special tokens included: what is learned in green, what is only read dim.
+def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, color: bool | None = None) -> str:
+    """A row, or an example made of one, as text with special tokens: what is learned in green, what is only read dim.
 
     Without colour, what is learned stands in ⟦ ⟧. There is colour if `color` says so; by default, if standard output
     is a terminal and NO_COLOR is not set.
     """
+    if not isinstance(example, Example):
+        rows = [example] if isinstance(example, Row) else as_rows([example])
+        [example] = encode_rows(rows, tokenizer).examples
     if color is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     pieces = []

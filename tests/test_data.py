@@ -316,6 +316,12 @@ def test_show_example_marks_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> 
     assert colored == f"\x1b[2m{header}\x1b[0m\x1b[32m{answer}\x1b[0m\x1b[2m\n\x1b[0m"
     assert re.sub("\x1b\\[[0-9]*m", "", colored) == header + answer + "\n"
 
+    row = {"prompt": "Hi \x1b[31m", "completion": "Hello 🤗"}
+    for same in (row, as_rows([row])[0]):
+        assert show_example(same, tokenizer, color=False) == f"{header}⟦{answer}⟧\n"
+    with pytest.raises(InputError, match="its keys are 'promt'"):
+        show_example({"promt": "Hi"}, tokenizer)
+
     assert show_example(example, tokenizer) == show_example(example, tokenizer, color=False)  # no terminal here
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert show_example(example, tokenizer) == colored
