@@ -26,7 +26,7 @@ FRAGMENTS = [
     *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", " \n ", "🤗", "{", "!?", "...", "—", "==", "<", "|", "/"),
     *("<|im_start|>", "<|im_end|>", "[INST]", "<|im_"),
 ]
-texts = st.lists(st.sampled_from(FRAGMENTS), max_size=10).map("".join)
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(alphabet="ab", max_size=9), max_size=10).map("".join)
 
 
 def byte_level(cut: Any, ignore_merges: bool = False, normalizer: Any = None) -> tokenizers.Tokenizer:
@@ -50,7 +50,8 @@ def sentencepiece() -> tokenizers.Tokenizer:
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # each letter once, so that the tokens fit the model; the rest of PROBE falls to bytes
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    trained.train_from_iterator(["the weather in the north is as it is there", "a be bee"], trainer)
+    # "abba" and the like can be put together in several ways, of which the scores choose one
+    trained.train_from_iterator(["the weather in the north is as it is", "abba baab abab baba ab abb bba"], trainer)
     state = json.loads(trained.to_str())
     vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *in_bytes])}
     for token in sorted(state["model"]["vocab"], key=state["model"]["vocab"].get):
@@ -130,6 +131,10 @@ def test_what_gguf_cannot_say_is_refused() -> None:
     whitespace = byte_level([pre_tokenizers.Whitespace(), ByteLevel(False, use_regex=False)])
     with pytest.raises(InputError, match="cuts text into words in a way that has no name here"):
         vocabulary_metadata(Tokenizer(whitespace, names), 320)
+    # Llama 3's words, but not its rule that a word in the vocabulary is that token
+    by_merges = byte_level([Split(Regex(LLAMA3), "isolated"), ByteLevel(False, use_regex=False)])
+    with pytest.raises(InputError, match="cuts text into words in a way that has no name here"):
+        vocabulary_metadata(Tokenizer(by_merges, names), 320)
     pieces = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|im_end|>": 1}))
     with pytest.raises(InputError, match="of the kind WordLevel cannot be written as GGUF"):
         vocabulary_metadata(Tokenizer(pieces, names), 320)

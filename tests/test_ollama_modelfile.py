@@ -65,16 +65,19 @@ def test_the_go_template_gives_the_same_text(template: str, system: str | None, 
 @pytest.mark.parametrize(
     "template",
     [
-        LLAMA3,  # today's date
+        LLAMA3,
+        DEFAULT_SYSTEM.replace("Be brief.", "Today is ' + strftime_now('%d %b') + '."),
         MISTRAL,  # refuses a system message, or takes it for a user's
         CHATML.replace("message['content']", "message['content'] | trim"),
         CHATML.replace("message['role'] +", "message['role'] + ('!' if loop.last else '') +"),
-        CHATML.replace("<|im_start|>", "{{ '{{' }}"),  # would be Go's own
+        CHATML.replace("<|im_start|>", "{{"),  # would be Go's own
+        CHATML.replace("<|im_start|>", '"""'),  # would be the Modelfile's own
     ],
-    ids=["date", "no system", "trim", "position", "braces"],
+    ids=["llama3", "date", "no system", "trim", "position", "braces", "quotes"],
 )
 def test_without_a_template_that_is_right_none_is_written(template: str) -> None:
     tokenizer = tiny(template)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "the"}])  # the template itself works
     assert find_turns(tokenizer) is None
     text = modelfile(tokenizer, "model.gguf")
     assert "# No TEMPLATE: " in text and 'TEMPLATE "' not in text
