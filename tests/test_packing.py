@@ -223,7 +223,10 @@ QWEN3_NEXT = Qwen3NextConfig(
 def test_transformers_models_that_keep_rows_apart(model: Any) -> None:
     """The packed loss and gradients are then those of padded rows."""
     theirs = model()
+    theirs.train().get_input_embeddings().eval()
+    modes = [module.training for module in theirs.modules()]
     assert keeps_rows_apart(theirs)
+    assert [module.training for module in theirs.modules()] == modes, "as they were"
     packed = loss_and_gradients(theirs, summed_loss(theirs, pack(rows())))
     padded = loss_and_gradients(theirs, summed_loss(theirs, collate(rows(), 0)))
     assert_close(packed, padded, ROUNDING[torch.float32])

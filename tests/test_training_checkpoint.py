@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,26 @@ def test_a_failed_rewrite_leaves_the_same_checkpoint_good(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"cannot write .*checkpoint-000004: .*No space left"):
         run(tiny_model(), rows, tmp_path, max_steps=4, save_every=2, resume=str(tmp_path / "checkpoint-000002"))
     assert (tmp_path / "checkpoint-000004" / "trainer_state.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_rename_that_fails_leaves_the_same_checkpoint_good(tmp_path, monkeypatch, error):
+    """Between the two of them there is no folder of that name."""
+    rows, settings = random_rows(30), {"max_steps": 4, "save_every": 2}
+    run(tiny_model(), rows, tmp_path, **settings)
+    before = (tmp_path / "checkpoint-000004" / "trainer_state.safetensors").read_bytes()
+    replace = Path.replace
+
+    def fail(path, target):
+        if path.name == ".checkpoint-000004.tmp":
+            raise error
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(InputError if isinstance(error, OSError) else KeyboardInterrupt):
+        run(tiny_model(), rows, tmp_path, **settings, resume=str(tmp_path / "checkpoint-000002"))
+    assert (tmp_path / "checkpoint-000004" / "trainer_state.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
 
 
 def test_what_a_kill_in_the_middle_left_behind_is_no_checkpoint(tmp_path):

@@ -46,12 +46,12 @@ def test_a_transformers_model_recomputes_afterwards_if_it_did_before(before):
     assert model.is_gradient_checkpointing == before
 
 
-def test_a_model_that_cannot_recompute_is_refused_and_unchanged():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2)).eval()
+def test_a_model_that_cannot_recompute_is_refused_and_unchanged(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)  # as a few of transformers' models
     config = TrainConfig(gradient_checkpointing=True)
-    with (
-        pytest.raises(InputError, match="Sequential has no gradient checkpointing: set gradient_checkpointing to"),
-        training_mode(model, config),
-    ):
-        pass
-    assert not model.training
+    for model in (torch.nn.Sequential(torch.nn.Linear(2, 2)), LlamaForCausalLM(LlamaConfig(**LLAMA))):
+        model.eval()
+        refusal = f"{type(model).__name__} has no gradient checkpointing: set gradient_checkpointing to"
+        with pytest.raises(InputError, match=refusal), training_mode(model, config):
+            pass
+        assert not model.training
