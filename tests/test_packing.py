@@ -227,6 +227,7 @@ def test_transformers_models_that_keep_rows_apart(model: Any) -> None:
     modes = [module.training for module in theirs.modules()]
     assert keeps_rows_apart(theirs)
     assert [module.training for module in theirs.modules()] == modes, "as they were"
+    theirs.eval()  # without dropout
     packed = loss_and_gradients(theirs, summed_loss(theirs, pack(rows())))
     padded = loss_and_gradients(theirs, summed_loss(theirs, collate(rows(), 0)))
     assert_close(packed, padded, ROUNDING[torch.float32])
