@@ -239,7 +239,9 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
     Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
     """
     recipe = Train()
-    if argv[:1] == ["train"] and argv[1:2] and argv[1].endswith((".yaml", ".yml")):
+    if argv[:1] == ["train"] and argv[1:2] and not argv[1].startswith("-"):
+        if argv[1].endswith((".json", ".jsonl")):
+            raise InputError(f"{argv[1]} holds rows and is no recipe: give --data {argv[1]}")
         recipe = read_recipe(argv[1], recipe)
         argv = ["train", *argv[2:]]
     try:
