@@ -4,6 +4,7 @@ The names of tensors and keys are those of the `gguf` package; gguf_checkpoint.p
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -135,8 +136,7 @@ def _rope_factors(config: ModelConfig) -> Tensor | None:
         return None
     if ARCHITECTURES[config.model_type] != "llama":
         raise InputError(f"llama.cpp has no llama3 RoPE scaling in its architecture {config.model_type}")
-    theta = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    return theta / inverse_frequencies(config)
+    return inverse_frequencies(replace(config, rope_scaling=None)) / inverse_frequencies(config)
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
