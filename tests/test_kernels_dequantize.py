@@ -96,6 +96,17 @@ def test_quantize_writes_its_result_and_nothing_else(monkeypatch: pytest.MonkeyP
         assert (room[:n] != 99).all() and (room[n:] == 99).all()
 
 
+def test_values_near_a_midpoint_are_scaled_by_the_reciprocal() -> None:
+    """On a tie but for the last bit, where w · (1 / c) and w / c differ."""
+    torch.manual_seed(0)
+    ties = torch.cat([nf4.midpoints(nf4.code()), torch.ones(1)]).repeat(4)  # each block has its absmax, c
+    w = (torch.rand(64, 1) * ties).view(-1).to(DEVICE)
+    codes, absmax = quantize(w, 64)
+    assert torch.equal(codes, nf4.quantize(w).codes)
+    divided = nf4.encode((w.view(-1, 64) / absmax[:, None]).view(-1))
+    assert not torch.equal(codes, divided), "which this test is to tell apart"
+
+
 def test_values_on_a_midpoint_take_the_lower_code() -> None:
     table = nf4.code(DEVICE)
     w = torch.zeros(64, device=DEVICE)
