@@ -296,6 +296,15 @@ OPTIONAL: Mapping[str, str] = {
 TUNED = ("gemlite, affine int4", "Unsloth")  # which may take minutes to choose among their variants of a kernel
 
 
+def is_recorded(name: str, case: Case) -> bool:
+    """False of what a CUDA graph would not hold.
+
+    Unsloth and bitsandbytes' quantize_4bit launch on the default stream, whatever stream is being recorded; and
+    quantizing waits to see that all is finite.
+    """
+    return name != "Unsloth" and case.operation != "quantize"
+
+
 def left_out(kind: str) -> set[str]:
     """The optional contenders whose package cannot be used here, each named in a printed line."""
     missing = set()

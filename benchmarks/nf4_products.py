@@ -1,9 +1,10 @@
 """kernels: NF4 products and dequantization against bitsandbytes, gemlite, Unsloth and a dense weight.
 
 On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights and results in rotation so that the L2 cache does
-not serve them, calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model. minilora is
-there what the crossovers measured in the same run choose: the fused kernel, or one-pass dequantization and cuBLAS. On a
-CPU: SmolLM2-135M's shapes and 4096², as the layers are called. gemlite and Unsloth take part where they are installed.
+not serve them, calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model, where they
+can be recorded in one (all but quantizing, and Unsloth). minilora is there what the crossovers measured in the same run
+choose: the fused kernel, or one-pass dequantization and cuBLAS. On a CPU: SmolLM2-135M's shapes and 4096², as the
+layers are called. bitsandbytes, gemlite and Unsloth take part where they are installed.
 """
 
 import gc
@@ -25,7 +26,7 @@ from torch import Tensor
 from benchmarks import nf4_cases
 from benchmarks.measure import Spread, machine, take_turns
 from benchmarks.nf4_cases import Case, Speeds
-from benchmarks.nf4_contenders import CONTENDERS, TUNED, Build, Weights, left_out
+from benchmarks.nf4_contenders import CONTENDERS, TUNED, Build, Weights, is_recorded, left_out
 from benchmarks.nf4_plot import plot
 from benchmarks.nf4_targets import Times, share_of_roofline, target_lines
 from benchmarks.output import Result
@@ -141,7 +142,8 @@ def time_case(
     for name, build in builds.items():
         started = time.monotonic()
         try:
-            replays[name] = Replay.of(build, case, weights, x)
+            stream = _other_stream(device) if is_recorded(name, case) else None
+            replays[name] = Replay.of(build, case, weights, x, stream)
         except Exception as error:
             timed.failures[name] = _reason(error)
         timed.setup[name] = time.monotonic() - started
@@ -172,12 +174,8 @@ class Replay:
     kept: object  # the tensors that a CUDA graph reads and writes
 
     @classmethod
-    def of(cls, build: Build, case: Case, weights: Weights, x: Tensor) -> "Replay":
-        """Built, compiled and on a GPU recorded; a turn is long enough to be timed.
-
-        Quantizing is not recorded: it waits to see that all is finite, as bitsandbytes' waits for its tables.
-        """
-        stream = None if case.operation == "quantize" else _other_stream(x.device)
+    def of(cls, build: Build, case: Case, weights: Weights, x: Tensor, stream: torch.cuda.Stream | None) -> "Replay":
+        """Built, compiled and, where there is a stream for it, recorded; a turn is long enough to be timed."""
         if stream is not None:
             build(case, weights, x)  # makes the weights: bitsandbytes quantizes on the default stream in any case
             stream.wait_stream(torch.cuda.current_stream(x.device))

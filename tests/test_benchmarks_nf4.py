@@ -331,7 +331,7 @@ def test_a_turn_is_of_every_weight_and_no_result_lies_where_another_does(benchma
 
         return call
 
-    replay = benchmarks.nf4_products.Replay.of(build, case, weights, torch.ones(4, 64))
+    replay = benchmarks.nf4_products.Replay.of(build, case, weights, torch.ones(4, 64), None)
     assert [i for i, _ in made[:5]] == list(range(5))
     assert len({address for _, address in made[:5]}) == 5
     made.clear()
@@ -526,6 +526,23 @@ def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, w
     assert commands[1][-2:] == ["-m", "gpu"]
 
 
+def test_what_launches_on_the_default_stream_is_not_recorded(benchmarks, monkeypatch):
+    """A CUDA graph of it would be empty, and very fast."""
+    products, streams = benchmarks.nf4_products, {}
+
+    def of(build, case, weights, x, stream):
+        streams[build, case.operation] = stream
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(products, "_other_stream", lambda device: "another stream")
+    monkeypatch.setattr(products.Replay, "of", of)
+    for operation in ("quantize", "dequantize", "forward"):
+        case = case_of(benchmarks, operation, 2 if operation == "forward" else 0, 64, 64)
+        products.time_case(case, {"dense": "dense", "Unsloth": "Unsloth"}, None, 1, CPU, 1.0)
+    recorded = {key for key, stream in streams.items() if stream is not None}
+    assert recorded == {("dense", "dequantize"), ("dense", "forward")} and len(streams) == 6
+
+
 @pytest.mark.gpu
 def test_every_contender_on_a_gpu(benchmarks):
     """Correct on the GPU itself, replayed from a graph, with weights in turn."""
@@ -536,7 +553,7 @@ def test_every_contender_on_a_gpu(benchmarks):
         case = case_of(benchmarks, operation, 16 if "ward" in operation else 0, 256, 512)
         weights = contenders.Weights(case, device)
         x = torch.randn(case.x_shape, device=device).to(case.dtype)
-        expected = computed(operation, weights.dense[0].float(), x.float())
+        expected = computed(operation, weights.dense[0].float(), x.float()).float()
         for name in builds.keys() - missing:
             result = builds[name](case, weights, x)(0).float()
             # NF4's own error, some 10% of a weight
