@@ -181,10 +181,10 @@ def _decode(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not (isinstance(value, int) and value >= 1) and (name, value) != ("batch_size", None):
             raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
-    limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
-    uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise InputError(f"adapter_names has {len(adapter_names)} names for {len(prompts)} prompts: give one for each")
+    limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
+    uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     with evaluating(model), keeping_weights(), _naming_rows(model, adapter_names) as name_rows:
         prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
         for rows in _batches(model, prompts, limits, batch_size):

@@ -100,10 +100,10 @@ def train(
 
     adapters = adapters_named(model, adapter)
     parameters = parameters_to_train(model, adapter)
-    refuse_unreadable(model, examples + eval_examples)
     refuse_row_names(model)
     refuse_merged(model)
     refuse_switched_off(model, "training")
+    refuse_unreadable(model, examples + eval_examples)
     check_training_mode(model, config)
     check_optimizer(model, adapter, config)
     variant = adapter_class(next(iter(adapters.values())).config)

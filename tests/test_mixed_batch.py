@@ -415,7 +415,7 @@ def test_our_generate_takes_a_name_for_every_prompt() -> None:
         with pytest.raises(InputError, match=r"adapter_names has .* give one for each"):
             generate(model, tokenizer, messages, adapter_names=names)
     with pytest.raises(InputError, match="no adapter named 'it'"):
-        generate(model, tokenizer, "hi", adapter_names=["it"])
+        generate(model, tokenizer, "?", adapter_names=["it"])  # a token that the model has
 
 
 def test_what_orders_rows_by_length_is_refused_inside() -> None:
