@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.function_output import as_output
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of any shape, each step in the dtype of both: as the models in transformers compute it."""
@@ -25,7 +27,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return as_output(F.silu(gate).mul_(up))
 
     @staticmethod
     @once_differentiable

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.adapter import without_autocast
+from minilora.function_output import as_output
 from minilora.linear4bit import product, product_with_low_rank, weight_to_save
 from minilora.nf4 import QuantizedTensor
 
@@ -73,7 +74,7 @@ class _FusedLoRA(torch.autograd.Function):
         ys = []
         for W, q, b, s, B, h_i in zip(Ws, qs, bs, scales, Bs, h.split(_ranks(As), dim=1), strict=True):
             b = None if b is None else b.to(x.dtype)
-            ys.append(product_with_low_rank(x, q if W is None else W, b, h_i, (s * B).to(x.dtype)))
+            ys.append(as_output(product_with_low_rank(x, q if W is None else W, b, h_i, (s * B).to(x.dtype))))
 
         need_x, need_A, need_B = _needed(ctx)
         ctx.qs, ctx.scales = qs, scales

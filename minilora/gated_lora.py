@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.adapter import without_autocast
+from minilora.function_output import as_output
 
 
 def gated_lora(gate: Tensor, up: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ class _GatedLoRA(torch.autograd.Function):
         h = x @ A.to(x.dtype).T
         ctx.s = s
         ctx.save_for_backward(gate, up, h if ctx.needs_input_grad[4] else None, A, B)
-        return x, F.linear(h, (s * B).to(x.dtype), b)
+        return as_output(x), F.linear(h, (s * B).to(x.dtype), b)
 
     @staticmethod
     @once_differentiable  # as in fused_lora

@@ -70,9 +70,7 @@ def product(
     matrix = W if transpose else W.T
     if add is None:
         return rows @ matrix
-    # torch 2.11 compiles an autograd.Function that returns what it wrote in place, but loses its gradients
-    in_place = overwrite and not torch.compiler.is_compiling()
-    return add.addmm_(rows, matrix) if in_place else torch.addmm(add, rows, matrix)
+    return add.addmm_(rows, matrix) if overwrite else torch.addmm(add, rows, matrix)
 
 
 def product_with_low_rank(

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.attention import Visible, attend, visible_keys
 from minilora.errors import InputError
+from minilora.function_output import as_output
 from minilora.model_config import ModelConfig
 from minilora.offload import ActivationOffload
 from minilora.recompute import checkpointed
@@ -48,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         r = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, r)
-        return (x32 * r).to(x.dtype).mul_(weight)
+        return as_output((x32 * r).to(x.dtype).mul_(weight))
 
     @staticmethod
     @once_differentiable

@@ -13,8 +13,8 @@ from minilora.lora import LoRAConfig
 from minilora.loss import summed_loss
 from minilora.model import Transformer
 
-# torch 2.6 compiles a block anew for another number of rows, whose lengths it counts, though not for other lengths.
-ROWS = (4, 4, 4) if torch.__version__.startswith("2.6.") else (4, 3, 5)
+# torch 2.6 and 2.11 compile a block anew for another number of rows, whose lengths it counts, not for other lengths.
+ROWS = (4, 4, 4) if torch.__version__.startswith(("2.6.", "2.11.")) else (4, 3, 5)
 
 
 def adapted() -> Transformer:
