@@ -144,6 +144,8 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+            raise InputError(f"compute_dtype {compute_dtype!r} is not a floating-point dtype, such as torch.bfloat16")
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.compute_dtype = block_size, compute_dtype
         n = in_features * out_features
@@ -219,6 +221,8 @@ class NF4Linear(nn.Module):
         ``add`` (..., out_features) is what an adapter computed from the same x; where x, add and the compute dtype
         agree, the product accumulates onto it and the sum is rounded once.
         """
+        if not x.is_floating_point():
+            raise InputError(f"NF4Linear multiplies floating-point numbers, and x is {x.dtype}")
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             add = bias.expand(*x.shape[:-1], -1) if add is None else add + bias

@@ -243,3 +243,14 @@ def test_a_weight_with_nan_is_refused_by_name():
 def test_only_a_matrix_makes_a_layer():
     with pytest.raises(InputError, match="matrix"):
         NF4Linear.from_quantized(nf4.quantize(torch.randn(2, 3, 64)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_only_a_floating_point_dtype_computes(dtype):
+    with pytest.raises(InputError, match=r"compute_dtype .* is not a floating-point dtype"):
+        NF4Linear(64, 32, compute_dtype=dtype)
+
+
+def test_whole_numbers_are_refused_as_nn_linear_refuses_them():
+    with pytest.raises(InputError, match=r"x is torch\.int64"):
+        NF4Linear.from_linear(nn.Linear(64, 32))(torch.ones(2, 64, dtype=torch.int64))
