@@ -144,7 +144,9 @@ class NF4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+        if compute_dtype is not None and not (
+            isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+        ):
             raise InputError(f"compute_dtype {compute_dtype!r} is not a floating-point dtype, such as torch.bfloat16")
         self.in_features, self.out_features = in_features, out_features
         self.block_size, self.compute_dtype = block_size, compute_dtype
