@@ -315,7 +315,7 @@ def _plot(scores: dict[str, dict[str, Scores]], figure: Any) -> None:
         bars = axes.barh(names, [scores[adapter][name].loss for name in names], color=colors)
         axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
         axes.axvline(scores[adapter][TUNED].loss, color="0.3", linewidth=0.8, linestyle=":")
-        axes.margins(x=0.15)
+        axes.margins(x=0.22)  # room for the numbers
         axes.set_title(f"held-out loss, {adapter}", fontsize=9)
         axes.tick_params(labelsize=7)
     for color, name in zip(("C1", "C2", "C0", "C3"), (REQUANTIZED, *LIBRARY[1:], LIBRARY[0]), strict=True):

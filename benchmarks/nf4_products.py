@@ -72,7 +72,7 @@ def run(rounds: int | None, device: torch.device, seconds: float | None = None) 
             notes.append("no crossovers for NF4Linear from this run: they take every case")
     return Result(
         benchmark="kernels",
-        title="NF4 products and dequantization: minilora's time, and as a multiple of others'",
+        title="NF4 products and dequantization",
         machine=where,
         settings={
             "rounds": rounds,

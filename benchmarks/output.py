@@ -68,4 +68,6 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 def _hardware(machine: dict[str, Any]) -> str:
     """What did the work: the GPU, or the CPU with so many threads."""
-    return f"{machine['cpu']}, {machine['threads']} threads" if machine["device"] == "cpu" else str(machine["device"])
+    if machine["device"] != "cpu":
+        return str(machine["device"])
+    return f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
