@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -200,7 +200,7 @@ def _sft_trainer(task: Task, model: nn.Module) -> Contender:
     """TRL's trainer: its own collator, loop, precision and fused head, on the rows as they are."""
     trl, datasets, transformers, tokenizers = map(needed, ("trl", "datasets", "transformers", "tokenizers"))
     config = trl.SFTConfig(
-        output_dir="unused",
+        output_dir=gettempdir(),  # which it creates, though nothing is saved
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
         max_length=None,
