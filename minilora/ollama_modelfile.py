@@ -13,8 +13,7 @@ turn and of several. Anything else (tools, dates, thoughts) has no place in it.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
 
@@ -34,9 +33,15 @@ CONVERSATIONS = [TURNS[:1], TURNS, [SYSTEM_TURN, TURNS[0]], [SYSTEM_TURN, *TURNS
 
 
 def write_modelfile(tokenizer: Tokenizer, model_file: Path) -> Path:
-    """Write `<name>.Modelfile` beside `<name>.gguf`, for `ollama create NAME -f <name>.Modelfile`; its path."""
+    """Write `<name>.Modelfile` beside `<name>.gguf`, for `ollama create NAME -f <name>.Modelfile`; its path.
+
+    Raises InputError where it cannot be written.
+    """
     path = model_file.with_suffix(".Modelfile")
-    path.write_text(modelfile(tokenizer, model_file.name), encoding="utf-8")
+    try:
+        path.write_text(modelfile(tokenizer, model_file.name), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     return path
 
 
@@ -44,7 +49,7 @@ def modelfile(tokenizer: Tokenizer, model_name: str) -> str:
     """The Modelfile's text; without TEMPLATE, and saying so, where Go cannot say what the chat template does."""
     lines = [f"FROM ./{model_name}"]
     stops = [tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     turns = find_turns(tokenizer)
     if turns is not None:
         lines += [
@@ -59,6 +64,11 @@ def modelfile(tokenizer: Tokenizer, model_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _quoted(text: str) -> str:
+    """In the Modelfile's quotes. Ollama takes them off the two ends; there is no escape for what is inside."""
+    return f'"""{text}"""' if '"' in text else f'"{text}"'
+
+
 @dataclass(frozen=True)
 class Turns:
     """What stands around the contents of a conversation; `no_system` where there is no system message."""
@@ -71,8 +81,8 @@ class Turns:
     answer: str
 
     def text(self, messages: list[Message]) -> str:
-        """What the Go template makes of the messages, after `start`."""
-        parts = ["" if messages[0]["role"] == "system" else self.no_system]
+        """What the Go template makes of the messages."""
+        parts = [self.start, "" if messages[0]["role"] == "system" else self.no_system]
         for message in messages:
             before, after = getattr(self, message["role"])
             parts += [before, message["content"], after]
@@ -96,11 +106,22 @@ def find_turns(tokenizer: Tokenizer) -> Turns | None:
         return None
     try:
         turns = _turns(tokenizer)
-        right = all(turns.text(each) == _text(tokenizer, each, answer=True) for each in CONVERSATIONS)
+        right = all(
+            turns.text(each) == tokenizer.apply_chat_template(each, add_generation_prompt=True)
+            for each in CONVERSATIONS
+        )
     except (InputError, ValueError):  # the template refuses a conversation, or leaves a content out
         return None
     pieces = [turns.start, turns.no_system, *turns.system, *turns.user, *turns.assistant, turns.answer]
-    return turns if right and not any("{{" in piece or '"""' in piece for piece in pieces) else None
+    if not right or not all(_arrives(piece) for piece in pieces):
+        return None
+    return replace(turns, start="") if tokenizer.add_bos_token else turns  # then Ollama puts BOS there itself
+
+
+def _arrives(piece: str) -> bool:
+    """True unless Go takes braces of the piece for its own, the Modelfile quotes, or Ollama drops a character."""
+    kept = all(character.isprintable() or character in "\n\r\t" for character in piece)
+    return kept and "{{" not in f"{piece}{{" and '"""' not in piece
 
 
 def _turns(tokenizer: Tokenizer) -> Turns:
@@ -110,7 +131,7 @@ def _turns(tokenizer: Tokenizer) -> Turns:
     opening = _user_opening(tokenizer, [before_first, after_answer, after_system], after_user)
     writes_bos = tokenizer.apply_chat_template(question).startswith(tokenizer.bos_token or "\0")
     return Turns(
-        start=tokenizer.bos_token or "" if writes_bos and not tokenizer.add_bos_token else "",
+        start=tokenizer.bos_token or "" if writes_bos else "",
         no_system=before_first.removesuffix(opening),
         system=(before_system, after_system.removesuffix(opening)),
         user=(opening, after_user),
@@ -120,7 +141,7 @@ def _turns(tokenizer: Tokenizer) -> Turns:
 
 
 def _text(tokenizer: Tokenizer, messages: list[Message], answer: bool = False) -> str:
-    """The conversation as the model reads it, without the BOS, which Ollama puts there itself."""
+    """The conversation as the model reads it, without the BOS before it."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=answer)
     return text.removeprefix(tokenizer.bos_token or "")
 

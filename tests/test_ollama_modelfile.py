@@ -10,6 +10,7 @@ from chat_helpers import CHATML, LLAMA3, MISTRAL, QWEN, ZEPHYR, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora import InputError
 from minilora.ollama_modelfile import find_turns, modelfile, write_modelfile
 from minilora.tokenizer import Tokenizer
 
@@ -31,6 +32,31 @@ IN_JINJA = {
     r"\{\{ end \}\}\{\{ end \}\}": "{% endif %}{% endfor %}",
     r"\{\{ end \}\}": "{% endif %}",
 }
+
+
+def unquoted(value: str) -> str | None:
+    """A value without its quotes; None where it goes on in the next line."""
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            complete = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if complete else None
+    return value
+
+
+def read_by_ollama(modelfile: str) -> list[tuple[str, str]]:
+    """Commands and values as Ollama's parser/parser.go has them: nothing is unescaped, what Go cannot print is lost."""
+    commands = []
+    lines = iter(modelfile.split("\n"))
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        name, value = line.removeprefix("PARAMETER ").split(" ", 1)
+        while (text := unquoted(value.strip())) is None:
+            value += "\n" + next(lines)
+        commands.append((name, "".join(c for c in text if c.isprintable() or c in "\n\r\t")))
+    return commands
+
+
 words = st.text(alphabet="abc é\n{}'\"<|", max_size=8)
 
 
@@ -52,14 +78,13 @@ def in_go(template: str, messages: list[dict[str, Any]]) -> str:
 )
 def test_the_go_template_gives_the_same_text(template: str, system: str | None, contents: list[str]) -> None:
     tokenizer = tiny(template)
-    text = re.search('TEMPLATE """(.*)"""', modelfile(tokenizer, "model.gguf"), re.DOTALL)
-    assert text is not None
+    go = dict(read_by_ollama(modelfile(tokenizer, "model.gguf")))["TEMPLATE"]
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
     messages = messages if len(messages) != 2 else messages[:1]
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    assert in_go(text[1], messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert in_go(go, messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +96,12 @@ def test_the_go_template_gives_the_same_text(template: str, system: str | None, 
         CHATML.replace("message['content']", "message['content'] | trim"),
         CHATML.replace("message['role'] +", "message['role'] + ('!' if loop.last else '') +"),
         CHATML.replace("<|im_start|>", "{{"),  # would be Go's own
+        CHATML.replace("'\\n' }}", "'\\n{' }}"),  # would be, with the braces of Go behind it
         CHATML.replace("<|im_start|>", '"""'),  # would be the Modelfile's own
+        CHATML.replace("<|im_start|>", "<|\u00a0|>"),  # Ollama would drop it
+        "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}" + CHATML,
     ],
-    ids=["llama3", "date", "no system", "trim", "position", "braces", "quotes"],
+    ids=["llama3", "date", "no system", "trim", "position", "braces", "brace", "quotes", "no-break space", "bos"],
 )
 def test_without_a_template_that_is_right_none_is_written(template: str) -> None:
     tokenizer = tiny(template)
@@ -98,6 +126,18 @@ def test_file_and_stops(tmp_path: Path) -> None:
     assert path == tmp_path / "tuned.Modelfile"
     lines = path.read_text().splitlines()
     assert lines[:3] == ["FROM ./tuned.gguf", 'PARAMETER stop "</s>"', 'PARAMETER stop "<|im_end|>"']
+    (tmp_path / "other.Modelfile").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*other\.Modelfile: Is a directory"):
+        write_modelfile(tiny(CHATML), tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("eos", ['<|"|>', r"<|\|>", "<|a b|>", '"', "<|\n|>", '"a" \n"b"'])
+def test_a_stop_is_read_as_it_is(eos: str) -> None:
+    tokenizer = tiny(CHATML)
+    tokenizer.backend.add_special_tokens([eos])
+    tokenizer.named_tokens["eos_token"] = eos
+    commands = read_by_ollama(modelfile(tokenizer, "model.gguf"))
+    assert [value for name, value in commands if name == "stop"] == [eos, "<|im_end|>"]
 
 
 @pytest.mark.model
