@@ -1,9 +1,8 @@
 """Writing a GGUF file, one tensor in memory at a time; gguf_file.py is the way back."""
 
 import math
-import os
+import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ FLOAT16_MAX = 65504.0
 def write_gguf(
     file: Path, architecture: str, metadata: Mapping[str, Any], plan: Plan, tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write the file beside its place, then rename it: on failure, whatever was there stays.
+    """Write the file in a folder beside its place, then rename it: on failure, whatever was there stays.
 
     `tensors` gives what the plan announces, in its order, in float32 on the CPU; each is rounded to its type by the
     `gguf` package, which is also who knows the layout. Raises InputError for a row that does not divide into the blocks
@@ -28,7 +27,6 @@ def write_gguf(
     """
     import gguf
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(None, architecture)
     for key, value in metadata.items():
         _add(writer, key, value)
@@ -39,22 +37,22 @@ def write_gguf(
         writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=number)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        with progress_bar(f"Writing {file.name}", sum(sizes.values())) as advance:
-            for (name, tensor), expected in zip(tensors, plan, strict=True):
-                assert name == expected, f"{name} in the place of {expected}"
-                writer.write_tensor_data(_encoded(name, tensor, plan[name][1]))
-                advance(sizes[name])
-        writer.close()
-        temporary.replace(file)
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
+            new = Path(folder) / file.name
+            writer.write_header_to_file(new)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            with progress_bar(f"Writing {file.name}", sum(sizes.values())) as advance:
+                for (name, tensor), expected in zip(tensors, plan, strict=True):
+                    assert name == expected, f"{name} in the place of {expected}"
+                    writer.write_tensor_data(_encoded(name, tensor, plan[name][1]))
+                    advance(sizes[name])
+            writer.close()
+            new.replace(file)
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         writer.close()
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

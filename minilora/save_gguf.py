@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,14 @@ from minilora.merged_weights import dense_tensors, layer_and_acting, layers_with
 from minilora.model import Transformer, inverse_frequencies, require_own_model
 from minilora.model_config import ModelConfig
 from minilora.ollama_modelfile import write_modelfile
-
-if TYPE_CHECKING:
-    from minilora.tokenizer import Tokenizer
+from minilora.tokenizer import Tokenizer, require_own_tokenizer
 
 OutType = Literal["f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 # llama.cpp has one architecture for the two, and no sliding windows in any of these
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def save_gguf(model: Transformer, tokenizer: "Tokenizer", file: str | Path, *, outtype: OutType = "q8_0") -> None:
+def save_gguf(model: Transformer, tokenizer: Tokenizer, file: str | Path, *, outtype: OutType = "q8_0") -> None:
     """Write the model, its tokenizer and its chat template as a GGUF file, and a Modelfile for Ollama beside it.
 
     W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once, to
@@ -39,10 +37,11 @@ def save_gguf(model: Transformer, tokenizer: "Tokenizer", file: str | Path, *, o
     and the model stays as it is. The file is written beside its place, so that a failure leaves one that was there.
     A model with a sliding window is written with that context length, within which the window makes no difference.
     Raises InputError, naming what it is, for what the file cannot hold: a tokenizer or a RoPE scaling, rows that do not
-    divide into a type's blocks, NaN, infinity or overflow; and for a model of transformers.
+    divide into a type's blocks, NaN, infinity or overflow; and for a model or a tokenizer of transformers.
     Format: ggml/docs/gguf.md, and what llama.cpp's convert_hf_to_gguf.py makes of it.
     """
     require_own_model(model, "with transformers, unload(model, merge=True), then llama.cpp's convert_hf_to_gguf.py")
+    require_own_tokenizer(tokenizer)
     if outtype not in get_args(OutType):
         raise InputError(f"outtype {outtype!r} is not one of {', '.join(get_args(OutType))}")
     if model.config.model_type == "qwen3" and model.config.qkv_bias:

@@ -1,11 +1,12 @@
 """GGUF files: llama.cpp, transformers and minilora compute with them what the model in memory does."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chat_helpers import CHATML, LLAMA3, QWEN, ZEPHYR, tiny
+from chat_helpers import CHATML, LLAMA3, QWEN, ZEPHYR, in_transformers, tiny
 from gguf_helpers import logits
 from llama_cpp_helpers import LlamaCpp, largest_difference
 from model_helpers import CONFIGS, SHAPE, our_model, relative_error, transformers_model
@@ -212,9 +213,20 @@ def refuse(model: Any, path: Path, message: str, **options: Any) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_two_saves_at_once_leave_a_whole_file(tmp_path: Path) -> None:
+    model = model_of(CONFIGS["llama"])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: save_gguf(model, tiny(CHATML), tmp_path / "model.gguf", outtype="f32"), range(4)))
+    again, _ = load(tmp_path / "model.gguf", quantize=None, dtype=torch.float32)
+    assert torch.equal(logits(again, torch.tensor([IDS])), logits(model, torch.tensor([IDS])))
+    assert {file.name for file in tmp_path.iterdir()} == {"model.gguf", "model.Modelfile"}
+
+
 def test_what_the_file_cannot_hold_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     refuse(transformers_model(CONFIGS["llama"]), path, "is not minilora's own model")
+    theirs = in_transformers(tiny(CHATML))
+    refuse(model_of(CONFIGS["llama"]), path, "is not minilora's tokenizer", tokenizer=theirs, outtype="f32")
     refuse(model_of(CONFIGS["llama"]), path, "has rows of 112 numbers, and Q8_0 takes them in blocks of 32")
     refuse(model_of(CONFIGS["llama"]), path, "outtype 'q6_k' is not one of f32", outtype="q6_k")
     refuse(model_of(CONFIGS["qwen3-window"]), path, "no biases in its architecture qwen3", outtype="f32")
