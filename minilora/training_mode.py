@@ -16,6 +16,9 @@ from minilora.training_config import TrainConfig
 
 __all__ = ["check_training_mode", "evaluating", "training_mode"]
 
+# What transformers notes in the modules of a model that recomputes.
+RECOMPUTATION = "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks"
+
 
 @contextmanager
 def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
@@ -78,11 +81,24 @@ def _recomputing(model: nn.Module, offload: bool) -> Iterator[None]:
             model.gradient_checkpointing, model.offload_activations = before
         return
     transformer: Any = model  # of the transformers library
-    was_on = getattr(model, "is_gradient_checkpointing", False)
-    # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
-    transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    earlier = [(vars(module), _recomputation(module)) for module in model.modules()]
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since gradient_… is deprecated
     try:
+        for attributes, _ in earlier:
+            attributes.pop("_require_grads_hook", None)  # so that the hooks below are not the caller's own
+        # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
+        (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+        # For its sake transformers 5 lets the embedding's output need a gradient: every loss would then have one.
+        for module in transformer.modules():
+            if "_require_grads_hook" in vars(module):
+                module.disable_input_require_grads()
         yield
     finally:
-        if not was_on:
-            transformer.gradient_checkpointing_disable()
+        for attributes, recomputation in earlier:
+            for name in RECOMPUTATION:
+                attributes.pop(name, None)
+            attributes.update(recomputation)
+
+
+def _recomputation(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name in RECOMPUTATION}

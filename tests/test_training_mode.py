@@ -36,14 +36,22 @@ def test_every_module_and_what_was_recomputed_before_stay_as_they_were():
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # names that transformers will drop
 @pytest.mark.parametrize("before", [True, False])
-def test_a_transformers_model_recomputes_afterwards_if_it_did_before(before):
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+def test_a_transformers_model_recomputes_as_it_did_before(before):
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)).requires_grad_(False)
     if before:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    attributes = [dict(vars(module)) for module in model.modules()]
+    hooks = list(model.model.embed_tokens._forward_hooks)
+    input_ids = torch.ones(1, 3, dtype=torch.int64)
     with training_mode(model, TrainConfig(gradient_checkpointing=True)):
-        assert model.is_gradient_checkpointing
-    assert model.is_gradient_checkpointing == before
+        assert all(block.gradient_checkpointing for block in model.model.layers)
+        assert before or not model(input_ids).logits.requires_grad, "nothing trains"
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert list(model.model.embed_tokens._forward_hooks) == hooks
+    model.disable_input_require_grads()  # the hook is still the caller's to remove
+    assert not model.model.embed_tokens._forward_hooks
 
 
 def test_a_model_that_cannot_recompute_is_refused_and_unchanged(monkeypatch):
