@@ -35,6 +35,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GGUF_NAMES = {hugging_face: gguf for gguf, hugging_face in NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: what Llama 3 divides each rotary frequency by
 
 
@@ -157,6 +158,14 @@ def _hugging_face_name(name: str) -> str:
         return name
     layer = f"model.layers.{match[1]}." if match[1] is not None else ""
     return f"{layer}{NAMES[match[2]]}.{match[3]}"
+
+
+def gguf_name(name: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight, for the tensors that a Transformer has."""
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert match is not None
+    block = f"blk.{match[1]}." if match[1] is not None else ""
+    return f"{block}{GGUF_NAMES[match[2]]}.{match[3]}"
 
 
 def halves_from_pairs(w: Tensor, heads: int) -> Tensor:

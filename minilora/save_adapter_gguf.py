@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from minilora.adapters import adapters_named
 from minilora.errors import InputError
+from minilora.gguf_checkpoint import gguf_name
 from minilora.gguf_writer import write_gguf
 from minilora.layer_kinds import EmbeddingKind
 from minilora.lora import LoRA
 from minilora.model import Transformer, require_own_model
 from minilora.model_config import ModelConfig
-from minilora.save_gguf import ARCHITECTURES, checked_path, gguf_name, in_gguf_order
+from minilora.save_gguf import ARCHITECTURES, checked_path, in_gguf_order
 
 
 def save_adapter_gguf(model: Transformer, file: str | Path, name: str = "default") -> None:
@@ -38,7 +39,7 @@ def save_adapter_gguf(model: Transformer, file: str | Path, name: str = "default
     alpha = float(next(iter(loras.values())).config.lora_alpha) or 1.0
     plan = {}
     for path, lora in loras.items():
-        weight = gguf_name(model.config, f"{path}.weight")
+        weight = gguf_name(f"{path}.weight")
         plan[f"{weight}.lora_a"] = tuple(lora.lora_A.shape), "F32"
         plan[f"{weight}.lora_b"] = tuple(lora.lora_B.shape), "F32"
     architecture = ARCHITECTURES[model.config.model_type]
@@ -75,7 +76,7 @@ def _metadata(name: str, alpha: float) -> dict[str, Any]:
 
 def _tensors(config: ModelConfig, loras: dict[str, LoRA], alpha: float) -> Iterator[tuple[str, Tensor]]:
     for path, lora in loras.items():
-        weight = gguf_name(config, f"{path}.weight")
+        weight = gguf_name(f"{path}.weight")
         A, B = lora.lora_A.detach().float().cpu(), lora.lora_B.detach().float().cpu()
         if not (A.isfinite().all() and B.isfinite().all()):
             raise InputError(f"{path}: the LoRA holds NaN or infinity: its training had diverged; nothing was saved")

@@ -1,11 +1,10 @@
 """save_gguf: a model, its active adapters merged into the weights, as one file for llama.cpp and Ollama.
 
-The names of tensors and keys are those of the `gguf` package; gguf_checkpoint.py reads them back.
+The names of the keys are those of the `gguf` package; gguf_checkpoint.py reads the file back.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
-from minilora.gguf_checkpoint import ROPE_FACTORS, pairs_from_halves
+from minilora.gguf_checkpoint import ROPE_FACTORS, gguf_name, pairs_from_halves
 from minilora.gguf_vocabulary import vocabulary_metadata
 from minilora.gguf_writer import write_gguf
 from minilora.linear4bit import NF4Linear
@@ -53,7 +52,7 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, file: str | Path, *, out
     plan: dict[str, tuple[tuple[int, ...], str]] = {}
     for path, layer in layers.items():
         for name, shape in _shapes(layer).items():
-            plan[gguf_name(model.config, f"{path}.{name}")] = shape, _type_of(path, shape, outtype)
+            plan[gguf_name(f"{path}.{name}")] = shape, _type_of(path, shape, outtype)
     factors = _rope_factors(model.config)
     if factors is not None:
         plan = {ROPE_FACTORS: (tuple(factors.shape), "F32"), **plan}
@@ -69,23 +68,6 @@ def checked_path(file: str | Path) -> Path:
     if file.is_dir():
         raise InputError(f"{file} is a folder; name a file")
     return file
-
-
-def gguf_name(config: ModelConfig, name: str) -> str:
-    """llama.cpp's name of a tensor: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
-    architecture = ARCHITECTURES[config.model_type]
-    found: str | None = _names(architecture, config.num_hidden_layers).get_name(name, (".weight", ".bias"))
-    if found is None:
-        raise InputError(f"llama.cpp has no name for {name} in its architecture {architecture}")
-    return found
-
-
-@cache
-def _names(architecture: str, layers: int) -> Any:
-    import gguf
-
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(numbers[architecture], layers)
 
 
 def in_gguf_order(config: ModelConfig, path: str, rows: Tensor) -> Tensor:
@@ -157,4 +139,4 @@ def _tensors(config: ModelConfig, layers: dict[str, nn.Module], factors: Tensor 
         yield ROPE_FACTORS, factors
     for path, layer in layers.items():
         for name, tensor in dense_tensors(path, layer, torch.float32).items():
-            yield gguf_name(config, name), in_gguf_order(config, path, tensor)
+            yield gguf_name(name), in_gguf_order(config, path, tensor)
