@@ -18,6 +18,7 @@ from minilora.demo import DemoConfig, run_demo
 from minilora.errors import InputError
 from minilora.generate import stream
 from minilora.lora import LoRAConfig
+from minilora.merge_report import MergeReport
 from minilora.model import Transformer
 from minilora.random_states import seed_everything
 from minilora.recipe import read_recipe
@@ -27,7 +28,9 @@ from minilora.save_gguf import OutType
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig
 
-DESCRIPTION = "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters."
+DESCRIPTION = (
+    "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters. --version prints the version."
+)
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -203,7 +206,10 @@ class Merge:
         model, tokenizer = self.base.load(self.adapter)
         report = ml.merge_report(model, [self.base.dtype, "nf4"])
         console.print(report.summary_table())
-        report.show_warnings(console)
+        MergeReport(report.of(self.base.dtype)).show_warnings(console)
+        if "nf4" in report.formats and (nf4 := report.summary("nf4")).erased:
+            loss = f"the adapter would be lost in {nf4.erased} of {nf4.layers} layers"
+            console.print(f"nf4 is there to compare: were the merged model rounded to it, {loss}", highlight=False)
         if self.output.endswith(".gguf"):
             ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype)
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
@@ -274,8 +280,12 @@ def _input_error_behind(error: BaseException | None) -> InputError | None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; what goes wrong is one line on stderr: exit code 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"minilora {ml.__version__}")
+        return
     try:
-        parse(sys.argv[1:] if argv is None else argv).run()
+        parse(argv).run()
     except InputError as error:
         print(f"minilora: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
