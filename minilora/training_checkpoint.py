@@ -221,10 +221,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The two files of a checkpoint, the tensors as they were saved; else InputError."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors, saved = load_file(path / TENSORS), state["tensors"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tensors = load_file(path / TENSORS)
+        check_tensors(tensors, state["tensors"], TENSORS)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"{type(error).__name__}: {error}") from None
-    check_tensors(tensors, saved, TENSORS)
     return state, tensors
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there at all, and every random state in them."""
 
+import copy
 import errno
 import json
 import math
@@ -212,6 +213,9 @@ def in_json(*path, value):
         (in_json("run", "settings", value=None), "trainer_state.json is damaged: KeyError: 'settings'"),
         (in_json("run", value=[]), "trainer_state.json is damaged"),
         (in_json("tensors", value=None), "KeyError: 'tensors'"),
+        (in_json("tensors", value=[]), "AttributeError: 'list' object"),
+        (in_json("tensors", "random.cpu", value=["uint8"]), "ValueError: not enough values"),
+        (in_json("tensors", "random.cpu", value=7), "TypeError: 'int' object"),
     ],
 )
 def test_a_state_that_cannot_be_set_is_named_and_changes_nothing(tmp_path, damage, message):
@@ -219,6 +223,7 @@ def test_a_state_that_cannot_be_set_is_named_and_changes_nothing(tmp_path, damag
     run(tiny_model(), rows, tmp_path, max_steps=2)
     path = tmp_path / "checkpoint-000002" / "trainer_state.json"
     state = json.loads(path.read_text())
+    whole = copy.deepcopy(state["tensors"])
     damage(state)
     path.write_text(json.dumps(state))
     model = tiny_model()
@@ -227,6 +232,9 @@ def test_a_state_that_cannot_be_set_is_named_and_changes_nothing(tmp_path, damag
         run(model, rows, tmp_path, max_steps=2, resume="auto")
     assert "\n" not in str(error.value)
     assert_unchanged(model, before)
+    if state.get("tensors") != whole:
+        with pytest.raises(InputError, match="cannot take the best parameters from"):
+            restore_parameters(tmp_path, 2, {})
 
 
 def test_the_best_parameters_are_taken_from_a_whole_checkpoint_only(tmp_path):
