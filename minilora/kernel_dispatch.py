@@ -139,4 +139,6 @@ def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         from minilora.kernels import ops
 
         return ops.nf4_dequantize(*ops.packed(q), dtype)
+    if nf4.is_traced(q.codes):
+        return nf4.dequantize(q, dtype)
     return nf4.dequantize(q, out=nf4.workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))

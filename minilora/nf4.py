@@ -218,7 +218,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
-    if torch.compiler.is_compiling():
+    if is_traced(q.codes):
         packed = q.codes, q.absmax, q.nested_absmax, q.offset, out.numel(), q.block_size, q.nested_block_size
         return out.copy_(_dequantize_in_a_graph(*packed, out.dtype).view(q.shape))
     flat, absmax, size = out.view(-1), dequantize_absmax(q), q.block_size
@@ -235,7 +235,7 @@ def _dequantize_in_a_graph(
     codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
     n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The n elements as one operator, for torch.compile: tables and buffers do not belong into a traced graph."""
+    """The n elements as one operator: tables and buffers do not belong into a traced graph."""
     q = QuantizedTensor(codes, absmax, (n,), dtype, block_size, nested_absmax, offset, nested_block_size)
     return dequantize(q)
 
@@ -291,9 +291,14 @@ def make_tables(codes: Tensor) -> None:
 
     In a CUDA graph's capture that could not be done: nothing is copied to a GPU in there.
     """
-    if type(codes) is Tensor and not codes.is_meta:  # a fake tensor's table would be a fake, for good
+    if not codes.is_meta and not is_traced(codes):
         dynamic_map(codes.device)
         byte_pairs(codes.device)
+
+
+def is_traced(codes: Tensor) -> bool:
+    """True while torch.compile traces, and for fake tensors: a table or buffer made now would be a fake, for good."""
+    return torch.compiler.is_compiling() or type(codes) is not Tensor
 
 
 class _Workspaces(threading.local):
@@ -310,7 +315,7 @@ def workspace(role: str, n: int, dtype: torch.dtype, device: torch.device) -> Te
     On a CPU it is the same memory each time: the allocator hands megabytes back to the system as soon as they are
     free, and faulting fresh pages in costs several times what the dequantization does. Elsewhere it is a new tensor.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu":
         return torch.empty(n, dtype=dtype, device=device)
     buffer = _workspaces.buffers.get((role, dtype))
     if buffer is None or buffer.numel() < n:

@@ -180,12 +180,23 @@ def test_a_layer_that_has_arrived_finds_its_tables(arrive: str) -> None:
     assert [table.cache_info().misses for table in tables] == made
 
 
-def test_a_fake_layer_leaves_no_fake_table() -> None:
+@pytest.mark.parametrize("used_before", [True, False])
+def test_a_fake_layer_leaves_nothing_fake(used_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a table nor a buffer; and takes none that a real one has left."""
+    monkeypatch.setattr(nf4, "_workspaces", nf4._Workspaces())
     for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs):
         table.cache_clear()
+    layer, x = NF4Linear.from_linear(nn.Linear(64, 4)), torch.randn(2, 64)
+    if used_before:
+        layer(x)
+    else:
+        for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs):
+            table.cache_clear()
     with FakeTensorMode():
-        NF4Linear(64, 4).to(CPU)
-    assert not isinstance(nf4.byte_pairs(CPU), FakeTensor)
+        y = NF4Linear(64, 4).to(CPU)(torch.randn(2, 64, requires_grad=True))
+        y.sum().backward()
+        assert isinstance(y, FakeTensor) and y.shape == (2, 4)
+    torch.testing.assert_close(layer(x), x @ layer.dequantize().T + layer.bias, rtol=1e-5, atol=1e-5)  # sums of 64
 
 
 @pytest.mark.parametrize("known", [NEVER, ALWAYS])
