@@ -119,7 +119,7 @@ def find_turns(tokenizer: Tokenizer) -> Turns | None:
 
 
 def _arrives(piece: str) -> bool:
-    """True unless Go takes braces of the piece for its own, the Modelfile quotes, or Ollama drops a character."""
+    """False where Go would take its braces, or the Modelfile its quotes, for their own, or Ollama drop a character."""
     kept = all(character.isprintable() or character in "\n\r\t" for character in piece)
     return kept and "{{" not in f"{piece}{{" and '"""' not in piece
 
