@@ -34,7 +34,8 @@ def run(rounds: int | None, device: torch.device) -> Result:
     started = time.monotonic()
     of_kernels = [str(path) for path in sorted(TESTS.glob("test_kernel*.py")) if path.stem != "test_kernels_aot"]
     wrong = failures(of_kernels, TEST_SECONDS)
-    marked = failures([str(TESTS), "-m", "gpu"], TEST_SECONDS - (time.monotonic() - started))
+    left = TEST_SECONDS - (time.monotonic() - started)
+    marked = failures([str(TESTS), "-m", "gpu"], max(left, 1.0))
     result = nf4_products.run(rounds, device, seconds=SECONDS - (time.monotonic() - started))
     result.notes += [*wrong, *marked]
     if wrong:
@@ -54,10 +55,11 @@ def failures(selection: list[str], seconds: float) -> list[str]:
     if find_spec("xdist"):
         options += ["-n", str(PROCESSES)]
     command = [sys.executable, "-m", "pytest", *options, *selection]
-    on_the_gpu = os.environ | {"TRITON_INTERPRET": "0"}  # compiled, whatever the shell says
+    # compiled, whatever the shell says; and on lines that have room for what pytest says of a failure
+    on_the_gpu = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "300"}
     try:
         done = subprocess.run(
-            command, cwd=TESTS.parent, env=on_the_gpu, check=False, timeout=max(seconds, 1.0),
+            command, cwd=TESTS.parent, env=on_the_gpu, check=False, timeout=seconds,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -489,7 +489,10 @@ def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, 
     assert "more than the 0 seconds that there were" in gpu.failures([str(file)], 0.2)[0]
     file.write_text("import no_such_package\n")
     (line,) = gpu.failures([str(file)], 60)
-    assert line.startswith("ERROR ") and line.endswith("test_it.py")
+    assert line.startswith("ERROR ") and "test_it.py" in line
+    file.write_text(f"def test_wrong():\n    assert False, '{'so much ' * 10}is wrong'\n")
+    (line,) = gpu.failures([str(file)], 60)
+    assert line.startswith("FAILED ") and line.endswith("is wrong"), "cut off"
     monkeypatch.setattr(gpu.sys, "executable", "false")
     assert gpu.failures([str(file)], 60)[0].endswith("ended with status 1")
 
