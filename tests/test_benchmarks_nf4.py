@@ -527,6 +527,8 @@ def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, w
     named = " ".join(commands[0])
     assert "test_kernels_matmul.py" in named and "test_kernels_aot.py" not in named
     assert commands[1][-2:] == ["-m", "gpu"]
+    named = " ".join(commands[1])
+    assert "test_attention.py" in named and "test_cli.py" not in named, "which has no test for a GPU"
 
 
 def test_what_launches_on_the_default_stream_is_not_recorded(benchmarks, monkeypatch):

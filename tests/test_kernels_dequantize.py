@@ -25,6 +25,18 @@ from minilora import nf4
 pytestmark = runs_somewhere
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_pytorch_path_that_kernels_are_held_to_gives_the_cpus_bytes(dtype: torch.dtype) -> None:
+    """Which tests/test_nf4.py holds to bitsandbytes; this is not in there, since a GPU's machine may lack bitsandbytes."""
+    torch.manual_seed(0)
+    w = torch.randn(100_001).to(dtype)
+    on_cpu, on_gpu = nf4.quantize(w, double_quant=False), nf4.quantize(w.cuda(), double_quant=False)
+    assert torch.equal(on_gpu.codes.cpu(), on_cpu.codes)
+    assert torch.equal(on_gpu.absmax.cpu(), on_cpu.absmax)
+    assert torch.equal(nf4.dequantize(on_gpu).cpu(), nf4.dequantize(on_cpu))
+
+
 @given(
     shape=st.lists(st.integers(1, 70), min_size=1, max_size=2),
     block_size=st.sampled_from([32, 64, 128, 4096]),

@@ -296,14 +296,3 @@ def test_what_nf4_cannot_hold_is_refused(w):
 def test_block_size_is_one_of_bitsandbytes_sizes():
     with pytest.raises(InputError, match="block_size 48"):
         nf4.quantize(torch.randn(96), block_size=48)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda_gives_the_cpus_bytes(dtype):
-    w = weights("normal", 100_001, dtype)
-    on_cpu, on_gpu = nf4.quantize(w, double_quant=False), nf4.quantize(w.cuda(), double_quant=False)
-    assert torch.equal(on_gpu.codes.cpu(), on_cpu.codes)
-    assert torch.equal(on_gpu.absmax.cpu(), on_cpu.absmax)
-    assert torch.equal(nf4.dequantize(on_gpu).cpu(), nf4.dequantize(on_cpu))
