@@ -35,7 +35,7 @@ class _Kept:
         # The garbage collector may end an abandoned generator anywhere in this thread, also while the lock is taken.
         self.lock = RLock()
         self.users, self.room = 0, 0  # how many `with` are open; bytes that may yet be taken
-        # By dtype, and address and version of each tensor of q: q, so that nothing else has these addresses, and W.
+        # By dtype, shape, address and version of each tensor of q: q, so that nothing else has these addresses, and W.
         self.weights: dict[tuple[Any, ...], tuple[QuantizedTensor, Tensor]] = {}
 
 
@@ -72,7 +72,7 @@ def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
             if part.is_inference():  # nothing tells when it is written to
                 return None
             versions += (part.data_ptr(), part._version)
-    key = dtype, *versions
+    key = dtype, q.shape, *versions
     with _kept.lock:
         if key in _kept.weights:
             return _kept.weights[key][1]

@@ -1,5 +1,6 @@
 """Weights that stay whole for a while: the same bytes, made once, and no more memory than there is."""
 
+import dataclasses
 import gc
 import threading
 from pathlib import Path
@@ -40,6 +41,8 @@ def test_inside_the_with_a_weight_is_made_once():
         assert torch.equal(W, layers()[0].dequantize(DTYPE))
         assert torch.equal(kept_weight(second, DTYPE), layers()[1].dequantize(DTYPE))
         assert kept_weight(first, torch.bfloat16).dtype == torch.bfloat16
+        reshaped = dataclasses.replace(first, shape=(32, 128))  # over the same memory
+        assert torch.equal(kept_weight(reshaped, DTYPE), W.view(32, 128))
     assert kept_weight(first, DTYPE) is None
     assert not kept_weights._kept.weights
 
