@@ -50,8 +50,10 @@ def read_options(key: str, options: type, values: Any) -> Any:
         raise InputError(f"LoRAConfig: {key} must be a dict with keys among {', '.join(known)}, not {values!r}")
     try:
         return options(**values)
-    except (InputError, TypeError) as error:  # TypeError: a value that cannot be compared with the limits
+    except InputError as error:
         raise InputError(f"LoRAConfig: {key}: {error}") from None
+    except TypeError:  # a value that cannot be compared with the limits
+        raise InputError(f"LoRAConfig: {key}: a value in {values!r} is of another type than it should be") from None
 
 
 def require_linear(adapter: "LoRA", layer: nn.Module) -> None:

@@ -261,7 +261,12 @@ def test_a_merged_model_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rho": 0.5}, "rho must be at least 1"), ({"tau": 2}, "tau must be from 0 to 1"), ({"r": 1}, "keys among rho")],
+    [
+        ({"rho": 0.5}, "rho must be at least 1"),
+        ({"rho": "two"}, "a value in {'rho': 'two'} is of another type"),
+        ({"tau": 2}, "tau must be from 0 to 1"),
+        ({"r": 1}, "keys among rho"),
+    ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"LoRAConfig: eva_config.*{message}"):
