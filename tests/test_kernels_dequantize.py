@@ -28,7 +28,7 @@ pytestmark = runs_somewhere
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_pytorch_path_that_kernels_are_held_to_gives_the_cpus_bytes(dtype: torch.dtype) -> None:
-    """Which tests/test_nf4.py holds to bitsandbytes; this is not in there, since a GPU's machine may lack bitsandbytes."""
+    """Which are bitsandbytes' in tests/test_nf4.py. This is not in there: beside a GPU there may be no bitsandbytes."""
     torch.manual_seed(0)
     w = torch.randn(100_001).to(dtype)
     on_cpu, on_gpu = nf4.quantize(w, double_quant=False), nf4.quantize(w.cuda(), double_quant=False)
