@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from minilora.errors import InputError
 
@@ -298,7 +299,7 @@ def make_tables(codes: Tensor) -> None:
 
 def is_traced(codes: Tensor) -> bool:
     """True while torch.compile traces, and for fake tensors: a table or buffer made now would be a fake, for good."""
-    return torch.compiler.is_compiling() or type(codes) is not Tensor
+    return torch.compiler.is_compiling() or isinstance(codes, FakeTensor)
 
 
 class _Workspaces(threading.local):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from threading import Barrier
 
@@ -296,3 +297,9 @@ def test_what_nf4_cannot_hold_is_refused(w):
 def test_block_size_is_one_of_bitsandbytes_sizes():
     with pytest.raises(InputError, match="block_size 48"):
         nf4.quantize(torch.randn(96), block_size=48)
+
+
+def test_codes_may_be_a_parameter():
+    q = nf4.quantize(torch.randn(70))
+    as_parameter = replace(q, codes=torch.nn.Parameter(q.codes, requires_grad=False))
+    assert torch.equal(nf4.dequantize(as_parameter), nf4.dequantize(q))
