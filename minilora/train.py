@@ -142,10 +142,11 @@ def train(
             for pass_examples in passes:
                 batch = pack(pass_examples) if packing else collate(pass_examples, tokenizer.pad_token_id)
                 loss = summed_loss(model, batch) / n
-                if not loss.requires_grad:
-                    raise InputError(f"the loss does not depend on adapter {adapter!r}: its layers take no part in it")
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
                 losses.append(loss.detach())
+            if all(parameter.grad is None for parameter in parameters.values()):
+                raise InputError(f"the loss does not depend on adapter {adapter!r}: its layers take no part in it")
             penalty = summed_regularization(adapters.values())
             if isinstance(penalty, torch.Tensor):
                 penalty.backward()

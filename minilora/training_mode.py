@@ -88,7 +88,7 @@ def _recomputing(model: nn.Module, offload: bool) -> Iterator[None]:
             attributes.pop("_require_grads_hook", None)  # so that the hooks below are not the caller's own
         # Reentrant checkpointing gives no gradient where a block's input needs none, as after a frozen embedding.
         (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
-        # For its sake transformers 5 lets the embedding's output need a gradient: every loss would then have one.
+        # For its sake transformers 5 lets the embedding's output need a gradient, by a hook that it leaves there.
         for module in transformer.modules():
             if "_require_grads_hook" in vars(module):
                 module.disable_input_require_grads()
