@@ -78,7 +78,7 @@ def read_crossovers(device: torch.device) -> Crossovers:
     wish = os.environ.get("MINILORA_KERNELS", "")
     if wish not in ("", "on", "off"):
         raise InputError(f"MINILORA_KERNELS is {wish!r}: it can be 'on' or 'off', or not be set")
-    if wish == "off" or not has_triton():
+    if wish == "off" or not has_triton() or find_spec("minilora.kernels") is None:  # run from source, not installed
         return NEVER
     if wish == "on":
         from minilora.kernels.codes import INTERPRETED

@@ -78,6 +78,16 @@ def test_a_gpu_uses_what_was_measured_on_it(monkeypatch: pytest.MonkeyPatch, tmp
     assert crossovers(torch.device("cuda")) == NEVER
 
 
+def test_without_an_installation_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """minilora.kernels lies elsewhere in the sources: only an installation puts it there."""
+    pytest.importorskip("triton", "3.6")
+    monkeypatch.setattr(kernel_dispatch, "find_spec", lambda name: None)
+    for wish in ("", "on"):
+        monkeypatch.setenv("MINILORA_KERNELS", wish)
+        read_crossovers.cache_clear()
+        assert crossovers(torch.device("cuda")) == NEVER
+
+
 def test_the_committed_table_is_read() -> None:
     for measured in json.loads(kernel_dispatch.measured_file().read_text(encoding="utf-8")).values():
         assert {*kernel_dispatch.MEASURED, "date", "versions"} <= measured.keys()
