@@ -195,13 +195,16 @@ class Merge:
     """PEFT adapter folder"""
     output: str
     """folder to write, for transformers and vLLM; or model.gguf, for llama.cpp and Ollama"""
-    outtype: OutType = "q8_0"
-    """the weights' type in a .gguf file"""
+    outtype: OutType | None = None
+    """the weights' type in a .gguf file: q8_0 unless given"""
     base: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         from rich.console import Console
 
+        to_gguf = self.output.endswith(".gguf")
+        if self.outtype and not to_gguf:
+            raise InputError(f"--outtype is of GGUF files, and {self.output} is a folder: end its name in .gguf")
         console = Console()
         model, tokenizer = self.base.load(self.adapter)
         report = ml.merge_report(model, [self.base.dtype, "nf4"])
@@ -210,8 +213,8 @@ class Merge:
         if "nf4" in report.formats and (nf4 := report.summary("nf4")).erased:
             loss = f"the adapter would be lost in {nf4.erased} of {nf4.layers} layers"
             console.print(f"nf4 is there to compare: were the merged model rounded to it, {loss}", highlight=False)
-        if self.output.endswith(".gguf"):
-            ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype)
+        if to_gguf:
+            ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype or "q8_0")
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
         else:
             ml.save_pretrained(model, tokenizer, self.output)

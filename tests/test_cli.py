@@ -203,6 +203,8 @@ def test_train_eval_merge_and_chat_follow_each_other(capsys, tmp_path, monkeypat
     assert code == 0, err
     assert out.strip().splitlines()[-1] == "go"
 
+    code, _, err = run(capsys, "merge", "--adapter", adapter, "--output", "other", "--outtype", "q4_1")
+    assert code == 2 and "--outtype is of GGUF files" in err
     code, out, err = run(capsys, "merge", "--adapter", adapter, "--output", "lights.gguf", "--outtype", "q4_1")
     assert code == 0, err
     assert "merged model saved to lights.gguf" in out and (tmp_path / "lights.Modelfile").exists()
