@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minilora.auto_dtype import auto_dtype, say_once, slower_than_float32
 from minilora.errors import InputError
 from minilora.kernel_dispatch import quantize as quantize_nf4
 from minilora.linear4bit import NF4Linear
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save_pretrained"]
 
-FLOATS = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+WORTH_A_WARNING = 2.0  # times float32's time
 
 
 class Checkpoint(Protocol):
@@ -35,6 +38,8 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...  # of its weights; bfloat16 where they are all in fewer bits
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str) -> Tensor | QuantizedTensor: ...
@@ -47,7 +52,7 @@ def load(
     quantize: Literal["nf4"] | None = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[Transformer, "Tokenizer"]:
     """Load a model, frozen and in evaluation mode, and its tokenizer.
@@ -55,7 +60,9 @@ def load(
     `name_or_path`: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
     "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
     (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
-    a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`.
+    a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`. "auto" is the
+    fastest that suits the device, as `minilora.auto_dtype` finds it: bfloat16, on processors that have no instructions
+    for it float32, on such GPUs float16; what it came to is said once. Saved again, the model gets the checkpoint's.
     Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported, and for a
     dtype or a device that cannot be used.
     """
@@ -63,8 +70,8 @@ def load(
 
     if quantize not in ("nf4", None):
         raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
-    if dtype not in FLOATS:
-        raise InputError(f"dtype={dtype!r} is not supported; supported are {', '.join(map(str, FLOATS))}")
+    if dtype != "auto" and dtype not in FLOATS:
+        raise InputError(f"dtype={dtype!r} is not supported; supported are 'auto', {', '.join(map(str, FLOATS))}")
     device = _usable(device)
     path = _locate(name_or_path)
     if path.is_dir():
@@ -77,6 +84,14 @@ def load(
 
         checkpoint = GGUFCheckpoint(path)
         tokenizer = Tokenizer.from_gguf(checkpoint.file.metadata)
+    if dtype == "auto":
+        choice = auto_dtype(device)
+        dtype = choice.dtype
+        say_once(f"the model computes in {choice}")
+    elif device.type == "cpu" and dtype in HALF and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
+        say_once(
+            f'products in {dtype} take {times:.0f} times as long as in float32 on this CPU; dtype="auto" is faster'
+        )
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
 
 
@@ -134,6 +149,7 @@ def assemble(
         else:
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, name, dtype, device), requires_grad=False))
     model.tie_weights()
+    model.checkpoint_dtype = checkpoint.dtype
     return model.eval()
 
 

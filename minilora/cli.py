@@ -25,6 +25,7 @@ from minilora.recipe import read_recipe
 from minilora.report import comparison_table, write_text
 from minilora.rows import Row
 from minilora.save_gguf import OutType
+from minilora.save_pretrained import saved_dtype
 from minilora.tokenizer import Tokenizer
 from minilora.train import DivergedError, TrainConfig
 
@@ -45,18 +46,21 @@ class ModelOptions:
     """a known name, a Hugging Face folder, a .gguf file, or a Hugging Face Hub id"""
     quantize: Literal["nf4", "none"] = "nf4"
     """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """of activations and of the weights that are not quantized"""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """of activations and of the weights that are not quantized; auto: bfloat16 where the device is fast at it"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load(self, adapter: str | None = None) -> tuple[Transformer, Tokenizer]:
         """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""
         quantize = None if self.quantize == "none" else self.quantize
-        dtype = getattr(torch, self.dtype)
-        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=dtype, device=self.device)
+        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=self.torch_dtype or "auto", device=self.device)
         if adapter is not None:
             ml.load_adapter(model, adapter)
         return model, tokenizer
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass
@@ -207,9 +211,11 @@ class Merge:
             raise InputError(f"--outtype is of GGUF files, and {self.output} is a folder: end its name in .gguf")
         console = Console()
         model, tokenizer = self.base.load(self.adapter)
-        report = ml.merge_report(model, [self.base.dtype, "nf4"])
+        dtype = self.base.torch_dtype or saved_dtype(model)
+        name = str(dtype).removeprefix("torch.")
+        report = ml.merge_report(model, [name, "nf4"])
         console.print(report.summary_table())
-        MergeReport(report.of(self.base.dtype)).show_warnings(console)
+        MergeReport(report.of(name)).show_warnings(console)
         if "nf4" in report.formats and (nf4 := report.summary("nf4")).erased:
             loss = f"the adapter would be lost in {nf4.erased} of {nf4.layers} layers"
             console.print(f"nf4 is there to compare: were the merged model rounded to it, {loss}", highlight=False)
@@ -217,7 +223,7 @@ class Merge:
             ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype or "q8_0")
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
         else:
-            ml.save_pretrained(model, tokenizer, self.output)
+            ml.save_pretrained(model, tokenizer, self.output, dtype=dtype)
             print(f"merged model saved to {self.output}; load it with --quantize none")
 
 

@@ -70,7 +70,7 @@ def run_demo(config: DemoConfig) -> Report:
     folder = Path(config.train.output_dir)
     checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
     with clock.stage("load the model, quantize it to NF4"):
-        model, tokenizer = load(MODEL, quantize="nf4", dtype=torch.bfloat16)
+        model, tokenizer = load(MODEL, quantize="nf4")
         rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}
         test = rows["test"][: config.test_rows]
 
@@ -98,7 +98,7 @@ def run_demo(config: DemoConfig) -> Report:
         general[TUNED] = general_ability(model, tokenizer).summary()
     with clock.stage("merge, save, load again"):
         save_pretrained(model, tokenizer, folder / "merged")
-        merged, merged_tokenizer = load(folder / "merged", quantize=None, dtype=torch.bfloat16)
+        merged, merged_tokenizer = load(folder / "merged", quantize=None)
     with clock.stage("score the merged model"):
         scores[MERGED] = scored(merged, merged_tokenizer, test)
 

@@ -51,6 +51,11 @@ class GGUFCheckpoint:
         self.config = self._config()
         self._gguf_names = {_hugging_face_name(name): name for name in self.file.tensors if name != ROPE_FACTORS}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the embedding is stored in; bfloat16 where that is in blocks of fewer bits."""
+        return self.file.dtype(self._gguf_names["model.embed_tokens.weight"]) or torch.bfloat16
+
     def names(self) -> Iterator[str]:
         """Hugging Face's name of every tensor in the file."""
         return iter(self._gguf_names)

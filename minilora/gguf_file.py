@@ -71,6 +71,12 @@ class GGUFFile:
         data = math.ceil(file.tell() / alignment) * alignment
         return metadata, {name: TensorInfo(shape, kind, data + offset) for name, shape, kind, offset in entries}
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """What a tensor is stored in; None where that is in blocks."""
+        import gguf
+
+        return PLAIN.get(gguf.GGMLQuantizationType(self.tensors[name].type_number).name)
+
     def read(self, name: str) -> Tensor:
         """The values of a tensor: in its own dtype if it is stored whole, else dequantized to float32.
 

@@ -191,6 +191,7 @@ class Transformer(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.offload_activations = False
+        self.checkpoint_dtype: torch.dtype | None = None  # of the file that the weights came from
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()

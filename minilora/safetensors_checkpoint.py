@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minilora.bitsandbytes_format import PARTS, STATE, QuantizedWeight, check_is_nf4
@@ -31,6 +32,11 @@ class SafetensorsCheckpoint:
             check_is_nf4(hf["quantization_config"], str(folder / "config.json"))
         self._files = _tensor_files(folder)
         self._quantized = {name.removesuffix(STATE) for name in self._files if name.endswith(STATE)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the embedding is stored in, which is never quantized; config.json is sometimes wrong about it."""
+        return self._read("model.embed_tokens.weight").dtype
 
     def names(self) -> Iterable[str]:
         """Name of every tensor of the model; the parts of a quantized one do not count."""

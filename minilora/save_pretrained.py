@@ -32,7 +32,8 @@ def save_pretrained(
     """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
 
     W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`
-    (default: the embedding's); never into 4 bits: that would erase most adapters, as does loading the folder with
+    (default: that of the checkpoint that was loaded, whatever the model computes in; of a quantized GGUF file bfloat16;
+    of a model made otherwise its embedding's); never into 4 bits: that would erase most adapters, as does loading the folder with
     quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
     in_4_bits=True is for the result of `merge_to_nf4`, and for base models: NF4 layers are written as they are, in the
     layout of bitsandbytes, which transformers loads too.
@@ -48,7 +49,7 @@ def save_pretrained(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder to save the model in")
     layers = layers_with_weights(model)
-    dtype = dtype or model.model.embed_tokens.weight.dtype
+    dtype = dtype or saved_dtype(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
@@ -65,6 +66,11 @@ def save_pretrained(
             _move_into_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the model to {folder}: {error}") from None
+
+
+def saved_dtype(model: Transformer) -> torch.dtype:
+    """What save_pretrained writes unless it is told otherwise."""
+    return model.checkpoint_dtype or model.model.embed_tokens.weight.dtype
 
 
 def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
