@@ -1,10 +1,10 @@
 """dtype="auto": the dtype of activations and products that suits a device, and why.
 
-    a CPU               bfloat16 where a product in it takes no longer than in float32, which a probe times; else float32
-    a GPU               bfloat16 where it is in hardware; else float16, for which training scales the loss
+    a CPU      bfloat16 where a product in it takes no longer than in float32, which a probe times; else float32
+    a GPU      bfloat16 where it is in hardware; else float16, for which training scales the loss
 
-Weights in NF4 stay in 4 bits whichever it is. A processor without bfloat16 instructions emulates them, in PyTorch in one
-thread and without vectors: a product then takes some ten times as long as in float32, though it reads half the bytes.
+Weights in NF4 stay in 4 bits whichever it is. Where the processor has no instructions for bfloat16, PyTorch multiplies
+in one thread and without vectors: a product takes some ten times as long as in float32, though it reads half the bytes.
 """
 
 import sys
@@ -51,10 +51,19 @@ def _chosen(device: torch.device) -> DtypeChoice:
 
 @cache
 def slower_than_float32(dtype: torch.dtype) -> float:
-    """A product's time on this CPU in `dtype`, divided by its time in float32: the fastest of some, taken in turns."""
+    """A product's time on this CPU in `dtype`, divided by its time in float32: the fastest of some, taken in turns.
+
+    In one thread: of two, one may have to wait for a core that another process is using, and only in float32.
+    """
     pairs = [(torch.ones(M, K, dtype=each), torch.ones(N, K, dtype=each)) for each in (dtype, torch.float32)]
-    seconds = [min(times) for times in zip(*[[_seconds(*pair) for pair in pairs] for _ in range(REPEATS)], strict=True)]
-    return seconds[0] / seconds[1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        in_turns = [[_seconds(*pair) for pair in pairs] for _ in range(REPEATS)]
+    finally:
+        torch.set_num_threads(threads)
+    in_dtype, in_float32 = (min(times) for times in zip(*in_turns, strict=True))
+    return in_dtype / in_float32
 
 
 def _seconds(x: Tensor, W: Tensor) -> float:

@@ -89,9 +89,8 @@ def load(
         dtype = choice.dtype
         say_once(f"the model computes in {choice}")
     elif device.type == "cpu" and dtype in HALF and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
-        say_once(
-            f'products in {dtype} take {times:.0f} times as long as in float32 on this CPU; dtype="auto" is faster'
-        )
+        name = str(dtype).removeprefix("torch.")
+        say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
 
 

@@ -31,10 +31,10 @@ def save_pretrained(
 ) -> None:
     """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
 
-    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`
-    (default: that of the checkpoint that was loaded, whatever the model computes in; of a quantized GGUF file bfloat16;
-    of a model made otherwise its embedding's); never into 4 bits: that would erase most adapters, as does loading the folder with
-    quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
+    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`:
+    by default that of the checkpoint the model came from, whatever it computes in (bfloat16 for a quantized GGUF file;
+    the embedding's for a model made otherwise). Never into 4 bits: that would erase most adapters, as does loading the
+    folder with quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
     in_4_bits=True is for the result of `merge_to_nf4`, and for base models: NF4 layers are written as they are, in the
     layout of bitsandbytes, which transformers loads too.
     Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so

@@ -22,6 +22,7 @@ from minilora.adapters import (
 from minilora.data import Example, Skipped, batches, collate, pack
 from minilora.errors import InputError
 from minilora.loss import held_out_loss, label_tokens, summed_loss
+from minilora.loss_scale import FIRST_SCALE, gradients_are_finite, needs_loss_scale, unscale_
 from minilora.mixed_batch import refuse_row_names
 from minilora.optimizer import (
     check_optimizer,
@@ -120,7 +121,7 @@ def train(
     stopped_early = _out_of_patience(progress, config)
 
     with (
-        open_log(config, progress.step + 1, total_steps) as write,
+        open_log(config, progress.step + 1, total_steps, model) as write,
         training_mode(model, config),
         StopRequest() as stop,
     ):
@@ -130,6 +131,8 @@ def train(
         seed_everything(config.seed)
         if saved:
             restore(saved, model, adapter, parameters, optimizer)
+        elif needs_loss_scale(model):
+            progress.loss_scale = FIRST_SCALE
 
         first_step, last_step = progress.step + 1, progress.step if stopped_early else total_steps
         for step, step_examples in _steps(examples, config, packing, steps_per_epoch, first_step, last_step):
@@ -138,13 +141,20 @@ def train(
             # L = 1/n Σ −log p(label), n over the whole step: 8 passes of 1 row equal 1 pass of 8 rows
             n = label_tokens(step_examples)
             passes = _split(step_examples, config.batch_size)
-            losses = []
-            for pass_examples in passes:
-                batch = pack(pass_examples) if packing else collate(pass_examples, tokenizer.pad_token_id)
-                loss = summed_loss(model, batch) / n
-                if loss.requires_grad:
-                    loss.backward()
-                losses.append(loss.detach())
+            while True:
+                losses = []
+                for pass_examples in passes:
+                    batch = pack(pass_examples) if packing else collate(pass_examples, tokenizer.pad_token_id)
+                    loss = summed_loss(model, batch) / n
+                    if loss.requires_grad:
+                        (progress.loss_scale * loss).backward()
+                    losses.append(loss.detach())
+                unscale_(parameters.values(), progress.loss_scale)
+                fits = progress.loss_scale == 1 or gradients_are_finite(parameters.values())
+                if fits or not torch.stack(losses).isfinite().all():
+                    break
+                progress.lower_loss_scale()  # and once more
+                optimizer.zero_grad()
             if all(parameter.grad is None for parameter in parameters.values()):
                 raise InputError(f"the loss does not depend on adapter {adapter!r}: its layers take no part in it")
             penalty = summed_regularization(adapters.values())

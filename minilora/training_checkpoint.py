@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minilora.adapters import adapters_named
 from minilora.errors import InputError
+from minilora.loss_scale import GROWTH_INTERVAL
 from minilora.optimizer import optimizer_state, restore_optimizer
 from minilora.peft_format import save_adapter
 from minilora.random_states import (
@@ -67,6 +68,8 @@ class Progress:
     best_step: int | None = None
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
+    loss_scale: float = 1.0  # more than 1 in float16 only
+    steps_at_scale: int = 0
 
     def check(self) -> None:
         """Raise TypeError where a value, read from a file, is of the wrong kind."""
@@ -76,6 +79,12 @@ class Progress:
 
     def add_step(self, tokens: int, seconds: float) -> None:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.steps_at_scale += 1
+        if self.loss_scale > 1 and self.steps_at_scale >= GROWTH_INTERVAL:
+            self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
+
+    def lower_loss_scale(self) -> None:
+        self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0
 
     def add_evaluation(self, eval_loss: float) -> bool:
         """Take the held-out loss of this step in; True if it is the lowest so far."""

@@ -1,6 +1,7 @@
 """What a training run tells: every record goes to each of the sinks that the run has.
 
-A record is a flat dict. A training step's has step, epoch, loss, learning_rate, grad_norm, tokens, label_tokens,
+A record is a flat dict. The log's first tells what the run computes with: device, dtype and why, threads, torch; one
+more comes with every resume. A training step's has step, epoch, loss, learning_rate, grad_norm, tokens, label_tokens,
 tokens_per_s, seconds, rss_mb (and gpu_mb); an evaluation's has step, epoch, eval_loss, eval_seconds, seconds.
 `tokens` are real ones: padding does not count.
 """
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from minilora.auto_dtype import auto_dtype
 from minilora.errors import InputError
 from minilora.training_config import TrainConfig
 
@@ -34,8 +37,10 @@ class Sink(Protocol):
 
 
 @contextmanager
-def open_log(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Callable[[Record], None]]:
-    """Gives a function that writes a record to every sink.
+def open_log(
+    config: TrainConfig, first_step: int, total_steps: int, model: nn.Module
+) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that writes a record to every sink; what the model computes with is in log.jsonl already.
 
     Raises InputError if one's package is missing, or output_dir cannot be written to.
     """
@@ -48,10 +53,27 @@ def open_log(config: TrainConfig, first_step: int, total_steps: int) -> Iterator
     try:
         for sink in _opened(config, first_step, total_steps):
             sinks.append(sink)
+            if isinstance(sink, JsonLines):
+                sink.write({"step": first_step - 1, **computes_with(model)})
         yield write
     finally:
         for sink in sinks:
             sink.close()
+
+
+def computes_with(model: nn.Module) -> Record:
+    """The device, the dtype of the frozen weights that are not in NF4, and why: as dtype="auto" has it, or not."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    weight = next((p for p in weights if not p.requires_grad), weights[0])
+    auto = auto_dtype(weight.device)
+    why = auto.reason if weight.dtype == auto.dtype else f'chosen; dtype="auto" would be {auto}'
+    return {
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype_reason": why,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
 
 
 def _opened(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Sink]:

@@ -90,6 +90,6 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def timeless_log(folder: Path) -> list[dict[str, Any]]:
-    """The log without what the clock says."""
-    records = read_log(folder / "log.jsonl")
+    """The log without what the clock says, and what the machine is."""
+    records = [record for record in read_log(folder / "log.jsonl") if "device" not in record]
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
