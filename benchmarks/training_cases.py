@@ -144,10 +144,10 @@ def base_weights(case: Case, device: torch.device) -> Checkpoint:
 class _RoundedGGUF(GGUFCheckpoint):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(model_file(MODEL))
-        self.dtype = dtype
+        self.rounded_to = dtype
 
     def read(self, name: str) -> Tensor:
-        return super().read(name).to(self.dtype)
+        return super().read(name).to(self.rounded_to)
 
 
 class _RandomWeights:

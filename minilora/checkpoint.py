@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save_pretrained"]
 
-HALF = (torch.bfloat16, torch.float16)
-FLOATS = (*HALF, torch.float32, torch.float64)
+FLOATING_POINT = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_POINT}
 WORTH_A_WARNING = 2.0  # times float32's time
 
 
@@ -52,7 +52,7 @@ def load(
     quantize: Literal["nf4"] | None = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
 ) -> tuple[Transformer, "Tokenizer"]:
     """Load a model, frozen and in evaluation mode, and its tokenizer.
@@ -61,8 +61,8 @@ def load(
     "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
     (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
     a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`. "auto" is the
-    fastest that suits the device, as `minilora.auto_dtype` finds it: bfloat16, on processors that have no instructions
-    for it float32, on such GPUs float16; what it came to is said once. Saved again, the model gets the checkpoint's.
+    fastest that suits the device (`minilora.auto_dtype`): bfloat16; on processors without instructions for it float32,
+    on such GPUs float16. What it came to is said once. Saved again, the model gets the checkpoint's own.
     Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported, and for a
     dtype or a device that cannot be used.
     """
@@ -70,8 +70,9 @@ def load(
 
     if quantize not in ("nf4", None):
         raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
-    if dtype != "auto" and dtype not in FLOATS:
-        raise InputError(f"dtype={dtype!r} is not supported; supported are 'auto', {', '.join(map(str, FLOATS))}")
+    dtype = FLOATS.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and dtype not in FLOATS.values():
+        raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(FLOATS)}")
     device = _usable(device)
     path = _locate(name_or_path)
     if path.is_dir():
@@ -84,11 +85,11 @@ def load(
 
         checkpoint = GGUFCheckpoint(path)
         tokenizer = Tokenizer.from_gguf(checkpoint.file.metadata)
-    if dtype == "auto":
+    if not isinstance(dtype, torch.dtype):
         choice = auto_dtype(device)
         dtype = choice.dtype
         say_once(f"the model computes in {choice}")
-    elif device.type == "cpu" and dtype in HALF and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
+    elif device.type == "cpu" and dtype.itemsize == 2 and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
         name = str(dtype).removeprefix("torch.")
         say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
@@ -204,5 +205,5 @@ def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: t
 
 
 def _check_floating_point(value: Tensor, where: str) -> None:
-    if value.dtype not in FLOATS:
+    if value.dtype not in FLOATING_POINT:
         raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")

@@ -53,14 +53,10 @@ class ModelOptions:
     def load(self, adapter: str | None = None) -> tuple[Transformer, Tokenizer]:
         """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""
         quantize = None if self.quantize == "none" else self.quantize
-        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=self.torch_dtype or "auto", device=self.device)
+        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=self.dtype, device=self.device)
         if adapter is not None:
             ml.load_adapter(model, adapter)
         return model, tokenizer
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass
@@ -211,7 +207,7 @@ class Merge:
             raise InputError(f"--outtype is of GGUF files, and {self.output} is a folder: end its name in .gguf")
         console = Console()
         model, tokenizer = self.base.load(self.adapter)
-        dtype = self.base.torch_dtype or saved_dtype(model)
+        dtype = saved_dtype(model) if self.base.dtype == "auto" else getattr(torch, self.base.dtype)
         name = str(dtype).removeprefix("torch.")
         report = ml.merge_report(model, [name, "nf4"])
         console.print(report.summary_table())

@@ -81,7 +81,7 @@ def test_every_tensor_is_cast_once(folders: Callable[..., Path], stored: torch.d
 def test_linear_layers_inside_the_blocks_become_nf4(
     folders: Callable[..., Path], block_size: int, double_quant: bool
 ) -> None:
-    model, _ = load(folders("llama-bias"), block_size=block_size, double_quant=double_quant)
+    model, _ = load(folders("llama-bias"), dtype="bfloat16", block_size=block_size, double_quant=double_quant)
     whole, _ = load(folders("llama-bias"), quantize=None, dtype=torch.float32)
     for path, layer in whole.named_modules():
         ours = model.get_submodule(path)
@@ -128,9 +128,9 @@ def peak():  # not ru_maxrss, which a process inherits from the one that started
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 before = peak()
-load(sys.argv[1])
+load(sys.argv[1], dtype="bfloat16")
 print(peak() - before)
-load(sys.argv[1], quantize=None)
+load(sys.argv[1], dtype="bfloat16", quantize=None)
 print(peak() - before)
 """
 
@@ -365,8 +365,11 @@ def test_names_that_are_nothing(tmp_path: Path) -> None:
     file.write_bytes(b"")
     with pytest.raises(InputError, match=r"is neither a \.gguf file nor a Hugging Face folder"):
         load(file)
-    with pytest.raises(InputError, match="dtype='bfloat16' is not supported; supported are torch"):
-        load(tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
+    for dtype in ("bf16", torch.int8):
+        with pytest.raises(
+            InputError, match=f"dtype={dtype!r} is not supported; supported are auto, bfloat16, float32"
+        ):
+            load(tmp_path, dtype=dtype)
     with pytest.raises(InputError, match="device='gpu' cannot be used here"):
         load(tmp_path, device="gpu")
     with pytest.raises(InputError, match="quantize='int8' is not supported"):

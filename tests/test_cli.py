@@ -159,7 +159,7 @@ def test_a_merge_warns_of_the_format_that_it_writes_alone(capsys, tmp_path, monk
         return model, PADDING
 
     monkeypatch.setattr(cli.ModelOptions, "load", load)
-    monkeypatch.setattr(cli.ml, "save_pretrained", lambda *_: None)
+    monkeypatch.setattr(cli.ml, "save_pretrained", lambda *_, dtype: None)
     code, out, err = run(capsys, "merge", "--adapter", "a", "--output", str(tmp_path))
     assert code == 0, err
     assert "the adapter would be lost in 1 of 1 layers" in " ".join(out.split())
