@@ -22,7 +22,7 @@ from minilora.checkpoint import load
 from minilora.errors import InputError
 for name in sys.argv[1:]:
     try:
-        model, tokenizer = load(name, quantize=None)
+        model, tokenizer = load(name, quantize=None, dtype="bfloat16")
         print(model.model.norm.weight.float().sum().item(), len(tokenizer))
     except InputError as error:
         print("InputError:", error)
