@@ -1,16 +1,16 @@
-"""Weights that stay whole for a while: where the same NF4 layers are used token after token, on a CPU.
+"""Weights that stay whole for a while: where the same NF4 layers are used again and again, on a CPU.
 
-    generate, of each layer     token 1                     token 2     token 3     …
-    without                     dequantize, product         the same    the same
-    with                        dequantize, keep, product   product     product
+    of each layer     token or step 1             2           3           …
+    without           dequantize, product         the same    the same
+    with              dequantize, keep, product   product     product
 
-For a handful of rows a product with W in memory takes less than making W. The price is a copy of the model in the
-dtype of its products, for as long as the `with` lasts; what does not fit is dequantized as ever. On a GPU the kernels
-multiply with the packed weight itself.
+Up to some hundred rows a product with W in memory takes less than making W. The bytes of W are the same either way, and
+so is what is computed. The price is a copy of the model in the dtype of its products, for as long as the `with` lasts;
+what does not fit is dequantized as ever. On a GPU the kernels multiply with the packed weight itself.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from minilora import nf4
 from minilora.nf4 import QuantizedTensor
 
-__all__ = ["keeping_weights", "kept_weight"]
+__all__ = ["keeping_weights", "kept_weight", "weights_that_fit"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -43,14 +43,14 @@ _kept = _Kept()
 
 
 @contextmanager
-def keeping_weights() -> Iterator[None]:
-    """Inside the `with`, W of a layer on a CPU is made once, for as many layers as fit in half of the free memory.
+def keeping_weights(share: float = 0.5) -> Iterator[None]:
+    """Inside the `with`, W of a layer on a CPU is made once, for as many layers as fit in a share of the free memory.
 
-    Only Linux tells how much is free; elsewhere nothing is kept.
+    Of several such `with` the first one's share counts. Only Linux tells how much is free; elsewhere nothing is kept.
     """
     with _kept.lock:
         if _kept.users == 0:
-            _kept.room = _free_memory() // 2
+            _kept.room = int(share * _free_memory())
         _kept.users += 1
     try:
         yield
@@ -59,6 +59,18 @@ def keeping_weights() -> Iterator[None]:
             _kept.users -= 1
             if _kept.users == 0:
                 _kept.weights.clear()
+
+
+def weights_that_fit(weights: Iterable[tuple[QuantizedTensor, torch.dtype]]) -> tuple[int, int]:
+    """How many of these, used one after the other inside the `with`, are kept, and the bytes they take."""
+    count, taken = 0, 0
+    with _kept.lock:
+        room = _kept.room + sum(W.nbytes for _, W in _kept.weights.values()) if _kept.users else 0
+    for q, dtype in weights:
+        size = prod(q.shape) * dtype.itemsize
+        if q.codes.device.type == "cpu" and taken + size <= room:
+            count, taken = count + 1, taken + size
+    return count, taken
 
 
 def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:

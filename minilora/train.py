@@ -121,8 +121,8 @@ def train(
     stopped_early = _out_of_patience(progress, config)
 
     with (
-        open_log(config, progress.step + 1, total_steps, model) as write,
         training_mode(model, config),
+        open_log(config, progress.step + 1, total_steps, model) as write,
         StopRequest() as stop,
     ):
         set_adapter(model, adapter)

@@ -22,6 +22,7 @@ _POSITIVE = (
 _AT_LEAST_ZERO = ("warmup_steps", "weight_decay")
 _SWITCHES = (
     "lora_fa",
+    "keep_weights",
     "gradient_checkpointing",
     "offload_activations",
     "packing",
@@ -31,6 +32,7 @@ _SWITCHES = (
 )
 _RESUME_MAY_CHANGE = (
     "output_dir",
+    "keep_weights",
     "offload_activations",
     "save_every",
     "keep_last",
@@ -79,6 +81,8 @@ class TrainConfig:
     """LoRA-FA: A stays as it was drawn, B's gradient makes up for it; fewer activations are kept."""
     max_grad_norm: float | None = 1.0
     """Scale the gradient down to this norm where it is longer."""
+    keep_weights: bool = True
+    """On a CPU, dequantize each NF4 weight once for all steps: as many as fit in a quarter of the free memory."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
     offload_activations: bool = False

@@ -1,6 +1,7 @@
 """A model made ready to train or to be evaluated, and put back as it was.
 
-To train: dropout on, activations kept, recomputed or moved away. To evaluate: dropout off.
+To train: dropout on; activations kept, recomputed or moved away; NF4 weights dequantized once, or for each product. To
+evaluate: dropout off.
 """
 
 from collections.abc import Iterator
@@ -10,25 +11,28 @@ from typing import Any
 from torch import nn
 
 from minilora.errors import InputError
+from minilora.kept_weights import keeping_weights
 from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer, require_own_model
 from minilora.training_config import TrainConfig
 
 __all__ = ["check_training_mode", "evaluating", "training_mode"]
 
+KEPT_SHARE = 0.25  # of the free memory, for dequantized weights: activations and gradients want some too
 # What transformers notes in the modules of a model that recomputes.
 RECOMPUTATION = "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks"
 
 
 @contextmanager
 def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Dropout on, recomputation and offload where asked for; afterwards the model is as it was.
+    """Dropout on; recomputation, offload and kept weights where asked for; afterwards the model is as it was.
 
     Raises InputError as `check_training_mode` does.
     """
     check_training_mode(model, config)
     recomputing = _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext()
-    with recomputing, _in_mode(model, training=True):
+    keeping = keeping_weights(KEPT_SHARE) if config.keep_weights else nullcontext()
+    with recomputing, keeping, _in_mode(model, training=True):
         yield
 
 

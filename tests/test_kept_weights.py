@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from training_helpers import tiny_base, tiny_model
+from training_helpers import random_rows, run, timeless_log, tiny_base, tiny_model, trained
 
 from minilora import kept_weights
 from minilora.generate import generate_tokens
-from minilora.kept_weights import keeping_weights, kept_weight
+from minilora.kept_weights import keeping_weights, kept_weight, weights_that_fit
 from minilora.linear4bit import NF4Linear
+from minilora.training_log import read_log
 
 DTYPE = torch.float32
 
@@ -184,6 +185,47 @@ def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path, version):
         assert free_memory() == free
     (folder / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
     assert free_memory() > 2**20, "no limit"
+
+
+def test_what_will_fit_is_what_is_kept(monkeypatch):
+    small, large = NF4Linear.from_linear(nn.Linear(64, 64)), NF4Linear.from_linear(nn.Linear(64, 128))
+    weights = [(layer.quantized(), DTYPE) for layer in (small, large, small)]
+    assert weights_that_fit(weights) == (0, 0)
+    monkeypatch.setattr(kept_weights, "_free_memory", lambda: 4 * (64 * 64 + 64 * 128))
+    with keeping_weights(share=0.5):
+        assert weights_that_fit(weights[:2]) == (1, 64 * 64 * 4)
+        assert [kept_weight(*weight) is not None for weight in weights[:2]] == [True, False]
+        assert weights_that_fit(weights[:2]) == (1, 64 * 64 * 4), "also when it is there already"
+    with keeping_weights(share=1.0):
+        assert weights_that_fit(weights[:2]) == (2, 4 * (64 * 64 + 64 * 128))
+        assert all(kept_weight(*weight) is not None for weight in weights)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_dequantizes_once_and_learns_the_same(monkeypatch, tmp_path, capsys, checkpointing):
+    made = []
+    dequantize = kept_weights.nf4.dequantize
+    monkeypatch.setattr(kept_weights.nf4, "dequantize", lambda q, *a, **k: made.append(q) or dequantize(q, *a, **k))
+    parameters, counts = [], []
+    for keep in (True, False):
+        model = tiny_model(nf4=True)
+        settings = {"max_steps": 3, "batch_size": 4, "gradient_checkpointing": checkpointing, "eval_every": 2}
+        run(model, random_rows(8), tmp_path / str(keep), random_rows(3), keep_weights=keep, progress=True, **settings)
+        parameters.append(trained(model))
+        counts.append(len(made))
+        made.clear()
+    kept, dequantized = parameters
+    assert all(torch.equal(kept[name], dequantized[name]) for name in kept)
+    in_4_bits = sum(isinstance(module, NF4Linear) for module in model.modules())
+    assert counts[0] == in_4_bits and counts[1] > 5 * in_4_bits
+    assert timeless_log(tmp_path / "True") == timeless_log(tmp_path / "False")
+    about, without = (read_log(tmp_path / name / "log.jsonl")[0] for name in ("True", "False"))
+    assert about["kept_weights"] == about["nf4_weights"] == in_4_bits and without["kept_weights"] == 0
+    assert about["kept_weights_mb"] * 2**20 == 2 * sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, NF4Linear)
+    )  # bfloat16
+    said = f"{in_4_bits} of {in_4_bits} NF4 weights stay dequantized between steps"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_generate_dequantizes_once_a_call_and_gives_the_same_tokens(monkeypatch):

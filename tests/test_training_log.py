@@ -142,7 +142,7 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     result = run(tiny_model(), rows, tmp_path, eval_rows=rows, max_steps=2, wandb_project="adapters")
     assert (started["project"], started["config"]["max_steps"]) == ("adapters", 2)
     assert [entry[0] for entry in logged[:-1]] == [1, 2, 2]
-    assert logged[0][1]["train/loss"] == result.history[0]["loss"]
+    assert logged[0][1]["train/loss"] == result.history[1]["loss"]
     assert logged[2][1]["eval/loss"] == result.eval_loss
     assert logged[-1] == "end"
 
