@@ -4,8 +4,9 @@
     | you  are  helpful | what   is    2+2   ·   | 4     <eos>    |    · padding, hidden by the attention mask
     | you  are  helpful | name   a     long  river | the   Nile   |
 
-The prefix that all prompts share (a system prompt, few-shot examples) is computed once; its keys and values are
-copied into every batch's cache. Prompts are batched by length, and rows that have ended leave the batch.
+The prefix that all prompts share (a system prompt, few-shot examples) is computed once, and on a CPU kept once; on a
+GPU its keys and values are copied into every batch's cache, where attention's kernels want them. Prompts are batched by
+length, and rows that have ended leave the batch.
 Each row may have an adapter of its own; keys and values depend on it, so that no prefix is shared then.
 """
 
@@ -187,7 +188,7 @@ def _decode(
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     with evaluating(model), keeping_weights(), _naming_rows(model, adapter_names) as name_rows:
         prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
-        for rows in _batches(model, prompts, limits, batch_size):
+        for rows in _batches(model, prompts, limits, batch_size, prefix.length):
             state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows)
             for n in range(max_new_tokens):
                 chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
@@ -228,7 +229,7 @@ def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int
 
 
 def _batches(
-    model: Transformer, prompts: Sequence[Sequence[int]], limits: list[int], batch_size: int | None
+    model: Transformer, prompts: Sequence[Sequence[int]], limits: list[int], batch_size: int | None, shared: int
 ) -> Iterator[list[int]]:
     """Prompts of like length together, the longest first: too large a batch shows at once.
 
@@ -237,7 +238,7 @@ def _batches(
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
-    size = batch_size or max(1, min(LARGEST_BATCH, CACHE_BYTES // (longest * _cache_bytes(model))))
+    size = batch_size or max(1, min(LARGEST_BATCH, CACHE_BYTES // ((longest - shared) * _cache_bytes(model))))
     one_length = any(window is not None and window < longest for window in model.config.sliding_windows)
     for _, group in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
         rows = list(group)
@@ -341,6 +342,8 @@ def shared_prefix(model: Transformer, prompts: Sequence[Sequence[int]], longest:
 
 def expanded(model: Transformer, prefix: KVCache, batch_size: int, max_length: int) -> KVCache:
     """A cache of `batch_size` rows for `max_length` tokens, each row beginning with the prefix."""
+    if prefix.keys[0].is_cpu:
+        return new_cache(model, batch_size, max_length, shared=prefix)
     cache = new_cache(model, batch_size, max_length)
     for layer in range(len(cache.keys)):
         cache.keys[layer][:, :, : prefix.length] = prefix.keys[layer]
@@ -362,7 +365,7 @@ def _cache_bytes(model: Transformer) -> int:
     return sum(tensor.nbytes for tensor in [*one.keys, *one.values])
 
 
-def new_cache(model: Transformer, batch_size: int, max_length: int) -> KVCache:
+def new_cache(model: Transformer, batch_size: int, max_length: int, shared: KVCache | None = None) -> KVCache:
     """An empty cache in the dtype and on the device of the model's activations."""
     weight = model.model.embed_tokens.weight
-    return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device)
+    return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device, shared)

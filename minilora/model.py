@@ -66,9 +66,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, for at most `max_length` tokens a row.
+    """Keys and values of the tokens already seen, for at most `max_length` tokens a row; `length` are there.
 
-    `keys[layer]` and `values[layer]` are (B, K, max_length, D); the first `length` positions are filled.
+    `keys[layer]` and `values[layer]` are (B, K, max_length, D). With `shared`, the cache of one row, every row begins
+    with its tokens: they count in `length` and `max_length`, and lie there alone.
     """
 
     def __init__(
@@ -78,21 +79,32 @@ class KVCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        shared: "KVCache | None" = None,
     ) -> None:
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.shared = shared
+        self.begins_at: int = 0 if shared is None else shared.length
+        self.length: int = self.begins_at
+        shape = (batch_size, config.num_key_value_heads, max_length - self.begins_at, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.max_length = max_length
-        self.length = 0
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the (B, K, T, D) keys and values of new tokens to a layer; all S of them come back."""
-        end = self.length + key.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"KVCache: {end} tokens do not fit its max_length of {self.max_length}")
-        self.keys[layer][:, :, self.length : end] = key
-        self.values[layer][:, :, self.length : end] = value
+        """Append the (B, K, T, D) keys and values of new tokens to a layer; all of the rows' own come back."""
+        if self.length + key.shape[2] > self.max_length:
+            tokens = self.length + key.shape[2]
+            raise ValueError(f"KVCache: {tokens} tokens do not fit its max_length of {self.max_length}")
+        start = self.length - self.begins_at
+        end = start + key.shape[2]
+        self.keys[layer][:, :, start:end] = key
+        self.values[layer][:, :, start:end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values (1, K, P, D) of what all rows begin with, where that lies apart."""
+        if self.shared is None or self.begins_at == 0:
+            return None
+        return self.shared.keys[layer][:, :, : self.begins_at], self.shared.values[layer][:, :, : self.begins_at]
 
 
 class Attention(nn.Module):
@@ -120,9 +132,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+        prefix = None
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = attend(q, k, v, visible)
+            prefix = cache.prefix(self.layer)
+        y = attend(q, k, v, visible, prefix)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
