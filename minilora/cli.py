@@ -63,7 +63,7 @@ class ModelOptions:
 class Demo(DemoConfig):
     """Watch a real 135M-parameter model learn function calling through QLoRA, in minutes on a CPU.
 
-    Small numbers show the way in less time: --test-rows 8 --max-steps 8.
+    It says first how long it will take; --small takes less, and --test-rows 8 --max-steps 8 shows just the way.
     """
 
     def run(self) -> None:

