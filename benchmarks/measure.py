@@ -118,6 +118,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": round(os.getloadavg()[0], 2),  # near zero, or the numbers are of a busy machine
@@ -131,6 +132,18 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """Vector instructions for matrix products: the level that PyTorch uses here, then what else the processor names.
+
+    ATEN_CPU_CAPABILITY=avx2 with ONEDNN_MAX_CPU_ISA=AVX2 lets a newer processor stand for an older one.
+    """
+    level = torch.backends.cpu.get_cpu_capability()
+    info = Path("/proc/cpuinfo")
+    flags = re.search(r"flags\s*: (.*)", info.read_text()) if info.exists() else None
+    known = [flag for flag in ("avx512_bf16", "avx512_fp16", "amx_bf16") if flags and flag in flags[1].split()]
+    return [level, *(known if level == "AVX512" else [])]
 
 
 def _commit() -> str | None:

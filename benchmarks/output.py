@@ -45,9 +45,14 @@ def print_table(result: Result) -> None:
 
 
 def write(result: Result, folder: Path) -> list[Path]:
-    """Write <benchmark>-<device>.json, then .png, each under a temporary name first; returns their paths."""
+    """Write <benchmark>-<device>.json, then .png, each under a temporary name first; returns their paths.
+
+    Of a CPU without AVX-512, where other cases are run, the instructions are named too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     device = result.machine["device"].lower().replace(" ", "-")
+    if device == "cpu" and "AVX512" not in result.machine["instructions"]:
+        device = f"cpu-{result.machine['instructions'][0].lower()}"  # where bfloat16 has no instructions: other cases
     name = f"{result.benchmark}-{device}"
     content = {k: v for k, v in vars(result).items() if k not in ("plot", "size")}
     written = [folder / f"{name}.json", folder / f"{name}.png"]
@@ -70,4 +75,5 @@ def _hardware(machine: dict[str, Any]) -> str:
     """What did the work: the GPU, or the CPU with so many threads."""
     if machine["device"] != "cpu":
         return str(machine["device"])
-    return f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    instructions = ", ".join(machine["instructions"])
+    return f"{machine['cpu']}, {instructions}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"

@@ -8,7 +8,8 @@ TRL, which runs PEFT's own model, is off PEFT's losses says what rounding alone 
 counted; the demo's rows are learned in their answers, the others in every token.
 The floor is the time of the operations that no step can do without (training_cases.least_flops) at the speed of a
 large product in the same dtype, measured in the same run; gradient checkpointing's second forward is not in it.
-Left out to keep the run short: QLoRA in float32, checkpointing on short rows.
+Left out to keep the run short: checkpointing on short rows. Left out where the CPU has no instructions for bfloat16:
+all cases in it.
 """
 
 import re
@@ -38,6 +39,7 @@ from benchmarks.training_cases import (
 from benchmarks.training_contenders import CONTENDERS, PAD
 from benchmarks.training_plot import figure_size, plot
 from benchmarks.turns import Contender, Runner, Trained
+from minilora.auto_dtype import auto_dtype
 from minilora.errors import InputError
 from minilora.loss import held_out_loss
 
@@ -78,9 +80,10 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
     if device.type not in CASES:
         raise InputError(f"the benchmark 'train' runs on {' and '.join(CASES)}, not on {device.type}")
     where = machine(device)
-    cases = {str(case): case for case in CASES[device.type] if only is None or only.lower() in str(case).lower()}
+    possible = [case for case in CASES[device.type] if case.dtype == torch.float32 or _is_fast_at(case.dtype, device)]
+    cases = {str(case): case for case in possible if only is None or only.lower() in str(case).lower()}
     if not cases:
-        names = "; ".join(str(case) for case in CASES[device.type])
+        names = "; ".join(str(case) for case in possible)
         raise InputError(f"no configuration has {only!r} in its name; there are {names}")
     flops = measured_speeds(device).flops
     measured = {
@@ -162,6 +165,11 @@ def measure(
         trained=trained,
         left_out=left_out,
     )
+
+
+def _is_fast_at(dtype: torch.dtype, device: torch.device) -> bool:
+    """False for bfloat16 on a CPU that has no instructions for it: there `dtype="auto"` is float32."""
+    return device.type != "cpu" or auto_dtype(device).dtype == dtype
 
 
 def _held_out(model: nn.Module, task: Task) -> float | None:

@@ -63,6 +63,7 @@ CASES = {
         Case("4 demo rows", None, 4, False, FP32, rounds=49),  # 50 steps whose losses should be PEFT's
         Case("8 demo rows", None, 8, True, BF16, rounds=8),
         Case("4 x 512", 512, 4, False, BF16),
+        Case("4 demo rows", None, 4, True, FP32, rounds=8),
         Case("4 x 512", 512, 4, False, FP32, rounds=2),
         Case("4 x 512", 512, 4, True, BF16),
         Case("4 x 512", 512, 4, False, BF16, gradient_checkpointing=True, rounds=3),
