@@ -1,4 +1,5 @@
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,13 +11,20 @@ from minilora.data import encode_rows
 from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
 from minilora.demo_estimate import Speeds, in_words, mean_length
 from minilora.errors import InputError
-from minilora.general_ability import GeneralAbility, questions
+from minilora.general_ability import GeneralAbility, passages, questions
 from minilora.train import TrainConfig, TrainingInterrupted
 
 
 @pytest.fixture
 def short_answers(monkeypatch):
+    """A demo in less time: shorter answers, and fewer rows beside the test's."""
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 20)
+    monkeypatch.setattr(demo, "REHEARSAL_TOKENS", 16)
+    monkeypatch.setattr(demo, "VALIDATION_ROWS", 4)
+    asked, read = questions()[:8], passages()[:2]
+    regression_check = import_module("minilora.general_ability")  # the name minilora.general_ability is the function's
+    monkeypatch.setattr(regression_check, "questions", lambda: asked)
+    monkeypatch.setattr(regression_check, "passages", lambda: read)
 
 
 def config(folder, **settings):
