@@ -16,6 +16,7 @@ from minilora.errors import InputError
 # name -> module with `run(rounds, device) -> Result`; that of "train" takes `only` too
 BENCHMARKS = {
     "train": "benchmarks.train_step",
+    "profile": "benchmarks.profile_step",
     "merge": "benchmarks.merge",
     "kernels": "benchmarks.nf4_products",
     "gpu": "benchmarks.gpu",

@@ -200,7 +200,12 @@ def _generator(name: str, device: torch.device) -> torch.Generator:
 
 
 def least_flops(config: ModelConfig, examples: list[Example]) -> float:
-    """Operations that no step on these rows can do without: 4 N_frozen + 6 N_trained a token.
+    """Operations that no step on these rows can do without."""
+    return sum(least_work(config, examples))
+
+
+def least_work(config: ModelConfig, examples: list[Example]) -> tuple[float, float, float]:
+    """The same of the frozen weights, of A and B, and of the head: 4 N_frozen + 6 N_trained a token.
 
     A product with a frozen weight is needed forward and for the input's gradient (2 + 2 a weight), with a trained one
     also for its own gradient (+ 2). The head counts only where a token has a label. Not counted: attention's scores,
@@ -213,4 +218,4 @@ def least_flops(config: ModelConfig, examples: list[Example]) -> float:
     trained = sum(LORA.r * (linear.in_features + linear.out_features) for linear in linears)
     tokens = sum(len(example.input_ids) for example in examples)
     labelled = sum(label != -100 for example in examples for label in example.labels[1:])
-    return tokens * (4 * frozen + 6 * trained) + labelled * 4 * model.lm_head.weight.numel()
+    return tokens * 4.0 * frozen, tokens * 6.0 * trained, labelled * 4.0 * model.lm_head.weight.numel()
