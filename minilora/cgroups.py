@@ -21,7 +21,7 @@ def group_folders(controller: str) -> Iterator[Path]:
         for line in MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             group = PurePosixPath(path.lstrip("/"))
-            if ".." in group.parts or controllers and controller not in controllers.split(","):
+            if ".." in group.parts or (controllers and controller not in controllers.split(",")):
                 continue  # a group outside the container, or of another controller
             root = ROOT / controller if controllers else ROOT
             yield from (root / folder for folder in (group, *group.parents) if folder.parts)

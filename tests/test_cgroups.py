@@ -8,11 +8,11 @@ from minilora import cgroups
 @pytest.mark.parametrize(
     "membership, folders",
     [
-        pytest.param("0::/\n", [], id="version 2, in a container: the roots are its group"),
+        pytest.param("0::/\n", [], id="version 2, in a container"),
         pytest.param(
             "0::/user.slice/job.scope\n", ["user.slice/job.scope", "user.slice"], id="version 2, a service or a job"
         ),
-        pytest.param("0::/../other\n", [], id="version 2, a group that the container does not show"),
+        pytest.param("0::/../other\n", [], id="version 2, a group outside the container"),
         pytest.param(
             "4:memory:/docker/7\n3:cpu,cpuacct:/batch/7\n2:cpuset:/x\n0::/\n",
             ["cpu/batch/7", "cpu/batch"],

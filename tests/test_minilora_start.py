@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: settled for the command, before libgomp is loaded; left alone where minilora is imported."""
+"""How OpenMP's threads wait: settled for the command, before libgomp is loaded; left alone by an import."""
 
 import os
 import subprocess
