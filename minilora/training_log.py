@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from minilora.devices import peak_memory
 from minilora.errors import InputError
 from minilora.training_config import TrainConfig
 
@@ -249,8 +250,8 @@ def _evaluation_line(record: Record) -> str:
 def memory_mb(device: torch.device) -> dict[str, float]:
     """Resident memory of this process in MiB, and the peak allocated on the device if it is a GPU."""
     memory = {"rss_mb": round(_resident_bytes() / 2**20, 1)}
-    if device.type == "cuda":
-        memory["gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if (on_gpu := peak_memory(device)) is not None:
+        memory["gpu_mb"] = round(on_gpu / 2**20, 1)
     return memory
 
 
