@@ -273,14 +273,14 @@ def _decode(codes: Tensor) -> Tensor:
     deals out to its threads: the bytes stand in as many rows as divide them evenly; index_select would run in one
     thread. Elsewhere as a row of two, since not every device has complex numbers.
     """
-    pairs, n = byte_pairs(codes.device), codes.numel()
     if codes.device.type != "cpu":
-        return torch.index_select(pairs, 0, codes.int()).view(-1)
+        return torch.index_select(byte_pairs(codes.device), 0, codes.int()).view(-1)
+    n = codes.numel()
     rows = gcd(n, LOOKUP_ROWS)
     index = workspace("index", n, torch.int64, codes.device).copy_(codes).view(rows, -1)
-    values = workspace("pairs", n, torch.complex64, codes.device)
-    torch.gather(torch.view_as_complex(pairs).expand(rows, 256), 1, index, out=values.view(rows, -1))
-    return values.view(torch.float32)
+    pairs = workspace("pairs", n, torch.complex64, codes.device)
+    torch.gather(_complex_byte_pairs().expand(rows, 256), 1, index, out=pairs.view(rows, -1))
+    return pairs.view(torch.float32)
 
 
 @cache
@@ -288,6 +288,12 @@ def byte_pairs(device: torch.device) -> Tensor:
     """The two values of each byte, float32 (256, 2)."""
     byte = torch.arange(256, device="cpu")
     return torch.stack((code()[byte >> 4], code()[byte & 15]), dim=1).to(device)
+
+
+@cache
+def _complex_byte_pairs() -> Tensor:
+    """The same as one complex64 each, (256,), on a CPU."""
+    return torch.view_as_complex(byte_pairs(torch.device("cpu")))
 
 
 def make_tables(codes: Tensor) -> None:

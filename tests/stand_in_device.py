@@ -4,10 +4,13 @@
         model.to("mps")            computes on the CPU, along the paths that the code takes for "mps"
     device.used                    the operations that ran on it
 
-What the device lacks raises, as it would there. What that is stands in PyTorch's source, which is quoted here; nobody
-has run minilora on an Apple or an Intel GPU.
+What the device lacks raises, as it would there. What that is stands in PyTorch's source: which operations MPS has, in
+the list that is installed with it; the rest is quoted here. It says nothing of what a kernel does not take or gets
+wrong, nor of the kernels inside operations that are made of others for every device. Nobody has run minilora on an
+Apple or an Intel GPU.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -31,16 +34,16 @@ LACKED_DTYPES = {
     # Complex numbers: from macOS 14 on, operation by operation, gather since pytorch/pytorch#177794 (March 2026).
     "mps": {torch.float64} | COMPLEX,
     # "Required aspect fp64 is not supported on the device", on Arc A: intel/torch-xpu-ops#1742
+    # What XPU has no kernel for runs on the CPU.
     "xpu": {torch.float64, torch.complex128},
 }
-
+RUN_ON_THE_CPU = {"_linalg_svd"}  # by MPS itself: linalg_svd in aten/src/ATen/mps/MPSFallback.mm
+MAY_MIX_DEVICES = {"_to_copy", "copy_", "index.Tensor", "index_put", "index_put_"}
 
 # What stands for the device, and for the CPU where a tensor leaves the device for it, in the arguments that PyTorch's
 # bindings pass on: they would look for a driver, and take tensors for those of the CPU.
 THERE, BACK = torch.device("meta", 1), torch.device("meta", 2)
-
-
-FALL_BACK = {"_linalg_svd"}  # linalg_svd goes to the CPU of itself (aten/src/ATen/mps/MPSFallback.mm)
+READS_MEMORY = (Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
 
 
 class _OnDevice(Tensor):
@@ -90,9 +93,9 @@ class StandInDevice(TorchDispatchMode):
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the attention that every device has
             stack.enter_context(mock.patch("torch.xpu._lazy_init"))  # which would look for a driver
             stack.enter_context(mock.patch("torch.mps.driver_allocated_memory", return_value=2**20))
-            # a module that moves gets new parameters, as for every device of another kind
-            stack.callback(torch.__future__.set_overwrite_module_params_on_conversion,
-                           torch.__future__.get_overwrite_module_params_on_conversion())  # fmt: skip
+            # a module that moves gets new parameters: the old ones cannot take in what is no tensor of the CPU
+            before = torch.__future__.get_overwrite_module_params_on_conversion()
+            stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
             torch.__future__.set_overwrite_module_params_on_conversion(True)
             super().__enter__()
             self.stack = stack.pop_all()
@@ -131,11 +134,8 @@ class StandInDevice(TorchDispatchMode):
         if kind == "mps" and not has_mps_kernel(name):
             raise NotImplementedError(f"{name} is not implemented for the MPS device")
         elsewhere = [x for x in given if not isinstance(x, _OnDevice) and x.dim() > 0]
-        if elsewhere and "copy" not in name and "index" not in name:
+        if elsewhere and name not in MAY_MIX_DEVICES:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
-
-
-READS_MEMORY = (Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage)
 
 
 class _Names(TorchFunctionMode):
@@ -147,10 +147,7 @@ class _Names(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = (
-            part for value in (*args, *kwargs.values()) for part in (value if type(value) in (tuple, list) else [value])
-        )
-        from_there = any(isinstance(value, _OnDevice) for value in values)
+        from_there = any(isinstance(value, _OnDevice) for value in _values(*args, *kwargs.values()))
         if from_there and func in READS_MEMORY:
             return func(args[0].on_cpu, *args[1:], **kwargs)
         if from_there and func is Tensor.cpu:
@@ -175,19 +172,22 @@ class _Names(TorchFunctionMode):
         return isinstance(value, str | torch.device) and str(value).partition(":")[0] == self.kind
 
 
+def _values(*arguments: Any) -> Iterator[Any]:
+    """The arguments, and what those that are lists hold."""
+    for argument in arguments:
+        yield from argument if isinstance(argument, list | tuple) else (argument,)
+
+
 def _name(func: Any) -> str:
-    """gather.out, or add_.Tensor; without a dot where there is one overload."""
-    return func._schema.name.removeprefix("aten::") + (
-        f".{func._schema.overload_name}" if func._schema.overload_name else ""
-    )
+    """As in PyTorch's list: gather.out, add_.Tensor, mm."""
+    name, overload = func._schema.name.removeprefix("aten::"), func._schema.overload_name
+    return f"{name}.{overload}" if overload else name
 
 
 def has_mps_kernel(name: str) -> bool:
     """True if MPS has this operation: a kernel of its own, or one that is made of others."""
     entry = _operations().get(name)
-    if (
-        name in FALL_BACK or entry is None
-    ):  # an out= variant that is generated from the others, or not one of PyTorch's own
+    if name in RUN_ON_THE_CPU or entry is None:  # not in the list are variants that are generated from others
         return True
     if "structured_delegate" in entry:
         return has_mps_kernel(entry["structured_delegate"])
