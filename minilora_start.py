@@ -11,7 +11,7 @@ import sys
 
 __all__ = ["main", "wait_briefly"]
 
-SPINS = "10000"
+SPINS = "1000"
 
 
 def wait_briefly() -> bool:
