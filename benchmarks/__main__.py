@@ -12,11 +12,13 @@ import torch
 
 from benchmarks.output import print_table, write
 from minilora.errors import InputError
+from minilora.threads import use_available_cores
 
 # name -> module with `run(rounds, device) -> Result`; that of "train" takes `only` too
 BENCHMARKS = {
     "train": "benchmarks.train_step",
     "profile": "benchmarks.profile_step",
+    "side-by-side": "benchmarks.side_by_side",
     "merge": "benchmarks.merge",
     "kernels": "benchmarks.nf4_products",
     "gpu": "benchmarks.gpu",
@@ -49,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.only is not None and options.names != ["train"]:
         raise InputError("--only chooses configurations of 'train', which has to be named alone")
     choice = {} if options.only is None else {"only": options.only}
+    use_available_cores()
     for name in options.names:
         result = importlib.import_module(BENCHMARKS[name]).run(options.rounds, torch.device(options.device), **choice)
         paths = write(result, options.output)  # first: whatever cannot be shown, it is kept

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.measure import peak_memory_mb, reset_peak_memory
 from minilora.errors import InputError
+from minilora.threads import use_available_cores
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def _serve(
     device: torch.device,
 ) -> None:
     """The process's whole life: every message is (None, value) or (what went wrong, None)."""
+    use_available_cores()
     warnings.simplefilter("ignore", FutureWarning)  # what the next version of a library will rename
     try:
         contender = build(task)

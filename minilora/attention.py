@@ -85,7 +85,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tens
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D); `visible` is what `visible_keys` gives. `prefix`: k and v
     (1, K, P, D) of what every row begins with, S counting from there. Under torch.compile it stays outside the graph.
     """
-    on_cpu = q.device.type == "cpu"
+    # On MPS never PyTorch's own: up to 2.6 it crashes for grouped queries, up to 2.10 it can be wrong for single ones
+    # (pytorch/pytorch#149132, #163597, #169222, #174861).
+    on_cpu, on_mps = q.device.type == "cpu", q.device.type == "mps"
     if prefix is not None:
         assert not isinstance(visible, CausalRows)  # which is for rows without a past
         if on_cpu and k.shape[2] + prefix[0].shape[2] <= LONGEST_WRITTEN_OUT:
@@ -94,12 +96,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tens
             torch.cat([first.expand(len(own), -1, -1, -1), own], 2) for first, own in zip(prefix, (k, v), strict=True)
         )
     if isinstance(visible, CausalRows):
-        if on_cpu:
+        if on_cpu or on_mps:
             return tiled_causal_attention(q, k, v, visible.lengths, visible.window)
         if len(visible.lengths) > 1 and _is_for_flash(q):
             return _all_rows(q, k, v, visible.lengths, visible.window)
         return _row_by_row(q, k, v, visible.lengths, visible.window)
-    if on_cpu and k.shape[2] <= LONGEST_WRITTEN_OUT:
+    if on_mps or (on_cpu and k.shape[2] <= LONGEST_WRITTEN_OUT):
         return _written_out(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
 

@@ -15,6 +15,7 @@ import minilora as ml
 from minilora import variants
 from minilora.data import batches, collate, encode_rows
 from minilora.demo import DemoConfig, run_demo
+from minilora.devices import default_device
 from minilora.errors import InputError
 from minilora.generate import stream
 from minilora.lora import LoRAConfig
@@ -48,7 +49,8 @@ class ModelOptions:
     """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """of activations and of the weights that are not quantized; auto: bfloat16 where the device is fast at it"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = field(default_factory=default_device)
+    """cuda, xpu, mps or cpu; by default what there is"""
 
     def load(self, adapter: str | None = None) -> tuple[Transformer, Tokenizer]:
         """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""

@@ -13,6 +13,7 @@ float64.
 import torch
 from torch import Tensor
 
+from minilora.devices import device_for_float64
 from minilora.low_rank import randomized_svd
 
 
@@ -30,6 +31,7 @@ class IncrementalPCA:
 
     def update(self, X: Tensor) -> None:
         """Take in the rows of X (n, features), n ≥ k, float32."""
+        X = X.to(device_for_float64(X.device))
         n0, n, mean = self.n, len(X), X.mean(0, dtype=torch.float64)
         rows = X - mean.to(X.dtype)
         # Σ |x − mean|² over all rows seen: the whole of which each component explains a share

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from minilora import nf4
+from minilora.cgroups import group_folders
 from minilora.nf4 import QuantizedTensor
 
 __all__ = ["keeping_weights", "kept_weight", "weights_that_fit"]
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class _Kept:
@@ -111,12 +110,13 @@ def _left_to_container() -> list[int]:
     What the limit counts of files that were read is given up before a process is killed.
     """
     left = []
-    for folder, limit, used, files in (
-        (CGROUPS, "memory.max", "memory.current", "inactive_file"),  # version 2, of which "max" is no limit
-        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
-    ):
-        with suppress(OSError, ValueError):
-            room = int((folder / limit).read_text()) - int((folder / used).read_text())
-            read = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-            left.append(max(0, room + (int(read[1]) if read else 0)))
+    for folder in group_folders("memory"):
+        for limit, used, files in (
+            ("memory.max", "memory.current", "inactive_file"),  # version 2, of which "max" is no limit
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+        ):
+            with suppress(OSError, ValueError):
+                room = int((folder / limit).read_text()) - int((folder / used).read_text())
+                read = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                left.append(max(0, room + (int(read[1]) if read else 0)))
     return left

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from minilora.adapted_layer import AdaptedLayer
 from minilora.adapters import refuse_merged
+from minilora.devices import device_for_float64
 from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.nf4 import dequantize, quantize
@@ -242,6 +243,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
 
 def _layer_changes(path: str, layer: AdaptedLayer, formats: Sequence[str]) -> list[LayerChange]:
     W, merged = layer.kind.weight(layer.base_layer), layer.merged_weight()[0]
+    W, merged = W.to(device_for_float64(W.device)), merged.to(device_for_float64(W.device))
     D = _exact_merged_weight(layer, W) - W
     scale = 1 / math.sqrt(W.numel())
     found = []
@@ -258,7 +260,7 @@ def _exact_merged_weight(layer: AdaptedLayer, W: Tensor) -> Tensor:
     """W' in float64, from copies of the adapters, which are small."""
     W = W.double()
     for adapter in layer.active_adapters():
-        W = copy.deepcopy(adapter).double().merged_weight(W)
+        W = copy.deepcopy(adapter).to(W.device).double().merged_weight(W)
     return W
 
 

@@ -269,22 +269,31 @@ def _scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
 def _decode(codes: Tensor) -> Tensor:
     """The float32 values of packed codes, (2 * len(codes),), in a buffer that the next call overwrites.
 
-    One lookup a byte moves the 8 bytes of its two values. PyTorch deals out the rows of a gather to its threads, so the
-    bytes stand in as many rows as divide them evenly; index_select would run in one thread.
+    One lookup a byte moves the 8 bytes of its two values. On a CPU as one complex64, by a gather, whose rows PyTorch
+    deals out to its threads: the bytes stand in as many rows as divide them evenly; index_select would run in one
+    thread. Elsewhere as a row of two, since not every device has complex numbers.
     """
+    if codes.device.type != "cpu":
+        return torch.index_select(byte_pairs(codes.device), 0, codes.int()).view(-1)
     n = codes.numel()
     rows = gcd(n, LOOKUP_ROWS)
     index = workspace("index", n, torch.int64, codes.device).copy_(codes).view(rows, -1)
     pairs = workspace("pairs", n, torch.complex64, codes.device)
-    torch.gather(byte_pairs(codes.device).expand(rows, 256), 1, index, out=pairs.view(rows, -1))
+    torch.gather(_complex_byte_pairs().expand(rows, 256), 1, index, out=pairs.view(rows, -1))
     return pairs.view(torch.float32)
 
 
 @cache
 def byte_pairs(device: torch.device) -> Tensor:
-    """The two float32 values of each byte, (256,), as one complex64: a single lookup moves both."""
-    byte = torch.arange(256, device=device)
-    return torch.complex(code(device)[byte >> 4], code(device)[byte & 15])
+    """The two values of each byte, float32 (256, 2)."""
+    byte = torch.arange(256, device="cpu")
+    return torch.stack((code()[byte >> 4], code()[byte & 15]), dim=1).to(device)
+
+
+@cache
+def _complex_byte_pairs() -> Tensor:
+    """The same as one complex64 each, (256,), on a CPU."""
+    return torch.view_as_complex(byte_pairs(torch.device("cpu")))
 
 
 def make_tables(codes: Tensor) -> None:

@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from minilora.devices import device_for_float64
 from minilora.nf4 import TINY, QuantizedTensor, code, dequantize_absmax, encode, midpoints
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: GPTQ's value
@@ -63,8 +64,8 @@ def nearest(w: Tensor, c: Tensor) -> Tensor:
 
 def gptq(w: Tensor, c: Tensor, H: Tensor) -> Tensor:
     """w (in, out) rounded to c times NF4's values, input after input; H (in, in) invertible."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H.double()))
-    U = torch.linalg.cholesky(inverse, upper=True).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H.to(device_for_float64(H.device)).double()))
+    U = torch.linalg.cholesky(inverse, upper=True).float().to(H.device)
     w, q = w.clone(), torch.empty_like(w)
     for start in range(0, len(w), COLUMNS):
         stop = min(start + COLUMNS, len(w))

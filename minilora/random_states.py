@@ -31,8 +31,11 @@ def seed_everything(seed: int) -> None:
 def torch_random_states() -> dict[str, Tensor]:
     """Those of the CPU and of every GPU: uint8 tensors by name."""
     states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    for kind, gpus in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if gpus.is_available():
+            states |= {f"random.{kind}.{i}": state for i, state in enumerate(gpus.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["random.mps.0"] = torch.mps.get_rng_state()
     return states
 
 
@@ -40,8 +43,11 @@ def set_torch_random_states(tensors: Mapping[str, Tensor]) -> None:
     """Go on where `torch_random_states` was called, on as many GPUs as there were."""
     torch.set_rng_state(tensors["random.cpu"])
     with suppress(KeyError):  # a checkpoint made with fewer GPUs, or none
-        for i in range(torch.cuda.device_count()):
-            torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)
+        for kind, gpus in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+            for i in range(gpus.device_count()):
+                gpus.set_rng_state(tensors[f"random.{kind}.{i}"], i)
+        if torch.backends.mps.is_available():
+            torch.mps.set_rng_state(tensors["random.mps.0"])
 
 
 def python_random_states() -> dict[str, Any]:

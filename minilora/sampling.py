@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora.devices import device_for_float64
 from minilora.errors import InputError
 
 __all__ = ["GREEDY", "Sampling", "choose", "draw_uniforms", "probabilities"]
@@ -50,11 +51,12 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor
         )
     if uniform is None:
         return token
-    cumulative = probabilities(logits, sampling).double().cumsum(-1)
+    where = device_for_float64(logits.device)
+    cumulative = probabilities(logits, sampling).to(where).double().cumsum(-1)
     total = cumulative[:, -1:]
     # below the total, even where u is so close to 1 that the product rounds up to it
-    quantile = torch.minimum(uniform.to(logits.device)[:, None] * total, torch.nextafter(total, total - 1))
-    return torch.searchsorted(cumulative, quantile, right=True)[:, 0]
+    quantile = torch.minimum(uniform.to(where)[:, None] * total, torch.nextafter(total, total - 1))
+    return torch.searchsorted(cumulative, quantile, right=True)[:, 0].to(logits.device)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,4 +1,4 @@
-"""Causal attention on a CPU, tile by tile: what no query sees is never computed, and no mask is as long as a row.
+"""Causal attention by products, tile by tile: what no query sees is not computed, and no mask is as long as a row.
 
     rows of 3 and 2 tiles,          keys →
     laid end to end                 ◣               ◣  up to the query's own position: a small triangle is added
@@ -39,12 +39,13 @@ def tiled_causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[in
     holds rows of these `lengths`, T in sum, end to end.
     """
     tiles = tuple(_tiles(lengths, window))
-    if not torch.is_autocast_enabled("cpu"):
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
         y: Tensor = _TiledCausalAttention.apply(q, k, v, tiles, window)
         return y
     # Autocast would give the products another dtype than what stands between them, and not on the way back.
-    q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-    with torch.autocast("cpu", enabled=False):
+    q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    with torch.autocast(device, enabled=False):
         return _TiledCausalAttention.apply(q, k, v, tiles, window)
 
 

@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minilora.adapters import adapters_named
@@ -69,6 +68,6 @@ def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float64)
+        sample = flat[:: max(1, flat.numel() // 256)].cpu().double()
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{sample.tolist()}".encode())
     return digest.hexdigest()

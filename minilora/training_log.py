@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from minilora.auto_dtype import auto_dtype
+from minilora.devices import peak_memory
 from minilora.errors import InputError
 from minilora.kept_weights import weights_that_fit
 from minilora.linear4bit import NF4Linear
@@ -288,8 +289,8 @@ def _evaluation_line(record: Record) -> str:
 def memory_mb(device: torch.device) -> dict[str, float]:
     """Resident memory of this process in MiB, and the peak allocated on the device if it is a GPU."""
     memory = {"rss_mb": round(_resident_bytes() / 2**20, 1)}
-    if device.type == "cuda":
-        memory["gpu_mb"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if (on_gpu := peak_memory(device)) is not None:
+        memory["gpu_mb"] = round(on_gpu / 2**20, 1)
     return memory
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 # Tests run side by side, one thread each: two processes of two threads on two cores wait for each other, and take
 # ten times as long. Before torch is imported, and inherited by the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_helpers import random_rows, run, timeless_log, tiny_base, tiny_model, trained
 
-from minilora import kept_weights
+from minilora import cgroups, kept_weights
 from minilora.generate import generate_tokens
 from minilora.kept_weights import keeping_weights, kept_weight, weights_that_fit
 from minilora.linear4bit import NF4Linear
@@ -169,7 +169,8 @@ def test_half_of_the_free_memory_is_taken_and_no_more(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells how much memory is free")
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path, version):
-    monkeypatch.setattr(kept_weights, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "MEMBERSHIP", tmp_path / "of no group")
     without = free_memory()
     assert without > 2**20
     folder, limit, used, total = (

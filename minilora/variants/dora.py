@@ -27,7 +27,8 @@ class DoRA(LoRA):
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
         with torch.no_grad():
-            V = self._direction(self.kind.weight(self.base_for(layer)))
+            W = self.kind.weight(self.base_for(layer))
+            V = self.to(W.device)._direction(W)
             self.lora_magnitude_vector = nn.Parameter(self._norm(V))
 
     @classmethod
