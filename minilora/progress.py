@@ -205,12 +205,11 @@ class TerminalBar:
         self.task: TaskID | None = None
 
     def show(self, stage: Stage, time: str) -> None:
-        if TerminalBar.live is None:
-            TerminalBar.live = _live_bars()
-            TerminalBar.live.start()
+        live = TerminalBar.live = TerminalBar.live or _live_bars()
         if self.task is None:
-            self.task = TerminalBar.live.add_task("", total=None if stage.total is None else 1.0, state="", time="")
-        TerminalBar.live.update(self.task, completed=stage.share(), state=stage.state(), time=time)
+            self.task = live.add_task("", total=None if stage.total is None else 1.0, state=stage.state(), time=time)
+        live.update(self.task, completed=stage.share(), state=stage.state(), time=time)
+        live.start()  # if it has not yet been
 
     def close(self, stage: Stage, time: str) -> None:
         assert TerminalBar.live is not None and self.task is not None
