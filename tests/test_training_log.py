@@ -118,7 +118,7 @@ def test_a_live_bar_on_a_terminal(monkeypatch, columns):
         sink.write({"step": 3, "epoch": 0.5, "eval_loss": 1.25, "eval_seconds": 0.1})
         sink.close()
     shown = terminal.text()
-    bar, end = (line for line in shown.splitlines() if "step 3/10" in line)
+    bar, *_, end = (line for line in shown.splitlines() if "step 3/10" in line)
     assert "step 3/10 · loss 2.0000 · lr 1.0e-04 · 200 tokens/s · 2.0 GB" in bar
     assert "0:00 so far" in bar and "━" in bar and "…" not in shown  # nothing is cut off
     assert end.endswith("2.0 GB · stopped after 0:00")
@@ -126,11 +126,11 @@ def test_a_live_bar_on_a_terminal(monkeypatch, columns):
 
 
 def test_nothing_is_shown_where_progress_is_off(tmp_path, monkeypatch, capsys):
+    model, rows = tiny_model(), random_rows(8)
     monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
-    rows = random_rows(8)
-    run(tiny_model(), rows, tmp_path, eval_rows=rows, max_steps=2, progress=False)
+    run(model, rows, tmp_path, eval_rows=rows, max_steps=2, progress=False)
     assert capsys.readouterr().err == ""
-    run(tiny_model(), rows, tmp_path / "other", eval_rows=rows, max_steps=2, progress=True)
+    run(model, rows, tmp_path / "other", eval_rows=rows, max_steps=2, progress=True)
     assert "held-out loss: 1 of 1 batches" in capsys.readouterr().err
 
 
