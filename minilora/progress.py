@@ -136,10 +136,10 @@ class Stage:
         """What is done, and how much of it."""
         if self.text is not None:
             return self.text
-        if self.unit == "%":
-            return f"{self.label}: {self.share():.0%}"
         if self.total is None:
             return f"{self.label}: {self.done:,} {self.unit}".rstrip() if self.done else self.label
+        if self.unit == "%":
+            return f"{self.label}: {self.share():.0%}"
         return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}".rstrip()
 
     def share(self) -> float | None:
