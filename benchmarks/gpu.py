@@ -20,6 +20,7 @@ from benchmarks import nf4_products
 from benchmarks.output import Result
 from minilora.errors import InputError
 from minilora.kernel_dispatch import measured_file
+from minilora.progress import progress_bar
 
 TESTS = Path(__file__).parents[1] / "tests"
 PROCESSES = 8  # the tests compile some 260 variants of the kernels, one core each
@@ -60,10 +61,11 @@ def failures(selection: list[str], seconds: float) -> list[str]:
     # compiled, whatever the shell says; and on lines that have room for what pytest says of a failure
     on_the_gpu = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "300"}
     try:
-        done = subprocess.run(
-            command, cwd=TESTS.parent, env=on_the_gpu, check=False, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        with progress_bar("gpu, tests", None):
+            done = subprocess.run(
+                command, cwd=TESTS.parent, env=on_the_gpu, check=False, timeout=seconds,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
     except subprocess.TimeoutExpired:
         return [f"{' '.join(command[1:])} took more than the {seconds:.0f} seconds that there were"]
     print(done.stdout)

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from minilora.progress import progress_bar
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -47,26 +49,30 @@ def take_turns(
     device: torch.device,
     warmup: int,
     seconds: float = math.inf,
+    progress: str | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round; `contender(round)` does that round's work.
 
     The first contender of a round is another one every time, and the first `warmup` rounds are not counted. No round
     begins after so many `seconds`, except that three are counted in any case, or `rounds` where that is less.
+    `progress` labels a progress bar, None shows none.
     """
     names = list(contenders)
     taken: dict[str, list[float]] = {name: [] for name in names}
     deadline = time.monotonic() + seconds
-    for round in range(warmup + rounds):
-        if round >= warmup + FEWEST_ROUNDS and time.monotonic() > deadline:
-            break
-        first = round % len(names)
-        for name in names[first:] + names[:first]:
-            _synchronize(device)
-            started = time.perf_counter()
-            contenders[name](round)
-            _synchronize(device)
-            if round >= warmup:
-                taken[name].append(time.perf_counter() - started)
+    with progress_bar(progress, (warmup + rounds) * len(names), "turns") as advance:
+        for round in range(warmup + rounds):
+            if round >= warmup + FEWEST_ROUNDS and time.monotonic() > deadline:
+                break
+            first = round % len(names)
+            for name in names[first:] + names[:first]:
+                _synchronize(device)
+                started = time.perf_counter()
+                contenders[name](round)
+                _synchronize(device)
+                if round >= warmup:
+                    taken[name].append(time.perf_counter() - started)
+                advance(1)
     return taken
 
 

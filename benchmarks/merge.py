@@ -39,6 +39,7 @@ from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
 from minilora.merge_report import compare_changes
 from minilora.model import Transformer
 from minilora.nf4 import dequantize, quantize
+from minilora.progress import with_progress
 from minilora.targets import adapted_layers
 from minilora.tokenizer import Tokenizer
 from minilora.train import TrainConfig, train
@@ -156,7 +157,8 @@ def log_probabilities(model: Transformer, examples: list[Example]) -> Iterator[T
 
 def loss_and_kl(model: Transformer, examples: list[Example], reference: Reference) -> tuple[float, float]:
     loss = kl = answer_tokens = tokens = 0.0
-    for example, log_q, log_p in zip(examples, log_probabilities(model, examples), reference, strict=True):
+    predictions = with_progress(log_probabilities(model, examples), len(examples), "merge, loss and KL", "rows")
+    for example, log_q, log_p in zip(examples, predictions, reference, strict=True):
         log_p = log_p.float().log_softmax(-1)  # a distribution again after it was rounded to float16
         labels = torch.tensor(example.labels, device=log_q.device)[1:]
         labelled = labels != -100
@@ -175,9 +177,8 @@ def compare(
     names: Collection[str] | None = None,
 ) -> dict[str, Scores]:
     """Scores of the base, the tuned model and its merges, all or those named; the model is then unmerged again."""
-    from rich.progress import track
-
-    reference = [log_p.half() for log_p in log_probabilities(model, held_out)]
+    predictions = with_progress(log_probabilities(model, held_out), len(held_out), "merge, predictions", "rows")
+    reference = [log_p.half() for log_p in predictions]
     device = next(model.parameters()).device
     inputs = [[torch.tensor([e.input_ids], device=device) for e in examples] for examples in (calibration, held_out)]
     layers = adapted_layers(model)
@@ -186,7 +187,8 @@ def compare(
     moments = input_moments(model, layers, inputs[1], lambda model, ids: model(ids))
 
     def scores(seconds: float = 0.0) -> Scores:
-        changes = [layer_change(layers[path], bases[path], wanted[path], moments[path]) for path in layers]
+        paths = with_progress(layers, len(layers), "merge, changes", "layers")
+        changes = [layer_change(layers[path], bases[path], wanted[path], moments[path]) for path in paths]
         by_layer = [list(values) for values in zip(*changes, strict=True)]
         return Scores(*loss_and_kl(model, held_out, reference), english(model), seconds, *by_layer)
 
@@ -194,7 +196,7 @@ def compare(
     with disable_adapters(model):
         found = {BASE: scores()} | found
     chosen = {name: merge_ for name, merge_ in merges(inputs[0]).items() if names is None or name in names}
-    for name, merge_in_this_way in track(chosen.items(), "merging"):
+    for name, merge_in_this_way in with_progress(chosen.items(), len(chosen), "merge", "ways to merge"):
         started = time.perf_counter()
         merge_in_this_way(model)
         found[name] = scores(time.perf_counter() - started)

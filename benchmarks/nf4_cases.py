@@ -92,11 +92,13 @@ def measured_speeds(device: torch.device) -> Speeds:
     big = device.type == "cuda"
     source = torch.empty(2**30 if big else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copies = take_turns({"copy": lambda _: target.copy_(source)}, 9, device, warmup=3)["copy"]
+    copy = {"copy": lambda _: target.copy_(source)}
+    copies = take_turns(copy, 9, device, warmup=3, progress="Speed of a copy")["copy"]
     n, flops = 8192 if big else 2048, {}
     for dtype in dtypes(device.type):
         a = torch.randn(n, n, device=device).to(dtype)
-        times = take_turns({"product": partial(_square, a)}, 9, device, warmup=3)["product"]
+        product = {"product": partial(_square, a)}
+        times = take_turns(product, 9, device, warmup=3, progress=f"Speed of a product, {dtype}")["product"]
         flops[dtype] = 2 * n**3 / min(times)
     return Speeds(2 * source.numel() / min(copies), flops)
 

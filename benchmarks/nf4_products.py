@@ -20,7 +20,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from benchmarks import nf4_cases
@@ -31,6 +30,7 @@ from benchmarks.nf4_plot import plot
 from benchmarks.nf4_targets import Times, share_of_roofline, target_lines
 from benchmarks.output import Result
 from minilora.errors import InputError
+from minilora.progress import with_progress
 
 SECONDS = 330.0  # for all cases on a GPU; what is left when they are over is not timed
 SETUP_SECONDS = 60.0  # for all that a contender of TUNED compiles and tunes; then it takes no further part
@@ -100,7 +100,7 @@ def time_cases(
     weights = None
     with sigterm_interrupts():
         try:
-            for case in track(every, "NF4"):
+            for case in with_progress(every, len(every), "kernels", "cases"):
                 seconds = (deadline - time.monotonic()) / (len(every) - len(timed))
                 if seconds <= 0:
                     break

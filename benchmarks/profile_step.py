@@ -88,7 +88,7 @@ def _profile(case: Case, rounds: int, device: torch.device, flops: float) -> tup
     with keeping_weights():
         step(first)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-            for examples in with_progress(counted, len(counted), str(case)):
+            for examples in with_progress(counted, len(counted), f"profile, {case}", "steps"):
                 step(examples)
     times = _by_kind(recorded.key_averages(group_by_input_shape=True), config.vocab_size, 1e3 * rounds)
     work: Counter[str] = Counter()

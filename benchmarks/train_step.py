@@ -42,6 +42,7 @@ from benchmarks.turns import Contender, Runner, Trained
 from minilora.auto_dtype import auto_dtype
 from minilora.errors import InputError
 from minilora.loss import held_out_loss
+from minilora.progress import with_progress
 
 PEER = "PEFT"
 OPTIONAL = ("TRL", "Unsloth")  # left out where they cannot run; without the others there is nothing to compare
@@ -88,7 +89,7 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
     flops = measured_speeds(device).flops
     measured = {
         name: measure(case, rounds or case.rounds, CONTENDERS[device.type], flops[case.dtype], device)
-        for name, case in cases.items()
+        for name, case in with_progress(cases.items(), len(cases), "train", "configurations")
     }
     return Result(
         benchmark="train" if only is None else "train-" + re.sub(r"\W+", "-", only.lower()),
@@ -123,13 +124,11 @@ def measure(
     device: torch.device,
 ) -> Measured:
     """Let the contenders train on a case, a step each in turns; `flops` is the speed of its floor."""
-    from rich.progress import Progress
-
     task = make_task(case, WARMUP + rounds, device)
     runners = {name: Runner(build, task, _held_out, device) for name, build in contenders.items()}
     left_out: dict[str, str] = {}
     try:
-        for name, runner in runners.items():
+        for name, runner in with_progress(runners.items(), len(runners), f"{case}, starting", "contenders"):
             try:
                 runner.ready()
                 for _ in range(WARMUP):
@@ -139,20 +138,18 @@ def measure(
                     raise InputError(f"{name}: {error}") from None
                 left_out[name] = str(error)
         taking_part = {name: runner for name, runner in runners.items() if name not in left_out}
-        with Progress() as progress:
-            bar = progress.add_task(str(case), total=rounds * len(taking_part))
 
-            def step(name: str, _: int) -> None:
-                try:
-                    runners[name].turn()
-                except InputError as error:
-                    raise InputError(f"{name}: {error}") from None
-                progress.advance(bar)
+        def step(name: str, _: int) -> None:
+            try:
+                runners[name].turn()
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
 
-            # A turn ends when its process has synchronized with the GPU; this one has no work there.
-            turns = {name: partial(step, name) for name in taking_part}
-            seconds = take_turns(turns, rounds, torch.device("cpu"), warmup=0)
-        trained = {name: runner.finish() for name, runner in taking_part.items()}
+        # A turn ends when its process has synchronized with the GPU; this one has no work there.
+        turns = {name: partial(step, name) for name in taking_part}
+        seconds = take_turns(turns, rounds, torch.device("cpu"), warmup=0, progress=str(case))
+        finishing = with_progress(taking_part.items(), len(taking_part), f"{case}, finishing", "contenders")
+        trained = {name: runner.finish() for name, runner in finishing}
     finally:
         for runner in runners.values():
             runner.close()

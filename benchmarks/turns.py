@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.measure import peak_memory_mb, reset_peak_memory
 from minilora.errors import InputError
+from minilora.progress import silent
 from minilora.threads import use_available_cores
 
 
@@ -86,6 +87,7 @@ class Runner:
         return value
 
 
+@silent()  # the process that gives the turns shows how far they are
 def _serve(
     pipe: Connection,
     build: Callable[[Any], Contender],

@@ -16,7 +16,7 @@ from minilora.errors import InputError
 from minilora.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.linear4bit import NF4Linear
 from minilora.parameter_lora import parameter_updates
-from minilora.progress import progress_bar
+from minilora.progress import with_progress
 from minilora.targets import (
     adapted_layers,
     check_every_name_matches,
@@ -59,10 +59,9 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
     shared = variant.share(config, bases)
     adapters: dict[str, Adapter] = {}
-    with progress_bar("adapters", len(bases)) as advance:  # a start like PiSSA's takes every weight apart
-        for path, base in bases.items():
-            adapters[path] = variant.build(base, config, path, shared)
-            advance(1)
+    # a start like PiSSA's takes every weight apart
+    for path, base in with_progress(bases.items(), len(bases), "Making adapters", "layers"):
+        adapters[path] = variant.build(base, config, path, shared)
     adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
     modules = modules_before_adapters(model)
@@ -218,11 +217,11 @@ def merge(model: nn.Module, safe: bool = True) -> None:
     Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
     saves the time of looking. Raises it too where the model has adapters and none of them is active.
     """
-    layers = adapted_layers(model).values()
-    if layers and not any(layer.active for layer in layers):
+    layers = adapted_layers(model)
+    if layers and not any(layer.active for layer in layers.values()):
         raise InputError(f"no adapter is active, to be merged: set_adapter chooses among {adapter_names(model)}")
     try:
-        for path, layer in adapted_layers(model).items():
+        for path, layer in with_progress(layers.items(), len(layers), "Merging", "layers"):
             layer.merge(path, safe)
     except BaseException:
         unmerge(model)

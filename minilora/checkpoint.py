@@ -139,7 +139,7 @@ def assemble(
     _check_names_and_shapes(checkpoint, model)
 
     names = [name for name, _ in model.named_parameters()]
-    for name in with_progress(names, len(names), "Loading the model"):
+    for name in with_progress(names, len(names), "Loading the model", "tensors"):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if quantize and leaf == "weight" and isinstance(module, nn.Linear) and path.startswith("model.layers."):

@@ -25,6 +25,7 @@ from minilora.adapter import Adapter, AdapterConfig
 from minilora.adapters import adapters_named, attach, build_adapters, check_new_name, refuse_merged
 from minilora.errors import InputError
 from minilora.lora import LoRA, LoRAConfig
+from minilora.progress import with_progress
 from minilora.targets import adapted_layers
 
 # --- thinning out, and adding up -------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def combine_adapters(
             combination.check(path, layer, parts[path])
         ranks = combination.ranks(parts)
         combined = build_adapters(model, lora_config(ranks, like=adapters[0]), list(parts))
-        for path, adapter in combined.items():
+        for path, adapter in with_progress(combined.items(), len(combined), "Combining adapters", "layers"):
             assert isinstance(adapter, LoRA)
             A, B = combination.factors(layers[path], parts[path], ranks[path])
             # Factors of less than the rank are filled up with zeros.

@@ -98,18 +98,19 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     require_own_tokenizer(tokenizer)
     turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
     rendered = each(
-        with_progress(rows, len(rows), "Rendering"),
+        with_progress(rows, len(rows), "Rendering", "rows"),
         lambda row: row.source,
         lambda row: _render(row, tokenizer, turn_ends),
     )
-    encodings = (
+    encoded_texts = (
         encoding
         for start in range(0, len(rows), CHUNK)
         for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
     )
     labeller = _Labeller(tokenizer, turn_ends)
     encoded = Encoded([], [])
-    for row, one, encoding in zip(rows, rendered, with_progress(encodings, len(rows), "Tokenizing"), strict=True):
+    encodings = with_progress(encoded_texts, len(rows), "Tokenizing", "rows")
+    for row, one, encoding in zip(rows, rendered, encodings, strict=True):
         ids, labels = labeller(one, *encoding)
         if max_length is not None and len(ids) > max_length:
             encoded.skipped.append(Skipped(row.source, f"{len(ids)} tokens, max_length is {max_length}"))

@@ -29,6 +29,7 @@ from minilora.generate import (
 )
 from minilora.loss import label_tokens, loss_of_chosen
 from minilora.model import Transformer, require_own_model
+from minilora.progress import progress_bar
 from minilora.rows import Rows, given_rows
 from minilora.tokenizer import Tokenizer
 from minilora.training_mode import evaluating
@@ -126,7 +127,8 @@ def evaluate(
         examples = _conversations(few_shot, "few-shot")
         rows = [with_examples(row, examples) for row in rows]
     expected = [answer_of(row) for row in rows]
-    loss = held_out_loss(model, tokenizer, rows, batch_size)  # which refuses rows that are too long, before any answer
+    # refuses rows that are too long, before any answer
+    loss = held_out_loss(model, tokenizer, rows, batch_size, progress and f"{progress}, loss")
     tokens = generate_tokens(
         model,
         [_prompt_tokens(tokenizer, row) for row in rows],
@@ -152,28 +154,41 @@ def evaluate(
     )
 
 
-def held_out_loss(model: Transformer, tokenizer: Tokenizer, rows: Rows, batch_size: int | None = None) -> float:
+def held_out_loss(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    batch_size: int | None = None,
+    progress: str | None = "held-out loss",
+) -> float:
     """Mean negative log-likelihood (nats) of a labelled token over all rows, dropout off.
 
+    `progress` labels the progress bar, None shows none.
     Raises `InputError` for a row longer than the model's `max_position_embeddings`.
     """
     encoded = encode_rows(given_rows(rows, "held-out"), tokenizer, model.config.max_position_embeddings)
     if encoded.skipped:
         first = encoded.skipped[0]
         raise InputError(f"{first.source}: {first.reason}; shorten it or leave it out")
-    return mean_nll(model, encoded.examples, batch_size)
+    return mean_nll(model, encoded.examples, batch_size, progress)
 
 
 @torch.no_grad()
-def mean_nll(model: Transformer, examples: Sequence[Example], batch_size: int | None = None) -> float:
+def mean_nll(
+    model: Transformer,
+    examples: Sequence[Example],
+    batch_size: int | None = None,
+    progress: str | None = "held-out loss",
+) -> float:
     """Mean of −log p(label | the tokens before it) in nats; what all examples begin with is computed once."""
     if not label_tokens(examples):
         raise InputError("no row has a token that the loss could be taken of")
     first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != -100)
-    with evaluating(model):
+    with evaluating(model), progress_bar(progress, sum(len(e.input_ids) for e in examples), "%") as advance:
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
         device = prefix.keys[0].device
+        advance(prefix.length * len(examples))
         total = 0.0
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
         for batch in micro_batches(order, [len(e.input_ids) - prefix.length for e in examples], batch_size):
@@ -189,6 +204,7 @@ def mean_nll(model: Transformer, examples: Sequence[Example], batch_size: int | 
             # Padding is on the right, where the causal mask hides it from every real token.
             inputs = {"input_ids": input_ids.to(device), "cache": cache}
             total += loss_of_chosen(model, predicts.to(device), labels[:, 1:][predicts].to(device), **inputs).item()
+            advance(sum(len(examples[j].input_ids) - prefix.length for j in batch))
     return total / label_tokens(examples)
 
 

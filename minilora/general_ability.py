@@ -52,18 +52,24 @@ class GeneralAbility:
         return asdict(self)
 
 
-def general_ability(model: Transformer, tokenizer: Tokenizer) -> GeneralAbility:
-    """Score the model as it is, active adapters included; some 2,500 prompt and text tokens, seconds on a CPU."""
+def general_ability(
+    model: Transformer, tokenizer: Tokenizer, progress: str | None = "general ability"
+) -> GeneralAbility:
+    """Score the model as it is, active adapters included; some 2,500 prompt and text tokens, seconds on a CPU.
+
+    `progress` labels the progress bar, None shows none.
+    """
     asked = questions()
     conversations = [[{"role": "user", "content": question}] for question, _ in asked]
-    texts = generate(model, tokenizer, conversations, max_new_tokens=MAX_NEW_TOKENS)
+    label = progress and f"{progress}, questions"
+    texts = generate(model, tokenizer, conversations, max_new_tokens=MAX_NEW_TOKENS, progress=label)
     answers = [
         Answer(question, accepted, text, is_right(text, accepted))
         for (question, accepted), text in zip(asked, texts, strict=True)
     ]
     right = [answer.right for answer in answers]
     return GeneralAbility(
-        perplexity=perplexity(model, tokenizer, passages()),
+        perplexity=perplexity(model, tokenizer, passages(), progress and f"{progress}, perplexity"),
         accuracy=sum(right) / len(right),
         interval=interval(right),
         n_questions=len(right),
@@ -71,10 +77,12 @@ def general_ability(model: Transformer, tokenizer: Tokenizer) -> GeneralAbility:
     )
 
 
-def perplexity(model: Transformer, tokenizer: Tokenizer, texts: list[str]) -> float:
+def perplexity(
+    model: Transformer, tokenizer: Tokenizer, texts: list[str], progress: str | None = "perplexity"
+) -> float:
     """exp of the mean negative log-likelihood of a token; each text is read on its own, from its second token on."""
     ids = [tokenizer.encode(text) for text in texts]
-    return math.exp(mean_nll(model, [Example(row, row) for row in ids]))
+    return math.exp(mean_nll(model, [Example(row, row) for row in ids], progress=progress))
 
 
 def is_right(text: str, accepted: list[str]) -> bool:

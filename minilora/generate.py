@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, cast, overload
 
 import torch
@@ -71,7 +71,7 @@ def generate(
     """Answer one conversation, or continue one text: a str for one, a list of them for a list, in the given order.
 
     A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
-    `progress` labels a progress bar, shown once the call has taken two seconds.
+    `progress` labels a progress bar, shown once the call has taken some seconds.
     `adapter_names` names for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
     On a CPU each NF4 weight is dequantized once a call, not at every token, where that copy fits in memory.
     Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, for adapter names that are
@@ -159,12 +159,19 @@ def generate_tokens(
     A prompt gets at most `max_new_tokens`, and no more than fit into `max_position_embeddings`.
     Greedy decoding gives transformers' tokens. Raises `InputError` as `generate` does.
     """
+    _check_sizes(max_new_tokens, batch_size)
     new: list[list[int]] = [[] for _ in prompts]
-    with progress_bar(progress, len(prompts) * max_new_tokens) as advance:
-        for step in _decode(model, prompts, max_new_tokens, eos_token_ids, sampling, batch_size, adapter_names):
-            for row, token in step:
-                new[row].append(token)
-                advance(max_new_tokens - len(new[row]) + 1 if token in eos_token_ids else 1)
+    longest, ended = model.config.max_position_embeddings, 0
+    # Counted are the tokens to read and to write, for the time left; what a row that ends early does not write is done.
+    with progress_bar(progress, sum(map(len, prompts)) + len(prompts) * max_new_tokens) as advance:
+        advance(0, f"{progress}: 0 of {len(prompts)} rows")
+        steps = _decode(model, prompts, max_new_tokens, eos_token_ids, sampling, batch_size, adapter_names, advance)
+        for row, token in chain.from_iterable(steps):
+            new[row].append(token)
+            left = max_new_tokens - len(new[row])
+            is_last = token in eos_token_ids or left == 0 or len(prompts[row]) + len(new[row]) == longest
+            ended += is_last
+            advance(1 + left if is_last else 1, f"{progress}: {ended} of {len(prompts)} rows")
     return new
 
 
@@ -177,19 +184,22 @@ def _decode(
     sampling: Sampling,
     batch_size: int | None,
     adapter_names: Sequence[str] | None = None,
+    read: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Step]:
-    """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not (isinstance(value, int) and value >= 1) and (name, value) != ("batch_size", None):
-            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+    """Decode all prompts batch by batch; a step's tokens come out as soon as they are chosen.
+
+    `read` is told how many tokens of the prompts have been read since the last time.
+    """
+    _check_sizes(max_new_tokens, batch_size)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise InputError(f"adapter_names has {len(adapter_names)} names for {len(prompts)} prompts: give one for each")
     limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
     with evaluating(model), keeping_weights(), _naming_rows(model, adapter_names) as name_rows:
         prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
+        read(prefix.length * len(prompts))
         for rows in _batches(model, prompts, limits, batch_size, prefix.length):
-            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows)
+            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows, read)
             for n in range(max_new_tokens):
                 chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
                 tokens = chosen.tolist()
@@ -214,6 +224,12 @@ def _naming_rows(model: Transformer, adapter_names: Sequence[str] | None) -> Ite
         return
     with adapters_for_rows(model, adapter_names) as row_names:
         yield lambda rows: row_names.use([adapter_names[row] for row in rows])
+
+
+def _check_sizes(max_new_tokens: int, batch_size: int | None) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not (isinstance(value, int) and value >= 1) and (name, value) != ("batch_size", None):
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _room(model: Transformer, i: int, prompt: Sequence[int], max_new_tokens: int) -> int:
@@ -281,6 +297,7 @@ def _prefill(
     rows: list[int],
     new_tokens: int,
     name_rows: Callable[[list[int]], None],
+    read: Callable[[int], None],
 ) -> tuple[_State, Tensor]:
     """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token.
 
@@ -303,6 +320,7 @@ def _prefill(
         part = _rows_of(cache, slice(batch[0], batch[-1] + 1))
         name_rows([rows[i] for i in batch])
         logits.append(model(input_ids.to(device), cache=part, logits_at=last.to(device)))
+        read(sum(lengths[i] for i in batch))
     cache.length = past + longest
     positions = torch.tensor([past + length for length in lengths])
     state = _State(rows, [True] * len(rows), cache, visible.to(device), positions.to(device))

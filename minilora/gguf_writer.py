@@ -42,7 +42,7 @@ def write_gguf(
             writer.write_header_to_file(new)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            with progress_bar(f"Writing {file.name}", sum(sizes.values())) as advance:
+            with progress_bar(f"Writing {file.name}", sum(sizes.values()), "%") as advance:
                 for (name, tensor), expected in zip(tensors, plan, strict=True):
                     assert name == expected, f"{name} in the place of {expected}"
                     writer.write_tensor_data(_encoded(name, tensor, plan[name][1]))

@@ -1,6 +1,6 @@
 """Second moments H = Σ x xᵀ of the inputs that layers see on batches of data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from minilora.calibration import Forward, as_mapping
 from minilora.errors import InputError
+from minilora.progress import with_progress
 from minilora.training_mode import evaluating
 
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, paths: Iterable[str], batches: Iterable[Any], forward: Forward
+    model: nn.Module, paths: Iterable[str], batches: Sequence[Any], forward: Forward
 ) -> dict[str, Tensor]:
     """H (in, in), float32, of each of these layers over all tokens of the batches; padding is left out.
 
@@ -37,7 +38,7 @@ def input_moments(
     hooks = [layer.register_forward_pre_hook(look(path)) for path, layer in layers.items()]
     try:
         with evaluating(model):
-            for batch in batches:
+            for batch in with_progress(batches, len(batches), "Looking at inputs", "batches"):
                 mask = as_mapping(batch).get("attention_mask")
                 real[0] = None if mask is None else mask.bool()
                 forward(model, batch)

@@ -26,6 +26,7 @@ from minilora.adapter import Adapter
 from minilora.data import Batch, Example, PackedBatch, collate, pack
 from minilora.errors import InputError
 from minilora.model import Transformer, row_positions
+from minilora.progress import with_progress
 from minilora.shared_input import is_plainly_called
 from minilora.training_mode import evaluating
 
@@ -100,7 +101,8 @@ def held_out_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: i
     by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch, if any
     total = 0.0
     with evaluating(model):
-        for i in range(0, len(by_length), batch_size):
+        starts = range(0, len(by_length), batch_size)
+        for i in with_progress(starts, len(starts), "held-out loss", "batches"):
             rows = by_length[i : i + batch_size]
             batch = pack(rows) if isinstance(model, Transformer) else collate(rows, pad_token_id)
             total += summed_loss(model, batch).item()

@@ -63,7 +63,7 @@ def merge_to_nf4(
                 layer.merge(path)
             elif path not in to_round:
                 layer.put_in_place(_in_nf4(layer, layer.base_layer.quantized(), layer.merged_weight()[1]))
-        with progress_bar("Rounding to NF4", len(to_round)) as advance:
+        with progress_bar("Rounding to NF4", len(to_round), "layers") as advance:
             for paths in _groups(to_round, max_moments_bytes):
                 moments = input_moments(model, paths, batches, forward)
                 for path in paths:
@@ -140,7 +140,7 @@ def merge_to_lora(model: nn.Module, r: int, name: str = "merged") -> dict[str, f
             raise InputError(f"{path}: {layer.active} train it, or its bias, in full, which a LoRA cannot hold")
     config = LoRAConfig(r=r, lora_alpha=r, target_modules=list(layers))
     adapters = build_adapters(model, config, list(layers))
-    items = with_progress(layers.items(), len(layers), "Fitting a LoRA")
+    items = with_progress(layers.items(), len(layers), "Fitting a LoRA", "layers")
     lost = {path: _fit(cast(LoRA, adapters[path]), path, layer) for path, layer in items}
     attach(model, adapters, name)
     return lost

@@ -235,7 +235,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.changes_weight()}
     if not layers:
         raise InputError("the model has no active adapter that changes a weight")
-    items = with_progress(layers.items(), len(layers), "Comparing formats")
+    items = with_progress(layers.items(), len(layers), "Comparing formats", "layers")
     rows = [row for path, layer in items for row in _layer_changes(path, layer, formats)]
     rows.sort(key=lambda row: (formats.index(row.format), row.kept))
     return MergeReport(rows)

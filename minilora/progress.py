@@ -1,57 +1,259 @@
-"""A progress bar for what may take longer than two seconds."""
+"""How far a long piece of work is: a bar on a terminal and in a notebook, everywhere else plain lines.
 
+    answering: 37 of 128 rows · 0:41 left
+
+Where standard error is a file or a pipe (Docker, CI, nohup), such a line comes after five seconds, then every ten, and
+at the end one that says how long it took. What is done before that shows nothing.
+"""
+
+import html
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
-SECONDS_UNTIL_PROGRESS = 2.0
+__all__ = ["Stage", "progress_bar", "silent", "with_progress"]
+
 T = TypeVar("T")
+clock = time.monotonic
+HEARTBEAT = 1.0  # seconds after which a stage looks at the clock, however long its item takes
+
+
+class Advance(Protocol):
+    """Says that `n` more are done; a text takes the place of label and count from then on."""
+
+    def __call__(self, n: int, text: str | None = None, /) -> None: ...
 
 
 @contextmanager
-def progress_bar(label: str | None, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that advances a bar on stderr; the bar appears after two seconds, without a label never.
+def progress_bar(label: str | None, total: int | None, unit: str = "") -> Iterator[Advance]:
+    """A stage of `total` items around the work inside the `with`, which calls what it gets as they are done.
 
-    Only on a terminal: a log file would get its control characters and empty lines.
+    Without a label nothing is shown; without a total there is no estimate, only the time so far.
     """
-    done, began, bar = 0, time.monotonic(), None
-
-    def advance(n: int) -> None:
-        nonlocal done, bar, label
-        done += n
-        if bar is None and label is not None and time.monotonic() - began > SECONDS_UNTIL_PROGRESS:
-            bar, label = _started_bar(label, total), None
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done)
-
+    if label is None or _is_silent.get():
+        yield lambda n, text=None, /: None
+        return
+    stage, finished = Stage(label, total, unit), False
     try:
-        yield advance
+        yield stage.advance
+        finished = True
     finally:
-        if bar is not None:
-            bar.stop()
+        stage.close(finished)
 
 
-def with_progress(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """The items one after the other, `total` of them, under such a bar."""
-    with progress_bar(label, total) as advance:
+def with_progress(items: Iterable[T], total: int | None, label: str | None, unit: str = "") -> Iterator[T]:
+    """The items one after the other, as a stage of `total` of them."""
+    with progress_bar(label, total, unit) as advance:
         for item in items:
             yield item
             advance(1)
 
 
-def _started_bar(label: str, total: int) -> "Progress | None":
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside the `with`, no stage shows anything."""
+    token = _is_silent.set(True)
+    try:
+        yield
+    finally:
+        _is_silent.reset(token)
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return None
-    columns = (TextColumn(label), BarColumn(bar_width=24), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    bar.add_task("", total=total)
-    bar.start()
-    return bar
+
+_is_silent: ContextVar[bool] = ContextVar("_is_silent", default=False)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+_lock = threading.RLock()  # a stage advances in one thread and is watched from another
+_open: list["Stage"] = []  # the outer ones first
+
+
+class Stage:
+    """Work that is under way: how much of it is done, how long the rest will take, and where that is shown.
+
+    Args:
+        label: what is being done.
+        total: how many items there are; None where nobody knows.
+        unit: what the items are, such as "rows"; "%" shows their share in place of their number.
+        done: how many are done already, in an earlier run.
+        main: for what the user has come for, such as training: shown from the first item on, and its end stays.
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "", done: int = 0, main: bool = False) -> None:
+        self.label, self.total, self.unit, self.done, self.main = label, total, unit, done, main
+        self.text: str | None = None
+        self.marks = [(clock(), done)]  # time and count at the start, after the first item, and now
+        self.display = _display()
+        self.due, self.shown = self.marks[0][0] + self.display.after, False
+        self.closed = threading.Event()
+        with _lock:
+            _open.append(self)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def advance(self, n: int, text: str | None = None, /) -> None:
+        """Say that `n` more items are done; a text takes the place of label and count from then on."""
+        with _lock:
+            now = clock()
+            self.done, self.text = self.done + n, text or self.text
+            if n and self.main and len(self.marks) == 1:
+                self.due = now
+            if n:
+                self.marks = [*self.marks[:2], (now, self.done)]
+            self._show(now)
+
+    def close(self, finished: bool) -> None:
+        """The work is over, to its end or not."""
+        with _lock:
+            self.closed.set()
+            _open.remove(self)
+            if finished and self.total is not None:
+                self.done = self.total
+            if self.shown:
+                took = f"{'done in' if finished else 'stopped after'} {_minutes(clock() - self.marks[0][0])}"
+                self.display.close(self, took)
+
+    def _watch(self) -> None:
+        """Show life during a long item, such as a download or the SVD of a large weight."""
+        while not self.closed.wait(HEARTBEAT):
+            with _lock:
+                if _open[-1:] == [self]:  # an outer stage is alive as long as the inner one is
+                    self._show(clock())
+
+    def _show(self, now: float) -> None:
+        if now >= self.due and not self.closed.is_set():
+            self.due, self.shown = now + self.display.every, True
+            self.display.show(self, self._time(now))
+
+    def state(self) -> str:
+        """What is done, and how much of it."""
+        if self.text is not None:
+            return self.text
+        if self.total is None:
+            return f"{self.label}: {self.done:,} {self.unit}".rstrip() if self.done else self.label
+        if self.unit == "%":
+            return f"{self.label}: {self.share():.0%}"
+        return f"{self.label}: {self.done:,} of {self.total:,} {self.unit}".rstrip()
+
+    def share(self) -> float | None:
+        """How much of the whole is done, from 0 to 1."""
+        return None if self.total is None else min(1.0, self.done / max(self.total, 1))
+
+    def _time(self, now: float) -> str:
+        """What is left if the rest takes as long per item as those since the first one, which warms caches up."""
+        if self.total is not None and len(self.marks) == 3:
+            _, (t0, n0), (t1, n1) = self.marks
+            left = (self.total - n1) * (t1 - t0) / max(n1 - n0, 1) - (now - t1)
+            if left >= 0:
+                return f"{_minutes(left)} left"
+        return f"{_minutes(now - self.marks[0][0])} so far"  # nothing to go by yet, or the estimate is used up
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# --- where they are shown --------------------------------------------------------------------------------------------
+
+
+class Display(Protocol):
+    """Shows a stage after so many seconds, and again each time so many more have passed."""
+
+    after: float
+    every: float
+
+    def show(self, stage: Stage, time: str) -> None: ...
+    def close(self, stage: Stage, time: str) -> None: ...
+
+
+def _display() -> Display:
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
+        return NotebookBar()
+    # Not FORCE_COLOR, which many CI services set: it is about colours, and a bar would fill their log.
+    return TerminalBar() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else Lines()
+
+
+class Lines:
+    """A plain line now and then, for a log file or a pipe."""
+
+    after, every = 5.0, 10.0
+
+    def show(self, stage: Stage, time: str) -> None:
+        with suppress(OSError):  # work is worth more than a line that nobody reads any more
+            print(f"{stage.state()} · {time}", file=sys.stderr, flush=True)
+
+    close = show
+
+
+class TerminalBar:
+    """A live bar; those of inner stages stand below those of the outer ones."""
+
+    after, every = 2.0, 0.1
+    live: "Progress | None" = None  # the one that all stages share, while there are any
+
+    def __init__(self) -> None:
+        self.task: TaskID | None = None
+
+    def show(self, stage: Stage, time: str) -> None:
+        live = TerminalBar.live = TerminalBar.live or _live_bars()
+        if self.task is None:
+            self.task = live.add_task("", total=None if stage.total is None else 1.0, state=stage.state(), time=time)
+        live.update(self.task, completed=stage.share(), state=stage.state(), time=time)
+        live.start()  # if it has not yet been
+
+    def close(self, stage: Stage, time: str) -> None:
+        assert TerminalBar.live is not None and self.task is not None
+        TerminalBar.live.remove_task(self.task)
+        if not TerminalBar.live.tasks:
+            TerminalBar.live.stop()
+            TerminalBar.live = None
+        if stage.main:
+            print(f"{stage.state()} · {time}", file=sys.stderr)
+
+
+def _live_bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.table import Column
+
+    return Progress(
+        SpinnerColumn(),  # it moves during a long item too
+        BarColumn(bar_width=24),  # what gives way first where a terminal is narrow
+        TextColumn("{task.fields[state]}", markup=False),
+        TextColumn("{task.fields[time]}", style="cyan", table_column=Column(no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a file is not for the terminal
+    )
+
+
+class NotebookBar:
+    """The browser's own progress bar; where there is none, the text alone."""
+
+    after, every = 2.0, 1.0
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+    def show(self, stage: Stage, time: str) -> None:
+        from IPython.display import display
+
+        text, share = f"{stage.state()} · {time}", stage.share()
+        value = "" if share is None else f' value="{share:.4f}"'
+        content = {"text/plain": text, "text/html": f"<progress{value}></progress> {html.escape(text)}"}
+        if self.handle is None:
+            self.handle = display(content, raw=True, display_id=True)
+        else:
+            self.handle.update(content, raw=True)
+
+    close = show

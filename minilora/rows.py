@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from minilora.chat_template import Message
 from minilora.errors import InputError
+from minilora.progress import with_progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -113,7 +114,8 @@ def given_rows(rows: Rows, what: str) -> list[Row]:
 
 def collect(values: Iterable[tuple[str, Any]]) -> list[Row]:
     """Recognise (source, value) pairs; a value may be an InputError, met while reading it."""
-    return each(values, lambda pair: pair[0], lambda pair: as_row(pair[1], pair[0]))
+    pairs = with_progress(values, None, "Reading", "rows")
+    return each(pairs, lambda pair: pair[0], lambda pair: as_row(pair[1], pair[0]))
 
 
 def each(items: Iterable[T], source: Callable[[T], str], function: Callable[[T], R]) -> list[R]:

@@ -15,6 +15,7 @@ from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.model import Transformer, require_own_model
+from minilora.progress import progress_bar
 from minilora.tokenizer import Tokenizer, require_own_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -114,13 +115,15 @@ def _write_weights(
         room -= size
 
     weight_map: dict[str, str] = {}
-    for number, paths in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for path in paths:
-            tensors |= _tensors(path, layers[path], dtype, in_4_bits)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+    with progress_bar("Saving the model", sum(sizes.values()), "%") as advance:
+        for number, paths in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for path in paths:
+                tensors |= _tensors(path, layers[path], dtype, in_4_bits)
+                advance(sizes[path])
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 

@@ -9,9 +9,8 @@ tokens_per_s, seconds, rss_mb (and gpu_mb); an evaluation's has step, epoch, eva
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +23,12 @@ from minilora.devices import peak_memory
 from minilora.errors import InputError
 from minilora.kept_weights import weights_that_fit
 from minilora.linear4bit import NF4Linear
+from minilora.progress import Stage, silent
 from minilora.training_config import TrainConfig
 
 __all__ = ["Record", "Sink", "memory_mb", "open_log", "read_log"]
 
 Record = dict[str, Any]
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class Sink(Protocol):
@@ -61,7 +60,8 @@ def open_log(
                 sink.write({"step": first_step - 1, **about})
                 if config.progress and about["kept_weights"]:
                     print(_kept_line(about), file=sys.stderr, flush=True)
-        yield write
+        with nullcontext() if config.progress else silent():
+            yield write
     finally:
         for sink in sinks:
             sink.close()
@@ -107,7 +107,7 @@ def _opened(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[
     except OSError as error:
         raise InputError(f"output_dir {folder} cannot be written to: {error.strerror or error}") from None
     if config.progress:
-        yield ProgressBar(first_step, total_steps) if sys.stderr.isatty() else ProgressLines(total_steps)
+        yield ProgressSink(first_step, total_steps)
 
 
 class JsonLines:
@@ -194,68 +194,21 @@ def _scalars(record: Record) -> dict[str, float]:
     return {f"{group}/{name.removeprefix('eval_')}": value for name, value in record.items() if name != "step"}
 
 
-class ProgressBar:
-    """A live bar on a terminal: smoothed loss, learning rate, tokens/s, memory, time left."""
+class ProgressSink:
+    """Smoothed loss, learning rate, tokens/s, memory and time left, as minilora/progress.py shows them."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-        from rich.table import Column
-
-        self.progress = Progress(
-            SpinnerColumn(),  # it moves during a long step or evaluation too
-            BarColumn(bar_width=8),  # what gives way first where a terminal is narrow
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            TextColumn("left"),
-            console=Console(stderr=True),
-        )
-        self.total_steps = total_steps
-        self.task = self.progress.add_task("", total=total_steps, completed=first_step - 1, status="")
+        self.stage = Stage("training", total_steps, "steps", done=first_step - 1, main=True)
         self.smooth = Smoothed()
-        self.progress.start()
 
     def write(self, record: Record) -> None:
         if "eval_loss" in record:
-            self.progress.console.print(_evaluation_line(record), highlight=False)
-            return
-        status = f"{record['step']}/{self.total_steps} · {self.smooth.status(record)}"
-        # Not quite to the end: rich stops the clock of a finished task, and an evaluation may still follow.
-        self.progress.update(self.task, completed=min(record["step"], self.total_steps - 0.01), status=status)
-
-    def close(self) -> None:
-        self.progress.stop()
-
-
-class ProgressLines:
-    """The same, as a plain line now and then, for a log file or a pipe."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.smooth = Smoothed()
-        self.started: float | None = None
-        self.steps_done = 0
-        self.next_line = 0.0
-
-    def write(self, record: Record) -> None:
-        if "eval_loss" in record:
-            print(_evaluation_line(record), file=sys.stderr, flush=True)
-            return
-        status, now, left = self.smooth.status(record), time.monotonic(), self.total_steps - record["step"]
-        if self.started is None:  # the first step warms caches up: time left is told from the second on
-            self.started = now
+            print(f"step {record['step']} · held-out loss {record['eval_loss']:.4f}", file=sys.stderr, flush=True)
         else:
-            self.steps_done += 1
-        if now < self.next_line and left > 0:
-            return
-        self.next_line = now + SECONDS_BETWEEN_LINES
-        if self.steps_done:
-            seconds = left * (now - self.started) / self.steps_done
-            status += f" · {int(seconds // 60)}:{int(seconds % 60):02d} left"
-        print(f"step {record['step']}/{self.total_steps} · {status}", file=sys.stderr, flush=True)
+            self.stage.advance(1, f"step {record['step']}/{self.stage.total} · {self.smooth.status(record)}")
 
     def close(self) -> None:
-        pass
+        self.stage.close(finished=self.stage.done == self.stage.total)
 
 
 class Smoothed:
@@ -280,10 +233,6 @@ class Smoothed:
             f"loss {self.loss / self.weight:.4f} · lr {record['learning_rate']:.1e}"
             f" · {self.tokens / self.seconds:,.0f} tokens/s · {memory:.1f} GB"
         )
-
-
-def _evaluation_line(record: Record) -> str:
-    return f"step {record['step']} · held-out loss {record['eval_loss']:.4f}"
 
 
 def memory_mb(device: torch.device) -> dict[str, float]:

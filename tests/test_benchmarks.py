@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,15 @@ def benchmarks():
         sys.path.remove(str(ROOT))
 
 
-def test_contenders_take_turns_and_the_first_one_changes(benchmarks):
+def test_contenders_take_turns_and_the_first_one_changes(benchmarks, monkeypatch, capsys):
     turns = []
     contenders = {name: (lambda round, name=name: turns.append((round, name))) for name in "ABC"}
-    seconds = benchmarks.measure.take_turns(contenders, 4, CPU, warmup=1)
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
+    seconds = benchmarks.measure.take_turns(contenders, 4, CPU, warmup=1, progress="ABC")
     order = ["".join(name for round, name in turns if round == wanted) for wanted in range(5)]
     assert order == ["ABC", "BCA", "CAB", "ABC", "BCA"]
     assert {name: len(values) for name, values in seconds.items()} == {"A": 4, "B": 4, "C": 4}, "warm-up not counted"
+    assert "ABC: 14 of 15 turns · 1:00 left\n" in capsys.readouterr().err
 
 
 def test_spread_is_median_and_quartiles(benchmarks):
@@ -104,11 +108,16 @@ def test_the_command_lists_and_refuses(benchmarks):
     )
 
 
-def test_every_merge_is_scored_against_the_tuned_model(benchmarks):
+def test_every_merge_is_scored_against_the_tuned_model(benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
     merge = benchmarks.merge
     model = tiny_model(nf4=True, r=4).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     scores = merge.compare(model, random_rows(12), random_rows(6, seed=1), lambda model: 10.0)
+    lines = capsys.readouterr().err
+    for stage in ("predictions", "changes", "loss and KL"):
+        assert f"merge, {stage}: 1 of " in lines
+    assert re.search(r"^merge: 7 of 8 ways to merge · [\d:]+ left$", lines, re.MULTILINE)
     base, tuned, plain = (scores[name] for name in (merge.BASE, merge.TUNED, merge.REQUANTIZED))
     assert (tuned.kl, base.kl) == (pytest.approx(0, abs=1e-5), pytest.approx(0.004, abs=0.003))
     assert set(base.cosines) == {0.0} and set(base.output_errors) == {1.0}

@@ -4,10 +4,12 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import types
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -194,8 +196,10 @@ def test_unsloth_is_called_as_its_layers_call_it(benchmarks, monkeypatch):
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def test_kernels_on_a_cpu_from_end_to_end(benchmarks, tiny, tmp_path, capsys):
+def test_kernels_on_a_cpu_from_end_to_end(benchmarks, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
     result = tiny.run(2, CPU)
+    assert re.search(r"^kernels: 9 of 10 cases · [\d:]+ left$", capsys.readouterr().err, re.MULTILINE)
     assert len(result.rows) == 2 * (1 + 2 * 2)  # dtypes; the dequantization, and directions by rows
     columns = ["product", "dtype", "minilora, µs", "achieved", "roofline", "/ bitsandbytes"]
     assert list(result.rows[0]) == [*columns, "/ bitsandbytes, dequantized", "/ dense"]
@@ -481,12 +485,15 @@ def test_gpu_names_the_tests_that_fail_and_uses_no_kernel_that_is_wrong(benchmar
         assert kept == [result] and len(result.notes) == 2
 
 
-def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, monkeypatch, tmp_path):
+def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, monkeypatch, tmp_path, capsys):
     gpu = benchmarks.gpu
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
+    monkeypatch.setattr("minilora.progress.HEARTBEAT", 0.01)
     monkeypatch.setattr(gpu, "PROCESSES", 0)
     file = tmp_path / "test_it.py"
     file.write_text("import time\n\ndef test_slow():\n    time.sleep(20)\n")
     assert "more than the 0 seconds that there were" in gpu.failures([str(file)], 0.2)[0]
+    assert re.match(r"gpu, tests · [\d:]+ so far\n", capsys.readouterr().err)
     file.write_text("import no_such_package\n")
     (line,) = gpu.failures([str(file)], 60)
     assert line.startswith("ERROR ") and "test_it.py" in line

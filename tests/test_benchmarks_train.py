@@ -4,9 +4,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from training_helpers import LLAMA
 from minilora.errors import InputError
 from minilora.loss import label_tokens
 from minilora.model import ModelConfig, Transformer
+from minilora.progress import with_progress
 
 CPU = torch.device("cpu")
 # Every width a multiple of NF4's block of 64: bitsandbytes' CPU kernel for inference needs it.
@@ -65,6 +68,12 @@ def refuse(_):
     raise InputError("not today")
 
 
+def take_long(_):
+    for _ in with_progress(range(3), 3, "Loading"):
+        pass
+    raise InputError("not today")
+
+
 def break_down(_):
     raise KeyError("wheel")
 
@@ -99,6 +108,16 @@ def test_what_goes_wrong_is_told(benchmarks, build, message):
     ours, theirs = multiprocessing.Pipe()
     benchmarks.turns._serve(theirs, build, None, evaluate, CPU)
     assert ours.recv() == (message, None)
+
+
+def test_how_far_a_turn_is_only_one_process_shows(benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
+    with pytest.raises(InputError):
+        take_long(None)
+    assert "Loading" in capsys.readouterr().err
+    ours, theirs = multiprocessing.Pipe()
+    benchmarks.turns._serve(theirs, take_long, None, evaluate, CPU)
+    assert ours.recv() == ("not today", None) and capsys.readouterr().err == ""
 
 
 def test_a_process_that_is_killed_is_told(benchmarks):
@@ -199,7 +218,7 @@ def test_rows_of_the_demo_and_cut_ones(benchmarks, length):
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 
-def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path):
+def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path, capfd):
     """Three processes in turns; TRL's refuses, and is left out with its reason."""
     pytest.importorskip("peft")
     train_step, case = benchmarks.train_step, tiny_case(benchmarks)
@@ -208,7 +227,16 @@ def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path):
     monkeypatch.setitem(train_step.CONTENDERS, "cpu", {**contenders, "TRL": refuse})
     speeds = benchmarks.nf4_cases.Speeds(1e10, {torch.float32: 5e10, torch.bfloat16: 1e11})
     monkeypatch.setattr(train_step, "measured_speeds", lambda device: speeds)
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
     result = train_step.run(2, CPU, only="FP32")
+    lines = capfd.readouterr().err
+    for stage in (
+        "tiny, LoRA, fp32, starting: 2 of 3",
+        "tiny, LoRA, fp32: 3 of 4",
+        "tiny, LoRA, fp32, finishing: 1 of 2",
+    ):
+        assert f"\n{stage}" in f"\n{lines}"
+    assert re.search(r"^train: 1 of 1 configurations · done in", lines, re.MULTILINE)
     assert (result.benchmark, result.notes) == ("train-fp32", ["tiny, LoRA, fp32: without TRL: not today"])
     assert [(row["configuration"], row["contender"]) for row in result.rows] == [
         ("tiny, LoRA, fp32", "PEFT"),

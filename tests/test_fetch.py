@@ -1,5 +1,4 @@
 import hashlib
-import subprocess
 import zipfile
 
 import pytest
@@ -18,13 +17,13 @@ def pypi(tmp_path, monkeypatch):
         archive.writestr("toy/data.txt", "hello")
     calls = []
 
-    def pip(command, **_):
+    def pip(command, scratch, came):
         calls.append(command)
         (destination,) = (command[i + 1] for i, word in enumerate(command) if word == "--dest")
         (tmp_path / destination / served.name).write_bytes(served.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "")
+        return 0, ""
 
-    monkeypatch.setattr(fetch.subprocess, "run", pip)
+    monkeypatch.setattr(fetch, "_run", pip)
     return served, Wheel("toy", "1.0", hashlib.sha256(served.read_bytes()).hexdigest(), 0.1), calls
 
 
@@ -58,7 +57,7 @@ def test_a_member_that_is_not_there_is_named(pypi):
 
 def test_no_network_is_one_clear_error(pypi, monkeypatch):
     _, wheel, _ = pypi
-    failed = subprocess.CompletedProcess([], 1, "WARNING: retrying\nERROR: No matching distribution found")
-    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: failed)
+    failed = 1, "WARNING: retrying\nERROR: No matching distribution found"
+    monkeypatch.setattr(fetch, "_run", lambda *_: failed)
     with pytest.raises(InputError, match=r"toy==1\.0: ERROR: No matching distribution.*check the network"):
         wheel_file(wheel, "toy/data.txt")

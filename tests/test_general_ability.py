@@ -71,7 +71,7 @@ def test_the_scores_are_those_of_the_answers(tiny_chat: tuple[Any, Any], monkeyp
     theirs, tokenizer = tiny_chat
     asked = questions()
 
-    def generate(model: Any, tokenizer: Any, conversations: list[Any], max_new_tokens: int) -> list[str]:
+    def generate(model: Any, tokenizer: Any, conversations: list[Any], **_: Any) -> list[str]:
         assert [conversation[0]["content"] for conversation in conversations] == [question for question, _ in asked]
         return [f"Well, {accepted[0]}." if i % 4 == 0 else "Well." for i, (_, accepted) in enumerate(asked)]
 

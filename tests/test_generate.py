@@ -1,10 +1,12 @@
 """generate: the tokens are transformers', however the prompts are batched; sampling has the model's probabilities."""
 
+import dataclasses
 import importlib
 import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import pytest
@@ -368,30 +370,42 @@ def test_the_stream_keeps_back_a_character_until_it_is_whole(
 # ------------------------------------------------------------------------------------------------ progress
 
 
-@pytest.mark.parametrize(("after", "shown"), [(0.0, True), (1e9, False)])
+@pytest.mark.parametrize(("seconds", "shown"), [(60, True), (0, False)])
 def test_a_long_call_shows_its_progress(
     chat: tuple[Transformer, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    after: float,
+    seconds: int,
     shown: bool,
 ) -> None:
-    monkeypatch.setattr("minilora.progress.SECONDS_UNTIL_PROGRESS", after)
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("minilora.progress.clock", count(step=seconds).__next__)
     generate(*chat, [user("a bee")], 8, progress="answering")
     output = capsys.readouterr()
     assert output.out == ""
-    assert ("answering" in output.err) == shown
+    assert ("answering: 0 of 1 rows" in output.err) == ("answering: 1 of 1 rows · done in" in output.err) == shown
 
 
-def test_progress_ends_at_the_whole(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    advanced: list[int] = []
+@pytest.mark.parametrize("prefix", [PREFIX, 0])
+@pytest.mark.parametrize("room", [100, 25])
+def test_progress_counts_tokens_read_and_written_and_ends_at_the_whole(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, prefix: int, room: int
+) -> None:
+    """Also for rows that end early, by a token or where the model's positions do."""
+    advanced: list[tuple[int, str]] = []
     totals: list[int] = []
 
     def progress_bar(label: str | None, total: int) -> Any:
         totals.append(total)
-        return nullcontext(advanced.append)
+        return nullcontext(lambda n, text=None: advanced.append((n, text)))
 
     monkeypatch.setattr(module, "progress_bar", progress_bar)
-    generate_tokens(our_model(llama), prompts(), 20, some_eos(llama))
-    assert [sum(advanced)] == totals == [20 * len(RAGGED)]
+    model = our_model(llama)
+    model.config = dataclasses.replace(model.config, max_position_embeddings=prefix + room)
+    rows = prompts(prefix=prefix)
+    answers = generate_tokens(model, rows, 20, some_eos(llama), batch_size=4, progress="answering")
+    ends = [len(row) + len(answer) for row, answer in zip(rows, answers, strict=True)]
+    assert (max(ends) == prefix + room) == (room == 25)
+    assert [sum(n for n, _ in advanced)] == totals == [sum(map(len, rows)) + 20 * len(rows)]
+    assert [text for _, text in advanced if text][-1] == "answering: 6 of 6 rows"
+    read = [n for n, text in advanced if text is None]
+    assert sum(read) == sum(map(len, rows)) and len(read) > 2, "while they are read, batch by batch"

@@ -2,18 +2,20 @@
 
 import json
 import mmap
+import re
 import sys
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from terminal_helpers import Terminal
 from training_helpers import random_rows, run, tiny_model
 
 from minilora.errors import InputError
 from minilora.loss import label_tokens
-from minilora.training_log import JsonLines, ProgressBar, ProgressLines, Smoothed, memory_mb, read_log
+from minilora.training_log import JsonLines, ProgressSink, Smoothed, memory_mb, read_log
 
 STEP = {"step": 3, "epoch": 0.5, "loss": 2.0, "learning_rate": 1e-4, "grad_norm": 0.5, "tokens": 100}
 STEP |= {"label_tokens": 40, "tokens_per_s": 200.0, "seconds": 1.5, "rss_mb": 2048.0}
@@ -75,45 +77,72 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
     rows = random_rows(8)
     run(tiny_model(), rows, tmp_path, eval_rows=rows, max_steps=50, progress=True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("step 1/50 · loss ")
-    assert any(line.startswith("step 50/50 · loss ") and line.endswith("0:00 left") for line in lines)
-    assert lines[-1].startswith("step 50 · held-out loss ")
+    assert re.fullmatch(r"step 1/50 · loss .* tokens/s · .* GB · 0:0\d so far", lines[0]), "at once"
+    assert re.fullmatch(r"step 50 · held-out loss \d\.\d{4}", lines[-2])
+    assert re.fullmatch(r"step 50/50 · loss .* GB · done in 0:\d\d", lines[-1])
     assert len(lines) < 10, "now and then, not every step"
 
 
 def test_plain_lines_come_by_the_clock(monkeypatch, capsys):
-    clock = iter([0, 4, 8, 12, 16, 20, 24])
-    monkeypatch.setattr("minilora.training_log.time.monotonic", lambda: next(clock))
-    sink = ProgressLines(total_steps=100)
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr("minilora.progress.clock", lambda: clock.now)
+    sink = ProgressSink(first_step=1, total_steps=100)
     for step in range(1, 8):
         sink.write(STEP | {"step": step})
+        clock.now += 4
+    sink.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/100", "4/100", "7/100"]
+    assert [line.split()[1] for line in lines] == ["1/100", "4/100", "7/100", "7/100"]
     assert lines[1].endswith("6:24 left")  # 96 steps of 4 s
+    assert lines[3].endswith("stopped after 0:28")
+
+
+def test_a_resumed_run_is_where_it_was(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr("minilora.progress.clock", lambda: clock.now)
+    sink = ProgressSink(first_step=91, total_steps=100)
+    for step in range(91, 101):
+        clock.now += 6
+        sink.write(STEP | {"step": step})
+    sink.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("step 93/100") and lines[1].endswith("0:42 left")  # 7 steps of 6 s
+    assert lines[-1].startswith("step 100/100") and lines[-1].endswith("done in 1:00")
 
 
 @pytest.mark.parametrize("columns", [80, 150])
-def test_a_live_bar_on_a_terminal(monkeypatch, capsys, columns):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    sink = ProgressBar(first_step=3, total_steps=10)
-    sink.write(STEP)
-    sink.write({"step": 3, "epoch": 0.5, "eval_loss": 1.25, "eval_seconds": 0.1})
-    sink.close()
-    shown = capsys.readouterr().err
-    assert "3/10 · loss 2.0000 · lr 1.0e-04 · 200 tokens/s · 2.0 GB" in shown
-    assert "left" in shown and "…" not in shown  # nothing is cut off
-    assert "held-out loss 1.2500" in shown
+def test_a_live_bar_on_a_terminal(monkeypatch, columns):
+    with Terminal(monkeypatch, columns) as terminal:
+        sink = ProgressSink(first_step=3, total_steps=10)
+        sink.write(STEP)
+        sink.write({"step": 3, "epoch": 0.5, "eval_loss": 1.25, "eval_seconds": 0.1})
+        sink.close()
+    shown = terminal.text()
+    bar, *_, end = (line for line in shown.splitlines() if "step 3/10" in line)
+    assert "step 3/10 · loss 2.0000 · lr 1.0e-04 · 200 tokens/s · 2.0 GB" in bar
+    assert "0:00 so far" in bar and "━" in bar and "…" not in shown  # nothing is cut off
+    assert end.endswith("2.0 GB · stopped after 0:00")
+    assert "step 3 · held-out loss 1.2500" in shown
+
+
+def test_nothing_is_shown_where_progress_is_off(tmp_path, monkeypatch, capsys):
+    model, rows = tiny_model(), random_rows(8)
+    monkeypatch.setattr("minilora.progress.clock", count(step=60).__next__)
+    run(model, rows, tmp_path, eval_rows=rows, max_steps=2, progress=False)
+    assert capsys.readouterr().err == ""
+    run(model, rows, tmp_path / "other", eval_rows=rows, max_steps=2, progress=True)
+    assert "held-out loss: 1 of 1 batches" in capsys.readouterr().err
 
 
 def test_the_bar_is_taken_down_when_training_fails(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(ProgressLines, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(ProgressSink, "close", lambda self: closed.append(self))
     model = tiny_model()
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(RuntimeError):
         run(model, random_rows(8), tmp_path, progress=True)
     assert len(closed) == 1
+    closed[0].stage.close(finished=False)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from minilora.adapter import AdapterConfig
 from minilora.adapters import add_adapter
+from minilora.progress import with_progress
 from minilora.testing import arithmetic, life
 from minilora.testing.trial import CHECKS, Add, Check, example_input
 
@@ -39,5 +40,5 @@ def check_variant(
 
     Raises AssertionError at the first check that fails: what was expected, what was found, and where to look.
     """
-    for check in CHECKS:
+    for check in with_progress(CHECKS, len(CHECKS), f"Trying {type(config).__name__}", "checks"):
         check(config, add=add, exceptions=exceptions)

@@ -149,7 +149,7 @@ def find_components(
     budget = sum(adapter.r for adapter in adapters.values())
     ranks = {path: groups[leader[path]] for path in adapters}
 
-    with progress_bar("EVA", len(found)) as advance:
+    with progress_bar("EVA", len(found), "inputs") as advance:
         settled = 0
         for step in count():
             unsettled = [first for first, each in found.items() if not each.settled[: ranks[first]].all()]

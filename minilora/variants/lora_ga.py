@@ -30,7 +30,7 @@ from minilora.errors import InputError
 from minilora.initialization import kaiming, register_initialization, weight_to_decompose
 from minilora.lora import LoRA
 from minilora.low_rank import randomized_svd
-from minilora.progress import progress_bar
+from minilora.progress import with_progress
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -95,13 +95,13 @@ def initialize(
     n = layers_at_once or len(layers)
     parts = [dict(islice(layers.items(), i, i + n)) for i in range(0, len(layers), n)]
     starts: dict[str, tuple[Tensor, Tensor]] = {}
-    with disable_adapters(model), progress_bar("LoRA-GA", len(parts) * len(kept)) as advance:
-        for part in parts:
+    with disable_adapters(model):
+        for number, part in enumerate(parts, start=1):
+            which = f"LoRA-GA, part {number} of {len(parts)}" if len(parts) > 1 else "LoRA-GA"
             gradients = WeightGradients(part)
-            for batch in kept:
+            for batch in with_progress(kept, len(kept), f"{which}, gradients", "batches"):
                 gradients.add(model, batch, forward)
-                advance(1)
-            for path, G in gradients.mean():
+            for path, G in with_progress(gradients.mean(), len(part), f"{which}, decompositions", "layers"):
                 starts[path] = start(adapters[path], part[path].base_layer, G)
     if not starts:
         raise InputError("the loss depends on none of the adapter's layers")
