@@ -18,6 +18,7 @@ from minilora import nf4
 from minilora.nf4 import NESTED_BLOCK_SIZE, QuantizedTensor
 
 ROWS_COMPARED = 256  # of a product, of all that there are: a comparison takes several times their memory
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 Shape = tuple[int, ...]
 
 
@@ -156,7 +157,7 @@ def random_weight(kind: Kind, shape: Shape, draw: torch.Generator) -> QuantizedT
 
 def _driver() -> str:
     """The kernel module's version, where the system tells it."""
-    for file in map(Path, ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")):
+    for file in DRIVERS:
         found = re.search(r"\d+\.[\d.]+", file.read_text()) if file.exists() else None
         if found:
             return found[0]
