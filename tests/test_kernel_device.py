@@ -64,18 +64,33 @@ def test_both_ways_lead_to_one_result(gpu: GPU, kernel: str, double_quant: bool,
         ours, theirs = contest.kernel(), contest.pytorch()
         assert contest.fault(ours, theirs) == ""
         for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b)
+            # float32: sums in another order. float16: its rounding, and for gemv that of W, of values up to 40
+            tolerance = 0.04 if dtype == torch.float16 and "quantize" not in kernel else 1e-5
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("place", [0, -1])
 def test_a_result_that_is_wrong_in_one_place_is_noticed(gpu: GPU, kernel: str, place: int) -> None:
-    """Also of more rows than are compared: the last ones have the greatest addresses."""
+    """Also where all rows are not compared at once."""
     contest = gpu.contest(kind(kernel), SHAPE, 1 if kernel == "gemv" else 1000, True)
     results = [contest.kernel(), contest.pytorch()]
     part = results[0][1] if kernel == "quantize" else results[0]
     part[(-1 if place else 0) if part.dim() == 1 else (place, place)] += 1 + part.abs().max()
     assert contest.fault(*results) != ""
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "backward"])
+def test_tf32_is_no_fault_and_a_block_left_out_is_one(gpu: GPU, kernel: str) -> None:
+    """PyTorch's way may be rough, where the caller has allowed it; of the longest rows a block is the smallest part."""
+    contest = gpu.contest(kind(kernel, torch.float32), (16, 4096) if kernel == "matmul" else (4096, 64), 16, True)
+    call = contest.kernel
+    x = call.args[0]  # type: ignore[attr-defined]
+    theirs = contest.pytorch()
+    tf32 = call.func(((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32), *call.args[1:])  # type: ignore[attr-defined]
+    assert not torch.allclose(tf32, theirs, rtol=0, atol=1e-4) and contest.fault(tf32, theirs) == ""
+    x[:, 64:128] = 0
+    assert contest.fault(call(), theirs) != ""
 
 
 def test_the_ways_are_called_with_the_shapes_that_are_asked_for(gpu: GPU) -> None:
@@ -103,7 +118,7 @@ def test_a_trial_leaves_the_callers_random_numbers_alone(gpu: GPU, tmp_path: Pat
     expected = torch.randn(3, device=gpu.device)
     torch.manual_seed(0)
     trials = Trials(gpu, tmp_path)
-    for kernel in KERNELS:
+    for kernel in ("quantize", "dequantize", "gemv"):
         assert trials.wins(kind(kernel), SHAPE, 1)
     assert torch.equal(torch.randn(3, device=gpu.device), expected)
 

@@ -20,7 +20,7 @@ fault = partial(proof.fault, device=DEVICE)
 @pytest.mark.parametrize("kernel", [*KERNELS, "quantize"])
 @pytest.mark.parametrize(
     ("dtype", "block_size", "double_quant"),
-    [(torch.float16, 64, True), (torch.float32, 128, False)],
+    [(torch.float16, 64, True), (torch.float32, 64, False)],
     ids=["float16", "float32"],
 )
 def test_the_kernels_pass(kernel: str, dtype: torch.dtype, block_size: int, double_quant: bool) -> None:
@@ -137,5 +137,4 @@ def test_a_rounding_more_is_seen() -> None:
     zero = torch.zeros_like(exact)
     assert proof.times_the_rounding(rounded, exact, zero, torch.float16) == ""
     assert proof.times_the_rounding(cut, exact, zero, torch.float16) != ""
-    assert proof.times_the_rounding(cut, exact, zero, torch.float16, roundings=2) == ""
     assert "nan" in proof.times_the_rounding(rounded * torch.nan, exact, zero, torch.float16)

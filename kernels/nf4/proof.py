@@ -79,11 +79,7 @@ def unequal_bytes(ours: Tensor, theirs: Tensor) -> str:
     return f"{n} of {theirs.nbytes} bytes differ from PyTorch's" if n else ""
 
 
-def times_the_rounding(y: Tensor, exact: Tensor, magnitude: Tensor, dtype: torch.dtype, roundings: int = 1) -> str:
-    """By how many times what rounding explains y is off, in words; "" if rounding does. magnitude: |x| |W|.
-
-    roundings: 2 where `exact` has been rounded as y has.
-    """
-    bound = roundings * (UNIT[dtype] * exact.abs() + SUM[dtype] * magnitude)
-    worst = ((y - exact).abs() / bound).max().item()
+def times_the_rounding(y: Tensor, exact: Tensor, magnitude: Tensor, dtype: torch.dtype) -> str:
+    """By how many times what rounding explains y is off, in words; "" if rounding does. magnitude: |x| |W|."""
+    worst = ((y - exact).abs() / (UNIT[dtype] * exact.abs() + SUM[dtype] * magnitude)).max().item()
     return "" if worst <= 1 else f"off by {worst:.3g} times what rounding explains"  # nan, too
