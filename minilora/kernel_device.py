@@ -148,11 +148,11 @@ def random_weight(kind: Kind, shape: Shape, draw: torch.Generator) -> QuantizedT
     n = prod(shape)
     n_blocks, device = -(-n // kind.block_size), draw.device
     codes = torch.randint(256, (-(-n // 2),), dtype=torch.uint8, device=device, generator=draw)
-    absmax = torch.rand(n_blocks, device=device, generator=draw)
+    rand = partial(torch.rand, dtype=torch.float32, device=device, generator=draw)
+    absmax = rand(n_blocks)
     if not kind.double_quant:
         return QuantizedTensor(codes, absmax, shape, kind.dtype, kind.block_size)
-    nested = torch.rand(-(-n_blocks // NESTED_BLOCK_SIZE), device=device, generator=draw)
-    offset = torch.ones((), device=device)
+    nested, offset = rand(-(-n_blocks // NESTED_BLOCK_SIZE)), torch.ones((), dtype=torch.float32, device=device)
     return QuantizedTensor(codes, (absmax * 256).byte(), shape, kind.dtype, kind.block_size, nested, offset)
 
 

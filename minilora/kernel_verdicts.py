@@ -12,10 +12,9 @@ another process, and nothing that others have written is lost. A file that is no
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,34 +53,16 @@ class Verdicts:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process is in here. Where the folder allows no lock nothing is kept, which is said once."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            self._keep_no_longer(error)
-            yield
-            return
-        try:
-            self._wait_for(lock)
-            yield
-        finally:
-            os.close(lock)  # and the lock is gone, as it is when the process dies
-
-    def _wait_for(self, lock: int) -> None:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while self._is_kept:
+        """No other process is in here. Where there is no lock to be had nothing is kept."""
+        with ExitStack() as until_then:
             try:
-                import fcntl  # Triton is for Linux
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{self.path} is locked by another process") from None
-                time.sleep(0.002)
+                if self._is_kept:
+                    until_then.enter_context(_locked(self.path.with_suffix(".lock")))
+            except TimeoutError:
+                raise
             except (OSError, ImportError) as error:
                 self._keep_no_longer(error)
+            yield
 
     def _read(self) -> str | None:
         """Take what the file says beside what is known, and return its `trying`."""
@@ -114,6 +95,28 @@ class Verdicts:
         if self._is_kept:
             self._is_kept = False
             logger.warning("every process will have to try the NF4 kernels anew: %s", error)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Inside, this process has the lock, unless it dies. Raises TimeoutError, or OSError where there are no locks."""
+    import fcntl  # Windows has none; nor has it Triton
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_SECONDS
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path} is locked by another process") from None
+                time.sleep(0.002)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked process has the file open
 
 
 def _pair(found: Any) -> tuple[float, float]:

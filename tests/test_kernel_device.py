@@ -124,12 +124,16 @@ def test_a_trial_leaves_the_callers_random_numbers_alone(gpu: GPU, tmp_path: Pat
 
 
 def test_what_the_caller_has_set_does_not_count(gpu: GPU, tmp_path: Path) -> None:
-    """Neither inference mode, nor autocast, nor a gradient; and nothing that stays is born in inference mode."""
+    """Neither inference mode, nor autocast, nor a default dtype; and nothing that stays is born in inference mode."""
     trials = Trials(gpu, tmp_path)
     for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs):
         table.cache_clear()
-    with torch.inference_mode(), torch.autocast(gpu.device.type, torch.bfloat16):
-        assert trials.wins(kind("matmul"), SHAPE, 5), "a product in bfloat16 would be off by more than rounding"
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast(gpu.device.type, torch.bfloat16):
+            assert trials.wins(kind("matmul"), SHAPE, 5), "a product in bfloat16 would be off by more than rounding"
+    finally:
+        torch.set_default_dtype(torch.float32)
     for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs):
         assert not table(gpu.device).is_inference()
 

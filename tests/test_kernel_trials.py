@@ -304,17 +304,17 @@ def process(folder: Path, number: int, ending: str = "well") -> subprocess.Popen
 
 
 def test_processes_at_once_lose_nothing_and_prove_a_kind_once(tmp_path: Path) -> None:
-    running = [process(tmp_path, number) for number in (1, 2, 3)]
+    running = [process(tmp_path, number) for number in (1, 2)]
     seen = 0
     while any(each.poll() is None for each in running):
         for file in tmp_path.glob("*.json"):
             seen += json.loads(file.read_text())["trying"] is not None  # always whole
         time.sleep(0.002)
-    assert [each.communicate()[1] for each in running] == [""] * 3
+    assert [each.communicate()[1] for each in running] == [""] * 2
     assert seen
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
-    assert len(found["times"]) == 2 * 3 * 10 and found["trying"] is None
+    assert len(found["times"]) == 2 * 2 * 10 and found["trying"] is None
     assert sorted((tmp_path / "proven").read_text().splitlines()) == sorted(found["kinds"]), "each once"
 
 

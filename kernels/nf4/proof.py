@@ -27,7 +27,7 @@ ADDED = {128: (("", 0), ("bias", 0), ("", 16), ("bias", 16)), 130: (("rows", 5),
 
 def fault(kernel: str, dtype: torch.dtype, block_size: int, double_quant: bool, device: torch.device) -> str:
     """What is wrong with the kernel of this folder's file `kernel`; "" where every comparison holds."""
-    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
+    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=torch.float32, device=device)
     compare = {"quantize": _quantized, "dequantize": _dequantized}.get(kernel, _products)
     return next(filter(None, compare(kernel, draw, dtype, block_size, double_quant)), "")
 
