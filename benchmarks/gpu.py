@@ -1,11 +1,10 @@
 """gpu: everything that only a GPU can say, in one command: first that the kernels are right on it, then their times.
 
 Correctness is tests/test_kernel*.py, which without a GPU run in Triton's interpreter, and every test marked `gpu`; not
-what is only compiled, for GPUs that are not at hand (test_kernels_aot.py). Where one of the kernels' tests fails, the
-times are kept with a note that says so, and NF4Linear uses no kernel for them.
+what is only compiled, for GPUs that are not at hand (test_kernels_aot.py). What fails is named below the times. So is a
+kernel that minilora's own trials have found wrong; those of the shapes that are timed here stay in the user's cache.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -19,7 +18,6 @@ import torch
 from benchmarks import nf4_products
 from benchmarks.output import Result
 from minilora.errors import InputError
-from minilora.kernel_dispatch import measured_file
 from minilora.progress import progress_bar
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -29,7 +27,7 @@ TEST_SECONDS = 200.0  # of them, at most, for the tests
 
 
 def run(rounds: int | None, device: torch.device) -> Result:
-    """Run the tests on this GPU, then the benchmark `kernels`, whose crossovers NF4Linear will use if they passed."""
+    """Run the tests on this GPU, then the benchmark `kernels`."""
     if device.type != "cuda":
         raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
     started = time.monotonic()
@@ -41,14 +39,6 @@ def run(rounds: int | None, device: torch.device) -> Result:
     marked = failures([*of_gpus, "-m", "gpu"], max(left, 1.0))
     result = nf4_products.run(rounds, device, seconds=SECONDS - (time.monotonic() - started))
     result.notes += [*wrong, *marked]
-    if wrong:
-        result.settings["crossovers"] = None
-        result.notes.append("no crossovers for NF4Linear from this run: not all kernels are right")
-    if result.settings["crossovers"] is not None:
-        try:
-            remember(result)
-        except OSError as error:  # a read-only installation: the times are worth keeping all the same
-            result.notes.append(f"NF4Linear will not use these crossovers: {error}")
     return result
 
 
@@ -73,14 +63,3 @@ def failures(selection: list[str], seconds: float) -> list[str]:
         return []
     named = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)
     return named or [f"{' '.join(command[1:])} ended with status {done.returncode}"]
-
-
-def remember(result: Result) -> None:
-    """Write the crossovers of this GPU, beside those of others, where minilora.kernel_dispatch looks for them."""
-    path = measured_file()
-    table = json.loads(path.read_text(encoding="utf-8"))
-    where = {"date": result.machine["date"], "versions": result.machine["versions"]}
-    table[result.machine["device"]] = result.settings["crossovers"] | where
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)

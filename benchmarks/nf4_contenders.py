@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.nf4_cases import Case, Operation
 from minilora import nf4
+from minilora.kernel_dispatch import quantize, temporary_weight
 from minilora.linear4bit import NF4Linear
 
 Call = Callable[[int], Tensor]
@@ -39,7 +40,6 @@ class Weights:
         scale = case.K**-0.5
         shape = (case.N, case.K)
         self.dense = [(torch.randn(shape, device=device) * scale).to(case.dtype) for _ in range(self.copies)]
-        self.buffer = torch.empty_like(self.dense[0])
 
     @cached_property
     def quantized(self) -> list[nf4.QuantizedTensor]:
@@ -74,7 +74,7 @@ class Weights:
     def gemlite(self) -> list[Any]:
         from gemlite.helper import A16W4_HQQ_INT
 
-        processor = A16W4_HQQ_INT(device=str(self.buffer.device), dtype=self.buffer.dtype)
+        processor = A16W4_HQQ_INT(device=str(self.dense[0].device), dtype=self.dense[0].dtype)
         return [processor.from_weights(*affine_int4(W)) for W in self.dense]
 
 
@@ -111,7 +111,7 @@ def minilora(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def fused(case: Case, weights: Weights, x: Tensor) -> Call:
-    """The fused kernel, by the operator that NF4Linear calls below its crossover."""
+    """The fused kernel, by the operator that NF4Linear calls for few rows."""
     from minilora.kernels import ops
 
     if case.operation == "backward":
@@ -133,7 +133,7 @@ def fused_other_table(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def one_pass(case: Case, weights: Weights, x: Tensor) -> Call:
-    """Dequantized by one kernel, then multiplied by cuBLAS: what NF4Linear does above its crossover."""
+    """Dequantized by one kernel, then multiplied by cuBLAS: what NF4Linear does with many rows."""
     from minilora.kernels import ops
 
     return _each(weights.packed, lambda packed: _product(case, x, ops.nf4_dequantize(*packed, case.dtype)))
@@ -164,8 +164,13 @@ def quantized_plainly(case: Case, weights: Weights, x: Tensor) -> Call:
 
 
 def minilora_alone(case: Case, weights: Weights, x: Tensor) -> Call:
-    """The same into a buffer that is used again, as NF4Linear does it."""
-    return _each(weights.quantized, lambda q: nf4.dequantize(q, out=weights.buffer))
+    """W as NF4Linear makes it for a product."""
+    return _each(weights.quantized, lambda q: temporary_weight(q, case.dtype))
+
+
+def minilora_quantized(case: Case, weights: Weights, x: Tensor) -> Call:
+    """W to NF4 as NF4Linear.from_linear does it."""
+    return _each(weights.dense, lambda W: quantize(W).codes)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -258,6 +263,7 @@ PEERS: dict[str, Build] = {
     "dense": dense,
 }
 BACKWARD: dict[str, Build] = {
+    "minilora": minilora,
     "fused kernel": fused,
     "fused, other table": fused_other_table,
     "one-pass + cuBLAS": one_pass,
@@ -267,11 +273,13 @@ BACKWARD: dict[str, Build] = {
 CONTENDERS: dict[str, dict[Operation, dict[str, Build]]] = {
     "cuda": {
         "quantize": {
+            "minilora": minilora_quantized,
             "quantize kernel": quantized_by_kernel,
             "plain PyTorch": quantized_plainly,
             "bitsandbytes": bitsandbytes_quantized,
         },
         "dequantize": {
+            "minilora": minilora_alone,
             "one-pass kernel": one_pass_alone,
             "plain PyTorch": plain_alone,
             "bitsandbytes": bitsandbytes_alone,

@@ -2,9 +2,9 @@
 
 On a GPU: Llama-3's linear shapes, M rows of x from 1 to 8192, weights and results in rotation so that the L2 cache does
 not serve them, calls replayed from a CUDA graph so that a launch costs what it costs in a compiled model, where they
-can be recorded in one (all but quantizing, and Unsloth). minilora is there what the crossovers measured in the same run
-choose: the fused kernel, or one-pass dequantization and cuBLAS. On a CPU: SmolLM2-135M's shapes and 4096², as the
-layers are called. bitsandbytes, gemlite and Unsloth take part where they are installed.
+can be recorded in one (all but quantizing, and Unsloth). On a CPU: SmolLM2-135M's shapes and 4096², as the layers are
+called. minilora is NF4Linear as it is, and what its trials on this very device have chosen; each way that it has on a
+GPU also takes part by itself. bitsandbytes, gemlite and Unsloth do where they are installed.
 """
 
 import gc
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +26,15 @@ from benchmarks.measure import Spread, machine, take_turns
 from benchmarks.nf4_cases import Case, Speeds
 from benchmarks.nf4_contenders import CONTENDERS, TUNED, Build, Weights, is_recorded, left_out
 from benchmarks.nf4_plot import plot
-from benchmarks.nf4_targets import Times, share_of_roofline, target_lines
+from benchmarks.nf4_targets import share_of_roofline, target_lines
 from benchmarks.output import Result
 from minilora.errors import InputError
+from minilora.kernel_dispatch import trials
+from minilora.kernel_trials import Trials
 from minilora.progress import with_progress
 
 SECONDS = 330.0  # for all cases on a GPU; what is left when they are over is not timed
 SETUP_SECONDS = 60.0  # for all that a contender of TUNED compiles and tunes; then it takes no further part
-KERNEL_OF_ONE_WEIGHT = {"quantize": "quantize kernel", "dequantize": "one-pass kernel"}
 TURN_SECONDS = 2e-3  # at least, of one contender, so that starting a timer costs nothing
 
 
@@ -61,15 +61,8 @@ def run(rounds: int | None, device: torch.device, seconds: float | None = None) 
     notes = []
     if len(timed) < len(every):
         notes.append(f"stopped early, by hand or by the clock: {len(timed)} of {len(every)} cases were timed")
-    found = None
     if device.type == "cuda":
-        found = crossovers({case: t.seconds for case, t in timed.items()})
-        for case, t in timed.items():
-            choose(case, t, found)
-        notes += target_lines({case: t.seconds for case, t in timed.items()}, speeds)
-        if len(timed) < len(every) or any("minilora" not in t.seconds for t in timed.values()):
-            found = None
-            notes.append("no crossovers for NF4Linear from this run: they take every case")
+        notes += target_lines({case: t.seconds for case, t in timed.items()}, speeds) + failed_kernels(device)
     return Result(
         benchmark="kernels",
         title="NF4 products and dequantization",
@@ -78,7 +71,6 @@ def run(rounds: int | None, device: torch.device, seconds: float | None = None) 
             "rounds": rounds,
             "bytes_per_s": speeds.bytes_per_s,
             "flops": {str(dtype).removeprefix("torch."): flops for dtype, flops in speeds.flops.items()},
-            "crossovers": found,
         },
         rows=rows(timed, speeds),
         raw={f"{case}, {case.dtype}": t.seconds | t.failures for case, t in timed.items()},
@@ -215,38 +207,11 @@ def _record(once: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[
 # --- what the times say -----------------------------------------------------------------------------------------------
 
 
-def crossovers(timed: Mapping[Case, Times]) -> dict[str, Any]:
-    """Up to which M the fused kernels are used, in each direction, and whether those for a weight alone are.
-
-    What minilora.kernel_dispatch takes: the limit that costs least over all M, as the median over shapes has it.
-    """
-
-    def ratio(operation: str, M: int, ours: str, theirs: str) -> float:
-        chosen = [t for case, t in timed.items() if (case.operation, case.M) == (operation, M)]
-        return median([median(t[ours]) / median(t[theirs]) for t in chosen if ours in t and theirs in t] or [math.inf])
-
-    found: dict[str, Any] = {}
-    for operation in ("forward", "backward"):
-        rows = sorted({case.M for case in timed if case.operation == operation})
-        costs = [math.log(ratio(operation, M, "fused kernel", "one-pass + cuBLAS")) for M in rows]
-        limits = [0, *rows]
-        found[operation] = limits[min(range(len(limits)), key=lambda n: sum(costs[:n]))]
-    for operation, kernel in KERNEL_OF_ONE_WEIGHT.items():
-        found[operation] = ratio(operation, 0, kernel, "plain PyTorch") <= 1
-    return found
-
-
-def choose(case: Case, timed: Timed, found: Mapping[str, Any]) -> None:
-    """Enter as minilora, before the others, the kernel that NF4Linear takes with these crossovers."""
-    if case.operation in KERNEL_OF_ONE_WEIGHT:
-        name = KERNEL_OF_ONE_WEIGHT[case.operation] if found[case.operation] else "plain PyTorch"
-    else:
-        limit = found[case.operation]
-        name = "fused kernel" if limit >= case.M else "one-pass + cuBLAS"
-    if name in timed.seconds:
-        timed.seconds = {"minilora": timed.seconds[name], **timed.seconds}
-    elif name in timed.failures:
-        timed.failures["minilora"] = timed.failures[name]
+def failed_kernels(device: torch.device) -> list[str]:
+    """A line for each kernel that minilora's own trials have found wrong, and does not use."""
+    known = trials(torch.empty(0, device=device).device)
+    faults = known.verdicts.kinds if isinstance(known, Trials) else {}
+    return [f"NF4Linear does not use {kind}: {fault}" for kind, fault in faults.items() if fault]
 
 
 def rows(timed: Mapping[Case, Timed], speeds: Speeds) -> list[dict[str, str]]:

@@ -73,8 +73,8 @@ def load(
     dtype = FLOATS.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype != "auto" and dtype not in FLOATS.values():
         raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(FLOATS)}")
-    device = _usable(device)
-    path = _locate(name_or_path)
+    device = usable(device)
+    path = locate(name_or_path)
     if path.is_dir():
         from minilora.safetensors_checkpoint import SafetensorsCheckpoint
 
@@ -95,7 +95,7 @@ def load(
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable(device: torch.device | str) -> torch.device:
     """The device, once a tensor has been put on it: found out before the time it takes to read a model."""
     try:
         return torch.empty(0, device=device).device
@@ -104,8 +104,8 @@ def _usable(device: torch.device | str) -> torch.device:
         raise InputError(f"device={str(device)!r} cannot be used here: {reason}") from None
 
 
-def _locate(name_or_path: str | Path) -> Path:
-    """The folder or GGUF file that is meant, fetched if need be."""
+def locate(name_or_path: str | Path, files: list[str] | None = None) -> Path:
+    """The folder or GGUF file that is meant, fetched if need be; from the Hub only `files`, if some are named."""
     from minilora.fetch import MODELS, model_file
 
     path, name = Path(name_or_path), str(name_or_path)
@@ -118,7 +118,7 @@ def _locate(name_or_path: str | Path) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] not in "./":
         from minilora.hub import snapshot
 
-        return snapshot(name)
+        return snapshot(name, files)
     raise InputError(
         f"{name}: no such folder or file; give a folder, a .gguf file, a Hub id owner/name, "
         f"or a name known here: {', '.join(MODELS)}"

@@ -1,4 +1,4 @@
-"""The `minilora` command: demo, train, eval, chat, merge. Flags and help come from the dataclasses below."""
+"""The `minilora` command: demo, train, eval, chat, merge, kernels. Flags and help come from the dataclasses below."""
 
 import io
 import json
@@ -225,6 +225,28 @@ class Merge:
             print(f"merged model saved to {self.output}; load it with --quantize none")
 
 
+@dataclass
+class Kernels:
+    """Show which NF4 kernels this GPU uses: only those that have shown on it that they are right and faster."""
+
+    warm: str | None = None
+    """try them now for this model's shapes; only its configuration is read (of a GGUF file, its header)"""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """in which that model computes"""
+    clear: bool = False
+    """first forget what was found, on every device"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def run(self) -> None:
+        from minilora.kernel_table import clear, show, warm
+
+        if self.clear:
+            clear()
+        if self.warm is not None:
+            warm(self.warm, getattr(torch, self.dtype), self.device)
+        show(self.device)
+
+
 RULES = tyro.constructors.ConstructorRegistry()
 
 
@@ -246,7 +268,7 @@ def _value_of_any_type(
     )
 
 
-def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
+def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
     """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first.
 
     Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
@@ -267,13 +289,14 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge:
     return _parsed(argv, recipe)  # once more, to be seen
 
 
-def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge:
+def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge | Kernels:
     command = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Chat, tyro.conf.subcommand("chat")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Kernels, tyro.conf.subcommand("kernels")]
     )
     with RULES:
         return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)

@@ -19,8 +19,8 @@ PATTERNS = [
 ]
 
 
-def snapshot(repo_id: str) -> Path:
-    """Folder of the model's newest revision in the Hub's cache, downloaded if it is not there yet.
+def snapshot(repo_id: str, files: list[str] | None = None) -> Path:
+    """Folder of the model's newest revision in the Hub's cache, downloaded if it is not there yet: all, or `files`.
 
     With HF_HUB_OFFLINE=1 only the cache is looked at. Raises InputError if there is no such model, if it is gated,
     or if the Hub cannot be reached.
@@ -29,7 +29,7 @@ def snapshot(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repo_id, allow_patterns=files or PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

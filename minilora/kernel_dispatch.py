@@ -1,60 +1,39 @@
-"""What a Triton kernel does with a 4-bit weight, and what PyTorch's own operations: measured on each GPU, not guessed.
+"""What a Triton kernel does with a 4-bit weight, and what PyTorch's own operations.
 
-    M, rows of x   1 … M*                        above M*
-    forward        fused kernel                  one-pass dequantization, then cuBLAS
-    backward       fused kernel                  the same, transposed
-    quantize       a kernel where it is the faster one, whatever the shape
+                  with kernels that have won                   else
+    forward       fused kernel, bias and LoRA in it            W dequantized, then cuBLAS
+    backward      fused kernel                                 the same, transposed
+    dequantize    one pass                                     PyTorch's operations
+    quantize      one pass                                     PyTorch's operations
 
-M* is where the fused kernel stops being the faster one. `python -m benchmarks gpu` measures it, and writes it for the
-GPU at hand into kernels/nf4/crossovers.json. On a GPU that is not in there no kernel is used, nor on a CPU, nor without
-Triton. The environment variable MINILORA_KERNELS says otherwise: "off" uses none, "on" all wherever they can run: on
-any GPU, and on a CPU in Triton's interpreter. It is read when a device is first used.
+On a CUDA or ROCm device with Triton a kernel is used once it has shown there that it is right and faster
+(minilora/kernel_trials.py), elsewhere none is. The environment variable MINILORA_KERNELS says otherwise: "off" uses
+none, "on" all wherever they can run, untried: on any GPU, and on a CPU in Triton's interpreter. "auto" is the default.
+It is read when a device is first used.
 """
 
-import json
+import logging
 import os
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minilora import nf4
 from minilora.errors import InputError
+from minilora.fetch import cache_folder
 from minilora.kept_weights import kept_weight
+from minilora.kernel_device import GPU, Kind, Shape
+from minilora.kernel_trials import Trials
 from minilora.nf4 import QuantizedTensor
 
-
-@dataclass(frozen=True)
-class Crossovers:
-    """Up to how many rows of x the fused kernels are used; 0: never. dequantize, quantize: by a kernel or by PyTorch.
-
-    The limits are measured in bfloat16. float32, which has no tensor cores, would have lower ones: it takes no fused
-    kernel but where `float32` says so.
-    """
-
-    forward: int = 0
-    backward: int = 0
-    dequantize: bool = False
-    quantize: bool = False
-    float32: bool = False
-
-
 MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
-MEASURED = ("forward", "backward", "dequantize", "quantize")  # the fields that crossovers.json has for a GPU
-NEVER = Crossovers()
-ALWAYS = Crossovers(forward=MOST_ROWS, backward=MOST_ROWS, dequantize=True, quantize=True, float32=True)
-
-
-def measured_file() -> Path:
-    """crossovers.json, beside the kernels: {name of the GPU: {forward, …, date, versions}}."""
-    spec = find_spec("minilora.kernels")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).with_name("crossovers.json")
+FOLDER = "kernels"  # in the cache folder
+logger = logging.getLogger("minilora")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels compute with
 
 
 def has_triton() -> bool:
@@ -66,28 +45,50 @@ def has_triton() -> bool:
     return (major, minor) >= (3, 6)
 
 
-@torch.compiler.assume_constant_result
-def crossovers(device: torch.device) -> Crossovers:
-    """What is used on this device; a constant in a compiled graph."""
-    return read_crossovers(device)
-
-
 @cache
-def read_crossovers(device: torch.device) -> Crossovers:
-    """What is used on this device: looked up once. Raises InputError for a MINILORA_KERNELS that is no choice."""
-    wish = os.environ.get("MINILORA_KERNELS", "")
-    if wish not in ("", "on", "off"):
-        raise InputError(f"MINILORA_KERNELS is {wish!r}: it can be 'on' or 'off', or not be set")
-    if wish == "off" or not has_triton() or find_spec("minilora.kernels") is None:  # run from source, not installed
-        return NEVER
-    if wish == "on":
-        from minilora.kernels.codes import INTERPRETED
+def trials(device: torch.device) -> Trials | bool:
+    """The trials that say which kernels are used on this device; or True: all, or False: none.
 
-        return ALWAYS if device.type == "cuda" or INTERPRETED else NEVER
-    if device.type != "cuda":
-        return NEVER
-    measured = json.loads(measured_file().read_text(encoding="utf-8")).get(torch.cuda.get_device_name(device), {})
-    return Crossovers(**{key: measured[key] for key in MEASURED if key in measured})
+    Raises InputError for a MINILORA_KERNELS that is no choice.
+    """
+    wish = os.environ.get("MINILORA_KERNELS") or "auto"
+    if wish not in ("auto", "on", "off"):
+        raise InputError(f"MINILORA_KERNELS is {wish!r}: it can be 'auto', 'on' or 'off', or not be set")
+    if wish == "off" or not has_triton() or find_spec("minilora.kernels") is None:  # run from source, not installed
+        return False
+    if device.type != "cuda" and wish == "auto":
+        return False
+    try:
+        from minilora.kernels.codes import INTERPRETED
+    except Exception as error:
+        if wish == "on":
+            raise
+        logger.warning("PyTorch does the work of the NF4 kernels, since Triton cannot be imported: %s", error)
+        return False
+    if wish == "on":
+        return device.type == "cuda" or INTERPRETED
+    if INTERPRETED or not torch.cuda.is_available():  # fake tensors can be on a GPU that there is not
+        return False
+    return Trials(GPU(device), cache_folder() / FOLDER)
+
+
+def uses_kernel(codes: Tensor, kind: Kind, shape: Shape, M: int = 1) -> bool:
+    """True if this kind of kernel is to be used for a weight of this shape on the device of codes, and M rows of x."""
+    if nf4.is_traced(codes):
+        return 0 < M <= most_rows(codes.device, *kind, shape)
+    known = trials(codes.device)
+    return 0 < M <= MOST_ROWS and (known if isinstance(known, bool) else known.wins(kind, shape, M))
+
+
+@torch.compiler.assume_constant_result
+def most_rows(
+    device: torch.device, kernel: str, dtype: torch.dtype, block_size: int, double_quant: bool, shape: Shape
+) -> int:
+    """Up to how many rows the kernel is known to win: a constant in a compiled graph, which serves all M below it."""
+    known = trials(device)
+    if isinstance(known, bool):
+        return MOST_ROWS if known else 0
+    return min(MOST_ROWS, known.most_rows(Kind(kernel, dtype, block_size, double_quant), shape))
 
 
 def fused_product(
@@ -103,18 +104,20 @@ def fused_product(
     rows (M, K), add (N,) or (M, N), xA (M, r), B (N, r), all in float32, bfloat16 or float16; with `transpose` rows
     (M, N) and nothing added.
     """
-    limit = crossovers(rows.device)
-    if not 0 < len(rows) <= (limit.backward if transpose else limit.forward) or not blocks_lie_in_rows(q):
+    if rows.dtype not in FLOATS or (transpose and add is not None) or not blocks_lie_in_rows(q):
         return None
-    if rows.dtype == torch.float64 or (transpose and add is not None):
-        return None
-    if rows.dtype == torch.float32 and not limit.float32:
+    kernel = "backward" if transpose else "gemv" if len(rows) == 1 else "matmul"
+    if not uses_kernel(q.codes, kind_of(kernel, q, rows.dtype), q.shape, len(rows)):
         return None
     from minilora.kernels import ops
 
     if transpose:
         return ops.nf4_backward(rows, *ops.packed(q))
     return ops.nf4_matmul(rows, *ops.packed(q), add, xA, B)
+
+
+def kind_of(kernel: str, q: QuantizedTensor, dtype: torch.dtype) -> Kind:
+    return Kind(kernel, dtype, q.block_size, q.offset is not None)
 
 
 def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
@@ -124,7 +127,8 @@ def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
 
 def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True, *, name: str | None = None) -> QuantizedTensor:
     """nf4.quantize, the blocks by a kernel or by PyTorch: the same bytes."""
-    if crossovers(w.device).quantize and w.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    is_for_kernel = w.dtype in FLOATS and block_size in nf4.BLOCK_SIZES and w.numel() >= block_size
+    if is_for_kernel and uses_kernel(w, Kind("quantize", w.dtype, block_size, False), tuple(w.shape)):
         from minilora.kernels import ops
 
         return nf4.quantize(w, block_size, double_quant, name=name, whole_blocks=ops.nf4_quantize)
@@ -135,7 +139,7 @@ def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """W, kept or made by a kernel or by PyTorch: the same bytes. To read once: the next call here may overwrite it."""
     if (kept := kept_weight(q, dtype)) is not None:
         return kept
-    if crossovers(q.codes.device).dequantize and dtype != torch.float64:
+    if dtype in FLOATS and uses_kernel(q.codes, kind_of("dequantize", q, dtype), q.shape):
         from minilora.kernels import ops
 
         return ops.nf4_dequantize(*ops.packed(q), dtype)

@@ -26,7 +26,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        hf = _read_config(folder)
+        hf = read_config(folder)
         self.config = ModelConfig.from_hf(hf, source=str(folder / "config.json"))
         if hf.get("quantization_config"):
             check_is_nf4(hf["quantization_config"], str(folder / "config.json"))
@@ -79,7 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; InputError if it has none."""
     path = folder / "config.json"
     if path.is_file():
         return read_json(path)

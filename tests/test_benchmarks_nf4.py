@@ -17,7 +17,6 @@ import torch
 
 from minilora import nf4
 from minilora.errors import InputError
-from minilora.kernel_dispatch import MEASURED
 
 CPU = torch.device("cpu")
 
@@ -94,6 +93,7 @@ def test_our_contenders_on_a_gpu_compute_the_same(benchmarks, operation):
     expected = computed(operation, W, x)
     builds = contenders.CONTENDERS["cuda"][operation]
     ours = {
+        "minilora",
         "quantize kernel",
         "one-pass kernel",
         "plain PyTorch",
@@ -101,7 +101,7 @@ def test_our_contenders_on_a_gpu_compute_the_same(benchmarks, operation):
         "fused, other table",
         "one-pass + cuBLAS",
     } & builds.keys()
-    assert len(ours) == (3 if "ward" in operation else 2)
+    assert len(ours) == (4 if "ward" in operation else 3)
     for name in ours:
         # float32, another order of summation
         torch.testing.assert_close(builds[name](case, weights, x)(0), expected, rtol=1e-4, atol=1e-5, msg=name)
@@ -242,35 +242,38 @@ def test_weights_that_cannot_be_made_fail_the_case_and_not_the_run(benchmarks, t
     assert {row["minilora, µs"] for row in result.rows} == {"failed: OutOfMemoryError: out of memory"}
 
 
-@pytest.mark.parametrize("broken", ["nothing", "fused kernel", "one-pass kernel", "one case"])
-def test_a_gpus_crossovers_take_every_case(benchmarks, monkeypatch, broken):
-    """With made-up times; a kernel that fails is not chosen, and what is not known is not made up."""
+@pytest.mark.parametrize("broken", ["nothing", "one case"])
+def test_a_gpus_run_takes_every_case_and_names_the_kernels_that_are_wrong(benchmarks, monkeypatch, broken):
+    """With made-up times."""
     products, cases = benchmarks.nf4_products, benchmarks.nf4_cases
     speeds = cases.Speeds(3e12, {torch.bfloat16: 7e14})
-    factors = {"fused kernel": 2.0, "one-pass + cuBLAS": 3.0, "one-pass kernel": 1.1, "plain PyTorch": 9.0}
-    factors["quantize kernel"] = 10.0
 
     def time_case(case, builds, weights, rounds, device, seconds):
-        if broken == "one case" and case.M == 64 and case.layer == "8B down":
+        if broken == "one case" and case.M == 64 and case.layer == "8B down" and case.operation == "forward":
             raise RuntimeError("broken")
-        best = case.seconds_at_best(speeds)
-        times = {name: [factors.get(name, 4.0) * best] * rounds for name in builds if name != broken}
-        return products.Timed(times, {broken: "RuntimeError: broken"} if broken in builds else {})
+        return products.Timed({name: [4.0 * case.seconds_at_best(speeds)] * rounds for name in builds})
 
     monkeypatch.setattr(products, "left_out", lambda kind: {"Unsloth"})
     monkeypatch.setattr(cases, "measured_speeds", lambda device: speeds)
     monkeypatch.setattr(products, "Weights", lambda case, device: types.SimpleNamespace(key=None))
     monkeypatch.setattr(products, "time_case", time_case)
+    monkeypatch.setattr(products, "failed_kernels", lambda device: ["NF4Linear does not use gemv: wrong"])
     monkeypatch.setattr(products, "machine", lambda device: {"device": "made-up"})
     result = products.run(3, torch.device("cuda"))
     assert len(result.rows) == 7 * (2 + 2 * 11) and "/ Unsloth" not in result.rows[0]
-    limit = 0 if broken == "fused kernel" else 8192
-    found = {"forward": limit, "backward": limit, "quantize": False, "dequantize": broken != "one-pass kernel"}
-    assert result.settings["crossovers"] == (None if broken == "one case" else found)
-    targets = len(benchmarks.nf4_targets.TARGETS)
-    assert result.notes[targets:] == ["no crossovers for NF4Linear from this run: they take every case"] * (
-        broken == "one case"
-    )
+    failed = [row["product"] for row in result.rows if row["minilora, µs"] == "failed: RuntimeError: broken"]
+    assert failed == ["8B down 4096x14336, M=64, forward"] * (broken == "one case")
+    assert len(result.notes) == len(benchmarks.nf4_targets.TARGETS) + 1
+    assert result.notes[-1] == "NF4Linear does not use gemv: wrong"
+
+
+def test_what_trials_have_found_wrong_is_said(benchmarks, monkeypatch):
+    products, kinds = benchmarks.nf4_products, {"gemv, float16": "off by nan", "matmul, float16": ""}
+    assert products.failed_kernels(CPU) == []
+    known = products.Trials.__new__(products.Trials)
+    known.verdicts = types.SimpleNamespace(kinds=kinds)
+    monkeypatch.setattr(products, "trials", lambda device: known)
+    assert products.failed_kernels(CPU) == ["NF4Linear does not use gemv, float16: off by nan"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -365,54 +368,6 @@ def test_a_share_of_the_roofline_is_that_of_the_slower_limit(benchmarks):
     assert alone.seconds_at_best(h100) == pytest.approx(4096**2 * 20.127 / 8 / 3.35e12, rel=1e-4)
 
 
-def test_crossovers_are_where_the_fused_kernel_stops_winning(benchmarks, monkeypatch, tmp_path):
-    timed = {}
-    for layer, M, operation in itertools.product("abc", (1, 16, 64, 512), ("forward", "backward")):
-        limit = 64 if operation == "backward" else 512
-        fused = 9.0 if layer == "a" else 2.0 if limit <= M else 0.5  # one odd shape does not decide
-        if (M, operation) == (1, "forward"):
-            fused = 1.1  # nor one odd M, since what follows gains more
-        timed[case_of(benchmarks, operation, M, layer=layer)] = {
-            "fused kernel": [fused] * 3,
-            "one-pass + cuBLAS": [1.0] * 3,
-        }
-    timed[case_of(benchmarks, "dequantize", 0)] = {"one-pass kernel": [1.0], "plain PyTorch": [3.0]}
-    timed[case_of(benchmarks, "quantize", 0)] = {"quantize kernel": [1.0], "plain PyTorch": [9.0]}
-    timed[case_of(benchmarks, "forward", 16, layer="failed")] = {"one-pass + cuBLAS": [1.0]}
-    found = benchmarks.nf4_products.crossovers(timed)
-    assert found == {"forward": 64, "backward": 16, "quantize": True, "dequantize": True}
-    assert found.keys() == set(MEASURED)
-    slow = {case: times | {"fused kernel": [50.0]} for case, times in timed.items()}
-    assert benchmarks.nf4_products.crossovers(slow)["forward"] == 0
-    nothing = {"forward": 0, "backward": 0, "quantize": False, "dequantize": False}
-    assert benchmarks.nf4_products.crossovers({}) == nothing
-
-    gpu, table = benchmarks.gpu, tmp_path / "crossovers.json"
-    table.write_text('{"Old GPU": {"forward": 1}}')
-    monkeypatch.setattr(gpu, "measured_file", lambda: table)
-    machine = {"device": "New GPU", "date": "today", "versions": {"torch": "2"}}
-    gpu.remember(benchmarks.output.Result("kernels", "", machine, {"crossovers": found}, [], {}, lambda figure: None))
-    written = json.loads(table.read_text())
-    assert written["Old GPU"] == {"forward": 1}
-    assert written["New GPU"] == found | {"date": "today", "versions": {"torch": "2"}}
-
-
-def test_on_a_gpu_minilora_is_what_the_crossovers_choose(benchmarks):
-    products = benchmarks.nf4_products
-    found = {"forward": 16, "backward": 0, "quantize": True, "dequantize": False}
-
-    def chosen(operation, M):
-        kernel = {"quantize": "quantize kernel", "dequantize": "one-pass kernel"}.get(operation, "fused kernel")
-        names = [kernel, "one-pass + cuBLAS" if M else "plain PyTorch"]
-        timed = products.Timed(seconds={names[0]: [1.0]}, failures={names[1]: "OutOfMemoryError: "})
-        products.choose(case_of(benchmarks, operation, M), timed, found)
-        return timed.seconds.get("minilora") or timed.failures["minilora"]
-
-    assert [chosen("forward", M) for M in (1, 16, 32)] == [[1.0], [1.0], "OutOfMemoryError: "]
-    assert chosen("backward", 1) == chosen("dequantize", 0) == "OutOfMemoryError: "
-    assert chosen("quantize", 0) == [1.0]
-
-
 def test_targets_are_met_or_missed_by_the_worst_case(benchmarks):
     speeds = benchmarks.nf4_cases.Speeds(1e12, {torch.bfloat16: 1e15})
     timed = {}
@@ -452,10 +407,8 @@ def test_a_target_says_what_was_not_measured(benchmarks):
 # --- gpu --------------------------------------------------------------------------------------------------------------
 
 
-def timed_result(benchmarks, crossovers):
-    machine = {"device": "New GPU", "date": "today", "versions": {}}
-    settings = {"crossovers": crossovers}
-    return benchmarks.output.Result("kernels", "", machine, settings, [], {}, lambda figure: None, ["a target"])
+def timed_result(benchmarks):
+    return benchmarks.output.Result("kernels", "", {}, {}, [], {}, lambda figure: None, ["a target"])
 
 
 def test_gpu_says_that_it_needs_one(benchmarks):
@@ -464,8 +417,8 @@ def test_gpu_says_that_it_needs_one(benchmarks):
 
 
 @pytest.mark.parametrize("wrong", ["kernels", "others"])
-def test_gpu_names_the_tests_that_fail_and_uses_no_kernel_that_is_wrong(benchmarks, monkeypatch, wrong):
-    gpu, kept = benchmarks.gpu, []
+def test_gpu_names_the_tests_that_fail_and_keeps_the_times(benchmarks, monkeypatch, wrong):
+    gpu = benchmarks.gpu
 
     def tested(command, **options):
         if (wrong == "others") != (command[-1] == "gpu"):
@@ -474,15 +427,9 @@ def test_gpu_names_the_tests_that_fail_and_uses_no_kernel_that_is_wrong(benchmar
         return subprocess.CompletedProcess(command, 1, said)
 
     monkeypatch.setattr(gpu.subprocess, "run", tested)
-    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: timed_result(benchmarks, {"forward": 1}))
-    monkeypatch.setattr(gpu, "remember", kept.append)
+    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: timed_result(benchmarks))
     result = gpu.run(1, torch.device("cuda"))
-    assert result.notes[:2] == ["a target", "FAILED tests/test_a.py::test_b - AssertionError: c"]
-    if wrong == "kernels":
-        assert result.notes[2:] == ["no crossovers for NF4Linear from this run: not all kernels are right"]
-        assert kept == [] and result.settings["crossovers"] is None
-    else:
-        assert kept == [result] and len(result.notes) == 2
+    assert result.notes == ["a target", "FAILED tests/test_a.py::test_b - AssertionError: c"]
 
 
 def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, monkeypatch, tmp_path, capsys):
@@ -504,18 +451,8 @@ def test_gpu_s_tests_end_in_time_and_what_cannot_run_has_not_passed(benchmarks, 
     assert gpu.failures([str(file)], 60)[0].endswith("ended with status 1")
 
 
-def test_gpu_keeps_its_times_where_the_crossovers_cannot_be_written(benchmarks, monkeypatch, tmp_path):
-    gpu, result = benchmarks.gpu, timed_result(benchmarks, {"forward": 1})
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 0, ""))
-    monkeypatch.setattr(gpu.nf4_products, "run", lambda *args, **options: result)
-    monkeypatch.setattr(gpu, "measured_file", lambda: tmp_path / "missing" / "crossovers.json")
-    assert gpu.run(1, torch.device("cuda")) is result
-    assert len(result.notes) == 2 and "will not use these crossovers: " in result.notes[1]
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "interrupted"])
-def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, whole):
-    gpu, commands, kept = benchmarks.gpu, [], []
+def test_gpu_runs_the_kernels_tests_and_those_marked_gpu_in_time(benchmarks, monkeypatch):
+    gpu, commands = benchmarks.gpu, []
 
     def passed(command, **options):
         assert options["env"]["TRITON_INTERPRET"] == "0", "tests in the interpreter say nothing of the GPU"
@@ -524,13 +461,11 @@ def test_gpu_remembers_crossovers_of_a_whole_run_only(benchmarks, monkeypatch, w
 
     def timed(rounds, device, seconds):
         assert 0 < seconds <= gpu.SECONDS
-        return timed_result(benchmarks, {"forward": 1} if whole else None)
+        return timed_result(benchmarks)
 
     monkeypatch.setattr(gpu.subprocess, "run", passed)
     monkeypatch.setattr(gpu.nf4_products, "run", timed)
-    monkeypatch.setattr(gpu, "remember", kept.append)
-    result = gpu.run(1, torch.device("cuda"))
-    assert kept == ([result] if whole else [])
+    assert gpu.run(1, torch.device("cuda")).notes == ["a target"]
     named = " ".join(commands[0])
     assert "test_kernels_matmul.py" in named and "test_kernels_aot.py" not in named
     assert commands[1][-2:] == ["-m", "gpu"]

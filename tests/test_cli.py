@@ -32,7 +32,7 @@ def run(capsys, *argv):
 def test_help_names_every_command(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for command in ("demo", "train", "eval", "chat", "merge"):
+    for command in ("demo", "train", "eval", "chat", "merge", "kernels"):
         assert command in out
 
 
@@ -40,12 +40,12 @@ def test_the_version_is_the_package_s(capsys):
     assert run(capsys, "--version") == (0, f"minilora {version('minilora')}\n", "")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "chat", "merge"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "chat", "merge", "kernels"])
 def test_help_of_a_command_explains_its_flags(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     flags = [line for line in out.splitlines() if "--" in line]
-    assert (len(flags) > 4 and "--model" in out) or command == "demo"
+    assert (len(flags) > 4 and "--model" in out) or command in ("demo", "kernels")
 
 
 def test_a_recipe_fills_the_flags_and_flags_win(tmp_path):

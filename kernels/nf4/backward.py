@@ -19,7 +19,7 @@ from .codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_o
 BK = 64  # columns of W at a time, which lie in one block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def backward_kernel(
     g_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, table_ptr, out_ptr,
     M, N, K, SPLIT,

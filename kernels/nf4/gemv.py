@@ -22,7 +22,7 @@ from .matmul import BR
 BN, PIECES = 16, 8  # outputs of one program, and pieces of 64 weights of each at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLIT"])
 def gemv_kernel(
     x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, table_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
     N, K_PIECES, R, SPLIT,

@@ -28,7 +28,7 @@ BK = 64  # weights of a row at a time: one block, or a part of one
 BR = 16  # of a LoRA's rank at a time: any rank takes the same registers and shared memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def matmul_kernel(
     x_ptr, codes_ptr, absmax_ptr, nested_ptr, offset_ptr, map_ptr, table_ptr, add_ptr, xA_ptr, B_ptr, out_ptr,
     M, N, K, R, add_stride, SPLIT,
