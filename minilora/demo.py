@@ -58,7 +58,7 @@ class DemoConfig:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             output_dir="minilora-demo",
-            learning_rate=2e-3,
+            learning_rate=1.5e-3,
             betas=(0.9, 0.95),
             warmup_steps=10,
             max_steps=128,
