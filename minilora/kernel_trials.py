@@ -77,6 +77,9 @@ class Trials:
         fault = self.verdicts.kinds.get(str(kind))
         if fault and str(kind) not in self._named:
             self._named.add(str(kind))
+            self._decided |= {
+                key: False for key in self._decided if key[0] == kind
+            }  # another shape may have been right
             where = ", ".join(f"{part} {value}" for part, value in self.verdicts.device.items() if part != "source")
             logger.warning("PyTorch does the work of the NF4 kernel (%s), which failed on %s: %s", kind, where, fault)
         return known

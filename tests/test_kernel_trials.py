@@ -226,6 +226,15 @@ def test_what_fails_is_named_once_and_not_used(
     assert again.proven == [] and warnings(caplog) == [text]
 
 
+def test_what_fails_on_one_shape_is_not_used_on_others_any_more(tmp_path: Path) -> None:
+    gpu = crossover(10**9)
+    trials = Trials(gpu, tmp_path)
+    assert trials.wins(MATMUL, W, 64) and trials.wins(GEMV, W)
+    gpu.contest = lambda *about: Contest(lambda: 1, lambda: 2, lambda a, b: "off")  # type: ignore[method-assign]
+    trials.wins(MATMUL, (64, 64), 64)
+    assert not trials.wins(MATMUL, W, 64) and trials.wins(GEMV, W)
+
+
 def test_a_kernel_that_breaks_the_gpu_ends_the_process_and_the_next_one_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
