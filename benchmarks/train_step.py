@@ -36,7 +36,7 @@ from benchmarks.training_cases import (
     least_flops,
     make_task,
 )
-from benchmarks.training_contenders import CONTENDERS, PAD
+from benchmarks.training_contenders import ALSO, CONTENDERS, PAD
 from benchmarks.training_plot import figure_size, plot
 from benchmarks.turns import Contender, Runner, Trained
 from minilora.auto_dtype import auto_dtype
@@ -162,6 +162,10 @@ def measure(
         trained=trained,
         left_out=left_out,
     )
+
+
+def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[Task], Contender]]:
+    return CONTENDERS[device.type] | {name: ALSO[name] for name in case.also}
 
 
 def _is_fast_at(dtype: torch.dtype, device: torch.device) -> bool:

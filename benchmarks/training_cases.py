@@ -50,6 +50,8 @@ class Case:
     rounds: int = 4
     learning_rate: float = 2e-4
     shape: Mapping[str, Any] | None = field(default=None, hash=False)
+    also: tuple[str, ...] = ()
+    """contenders beside those of every case"""
 
     def __str__(self) -> str:
         parts = [self.label, "QLoRA" if self.quantize else "LoRA", "bf16" if self.dtype == torch.bfloat16 else "fp32"]
@@ -59,8 +61,8 @@ class Case:
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = {
     "cpu": [
-        Case("8 demo rows", None, 8, False, BF16, rounds=32, learning_rate=2e-3),  # the demo's, for a held-out loss
-        Case("4 demo rows", None, 4, False, FP32, rounds=49),  # 50 steps whose losses should be PEFT's
+        Case("8 demo rows", None, 8, False, BF16, rounds=32, learning_rate=2e-3, also=("minilora, QLoRA",)),  # held-out
+        Case("4 demo rows", None, 4, False, FP32, rounds=49, also=("minilora, QLoRA",)),  # 50 losses, to be PEFT's
         Case("8 demo rows", None, 8, True, BF16, rounds=8),
         Case("4 x 512", 512, 4, False, BF16),
         Case("4 demo rows", None, 4, True, FP32, rounds=8),

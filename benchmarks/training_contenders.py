@@ -3,7 +3,8 @@
 All start from the same base and adapter weights, and take the same rows in the same order: AdamW, a cosine schedule
 after a warm-up, gradients clipped to 1, adapters in float32.
 
-minilora    `minilora.train`, the function that users call, with its log: packed, as it is by default.
+minilora    `minilora.train`, the function that users call, with its log: packed, as it is by default. Beside others'
+            LoRA also with its base in 4 bits, since QLoRA is there to cost no more.
 PEFT        a plain PyTorch loop around a transformers model with SDPA attention, without the Trainer's own overhead.
             For QLoRA without prepare_model_for_kbit_training, whose float32 head and norms would only slow it down.
 TRL         SFTTrainer on the same PEFT model, on rows already tokenized and labelled: its fused head and loss, in
@@ -16,6 +17,7 @@ Unsloth     FastLanguageModel in the same plain loop, under the mixed precision 
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
 from tempfile import TemporaryDirectory, gettempdir
 from types import SimpleNamespace
@@ -45,6 +47,10 @@ def needed(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install {error.name}") from None
+
+
+def minilora_qlora(task: Task) -> Contender:
+    return minilora(replace(task, case=replace(task.case, quantize=True)))
 
 
 def minilora(task: Task) -> Contender:
@@ -120,6 +126,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Task], Contender]]] = {
     "cpu": {"PEFT": peft, "TRL": trl, "minilora": minilora},
     "cuda": {"PEFT": peft, "TRL": trl, "Unsloth": unsloth, "minilora": minilora},
 }
+ALSO: dict[str, Callable[[Task], Contender]] = {"minilora, QLoRA": minilora_qlora}
 
 
 # --- what they are made of -------------------------------------------------------------------------------------------
