@@ -88,7 +88,7 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
         raise InputError(f"no configuration has {only!r} in its name; there are {names}")
     flops = measured_speeds(device).flops
     measured = {
-        name: measure(case, rounds or case.rounds, CONTENDERS[device.type], flops[case.dtype], device)
+        name: measure(case, rounds or case.rounds, _contenders(case, device), flops[case.dtype], device)
         for name, case in with_progress(cases.items(), len(cases), "train", "configurations")
     }
     return Result(

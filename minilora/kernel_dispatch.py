@@ -69,7 +69,11 @@ def trials(device: torch.device) -> Trials | bool:
         return device.type == "cuda" or INTERPRETED
     if INTERPRETED or not torch.cuda.is_available():  # fake tensors can be on a GPU that there is not
         return False
-    return Trials(GPU(device), cache_folder() / FOLDER)
+    try:
+        return Trials(GPU(device), cache_folder() / FOLDER)
+    except InputError as error:
+        logger.warning("PyTorch does the work of the NF4 kernels, whose trials have no place: %s", error)
+        return False
 
 
 def uses_kernel(codes: Tensor, kind: Kind, shape: Shape, M: int = 1) -> bool:

@@ -61,3 +61,17 @@ def test_no_network_is_one_clear_error(pypi, monkeypatch):
     monkeypatch.setattr(fetch, "_run", lambda *_: failed)
     with pytest.raises(InputError, match=r"toy==1\.0: ERROR: No matching distribution.*check the network"):
         wheel_file(wheel, "toy/data.txt")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
+    for name in ("MINILORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(fetch.Path, "home", homeless)
+    with pytest.raises(InputError, match="set MINILORA_CACHE to a folder"):
+        fetch.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fetch.cache_folder() == tmp_path / "minilora"
