@@ -184,11 +184,10 @@ def mean_nll(
     if not label_tokens(examples):
         raise InputError("no row has a token that the loss could be taken of")
     first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != -100)
-    with evaluating(model), progress_bar(progress, sum(len(e.input_ids) for e in examples), "%") as advance:
+    with evaluating(model), progress_bar(progress, len(examples), "rows") as advance:
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
         device = prefix.keys[0].device
-        advance(prefix.length * len(examples))
         total = 0.0
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
         for batch in micro_batches(order, [len(e.input_ids) - prefix.length for e in examples], batch_size):
@@ -204,7 +203,7 @@ def mean_nll(
             # Padding is on the right, where the causal mask hides it from every real token.
             inputs = {"input_ids": input_ids.to(device), "cache": cache}
             total += loss_of_chosen(model, predicts.to(device), labels[:, 1:][predicts].to(device), **inputs).item()
-            advance(sum(len(examples[j].input_ids) - prefix.length for j in batch))
+            advance(len(batch))
     return total / label_tokens(examples)
 
 
