@@ -217,7 +217,7 @@ def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
     """
     text = files("minilora").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8")
     questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
-    answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS)
+    answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS, progress="answering")
     # Whole sentences only: what is cut off in the middle would teach the model to stop there.
     whole = [re.match(r".*[^\W\d][.!?](?=\s|$)", answer, re.DOTALL) for answer in answers]
     return [

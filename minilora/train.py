@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -32,6 +33,7 @@ from minilora.optimizer import (
     parameters_to_train,
 )
 from minilora.packing import can_pack
+from minilora.progress import silent
 from minilora.random_states import seed_everything
 from minilora.tokenizer import Tokenizer
 from minilora.training_checkpoint import (
@@ -91,13 +93,14 @@ def train(
     """
     # All that can be refused is refused before anything is changed.
     output_dir, checkpoint = Path(config.output_dir), checkpoint_to_resume(config)
-    examples, skipped = usable_examples(rows, tokenizer, config.max_length)
     eval_examples: list[Example] = []
-    if eval_rows is not None:
-        eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config.max_length, "held-out")
-        skipped = skipped + eval_skipped
-    elif config.eval_every:
-        raise InputError("eval_every needs eval_rows")
+    with nullcontext() if config.progress else silent():
+        examples, skipped = usable_examples(rows, tokenizer, config.max_length)
+        if eval_rows is not None:
+            eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config.max_length, "held-out")
+            skipped = skipped + eval_skipped
+        elif config.eval_every:
+            raise InputError("eval_every needs eval_rows")
 
     adapters = adapters_named(model, adapter)
     parameters = parameters_to_train(model, adapter)
