@@ -178,12 +178,14 @@ def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows:
     console.print(
         f"  about {in_words(seconds)} from here: a step of training takes "
         f"{rows_per_step(config) * mean_length(examples) / speeds.training:.1f} s, an answer to each of "
-        f"{config.test_rows} test rows {config.test_rows * USUAL_ANSWER / speeds.writing:.0f} s"
+        f"{config.test_rows} test rows {config.test_rows * USUAL_ANSWER / speeds.writing:.0f} s",
+        soft_wrap=True,
     )
     if seconds > LONG and not config.small:
         console.print(
             f"  [bold]That is long. Ctrl-C now, and `minilora demo --small` takes about {in_words(small)}[/bold]: "
-            f"{SMALL_TEST_ROWS} test rows, {SMALL_STEPS} steps."
+            f"{SMALL_TEST_ROWS} test rows, {SMALL_STEPS} steps.",
+            soft_wrap=True,
         )
 
 
