@@ -61,10 +61,10 @@ class DemoConfig:
             learning_rate=1.5e-3,
             betas=(0.9, 0.95),
             warmup_steps=10,
-            max_steps=128,
+            max_steps=112,
             batch_size=4,
             max_length=180,
-            eval_every=64,
+            eval_every=56,
         )
     )
 
