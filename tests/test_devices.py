@@ -10,7 +10,7 @@ import pytest
 import torch
 from stand_in_device import StandInDevice, has_mps_kernel
 from torch import Tensor, nn
-from training_helpers import LLAMA, random_rows, run, tiny_base, trained
+from training_helpers import LLAMA, random_rows, run, tiny_base, tiny_model, trained
 
 import minilora as ml
 from minilora import devices, nf4
@@ -194,6 +194,7 @@ def test_training(device: StandInDevice, tmp_path: Path, settings: dict[str, Any
         model = adapted().to(kind)
         short = {"max_steps": 3, "batch_size": 4, "save_every": 1, "eval_every": 3}
         result = run(model, rows, tmp_path / str(kind), eval_rows=rows[:3], **short, **settings)
+        assert ("gpu_mb" in result.history[0]) == (kind != "cpu")
         return {"loss": torch.tensor([result.loss, result.eval_loss]), **on_cpu(trained(model))}
 
     # AdamW divides by √v: of an element whose gradient is near zero, rounding moves much of one of three 0.01
@@ -202,8 +203,6 @@ def test_training(device: StandInDevice, tmp_path: Path, settings: dict[str, Any
 
 
 def test_training_in_bfloat16(device: StandInDevice, tmp_path: Path) -> None:
-    from training_helpers import tiny_model
-
     result = run(tiny_model(nf4=True).to(device.device), random_rows(8), tmp_path, max_steps=2, batch_size=4)
     expected = run(tiny_model(nf4=True), random_rows(8), tmp_path / "cpu", max_steps=2, batch_size=4)
     assert result.loss == pytest.approx(expected.loss, rel=2**-8)  # bfloat16's rounding
