@@ -71,6 +71,35 @@ def test_attention_is_the_softmax_over_what_is_visible(
     assert torch.allclose(result.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    own=st.integers(0, 3),
+    shared=st.integers(1, 5),
+    T=st.integers(1, 4),
+    window=st.none() | st.integers(1, 12),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    written_out=st.booleans(),
+)
+def test_a_prefix_that_lies_apart_is_attended_to_as_if_every_row_had_it(
+    own: int, shared: int, T: int, window: int | None, heads: tuple[int, int], written_out: bool
+) -> None:
+    """Its keys lie in one row for all three; a row's own are a slice of a longer cache, the second row's padded."""
+    (H, K), B, D, S = heads, 3, 8, own + T
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, H, T, D, dtype=torch.float64, generator=generator)
+    k, v = torch.randn(2, B, K, S + 2, D, dtype=torch.float64, generator=generator)[:, :, :, :S]
+    prefix = torch.randn(2, 1, K, shared, D, dtype=torch.float64, generator=generator)
+    rows = [[1] * (shared + S), [1] * shared + [0] * own + [1] * T, [1] * (shared + S)]
+    keys = visible_keys(torch.tensor(rows), None, shared + own, T, window, q.dtype, q.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "LONGEST_WRITTEN_OUT", 1024 if written_out else 0)
+        result = attend(q, k, v, keys, (prefix[0], prefix[1]))
+    k, v = (torch.cat([first.expand(B, -1, -1, -1), own], 2) for first, own in zip(prefix, (k, v), strict=True))
+    expected = by_hand(q, k, v, torch.stack([visible(row, shared + own, T, window) for row in rows]))
+    # float64 rounding of sums of some ten terms
+    assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("rows", "past", "T", "window", "fast"),
     [

@@ -61,6 +61,18 @@ def test_a_cache_changes_nothing(pair: tuple[Transformer, Any], padding: str) ->
 
 
 @torch.no_grad()
+def test_a_prefix_that_rows_share_changes_nothing(pair: tuple[Transformer, Any]) -> None:
+    ours, _ = pair
+    ids = torch.cat([IDS[:1, :6].expand(3, -1), IDS[:, 6:]], 1)
+    prefix = KVCache(ours.config, 1, 6)
+    ours(ids[:1, :6], cache=prefix)
+    cache = KVCache(ours.config, 3, T, shared=prefix)
+    parts = [ours(ids[:, start:end], cache=cache) for start, end in [(6, 9), (9, 10), (10, T)]]
+    assert cache.length == T and cache.keys[0].shape[2] == T - 6
+    assert relative_error(torch.cat(parts, 1), ours(ids)[:, 6:]) < FLOAT32
+
+
+@torch.no_grad()
 def test_a_row_does_not_depend_on_the_batch_it_is_in(pair: tuple[Transformer, Any]) -> None:
     ours, _ = pair
     batched = ours(IDS, MASKS["left"])
