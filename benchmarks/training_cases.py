@@ -59,10 +59,11 @@ class Case:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+ALSO = ("minilora, QLoRA", "minilora, transformers' class")
 CASES = {
     "cpu": [
-        Case("8 demo rows", None, 8, False, BF16, rounds=32, learning_rate=2e-3, also=("minilora, QLoRA",)),  # held-out
-        Case("4 demo rows", None, 4, False, FP32, rounds=49, also=("minilora, QLoRA",)),  # 50 losses, to be PEFT's
+        Case("8 demo rows", None, 8, False, BF16, rounds=32, learning_rate=2e-3, also=ALSO),  # held-out
+        Case("4 demo rows", None, 4, False, FP32, rounds=49, also=ALSO),  # 50 losses, to be PEFT's
         Case("8 demo rows", None, 8, True, BF16, rounds=8),
         Case("4 x 512", 512, 4, False, BF16),
         Case("4 demo rows", None, 4, True, FP32, rounds=8),

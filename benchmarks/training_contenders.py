@@ -4,7 +4,8 @@ All start from the same base and adapter weights, and take the same rows in the 
 after a warm-up, gradients clipped to 1, adapters in float32.
 
 minilora    `minilora.train`, the function that users call, with its log: packed, as it is by default. Beside others'
-            LoRA also with its base in 4 bits, since QLoRA is there to cost no more.
+            LoRA also with its base in 4 bits, since QLoRA is there to cost no more; and "minilora, transformers'
+            class": the same on the transformers model that PEFT has.
 PEFT        a plain PyTorch loop around a transformers model with SDPA attention, without the Trainer's own overhead.
             For QLoRA without prepare_model_for_kbit_training, whose float32 head and norms would only slow it down.
 TRL         SFTTrainer on the same PEFT model, on rows already tokenized and labelled: its fused head and loss, in
@@ -34,6 +35,8 @@ from minilora.checkpoint import assemble, save_pretrained
 from minilora.data import Example, batches
 from minilora.errors import InputError
 from minilora.fetch import model_file
+from minilora.linear4bit import NF4Linear
+from minilora.nf4 import quantize
 from minilora.tokenizer import Tokenizer
 from minilora.train import TrainConfig, train
 
@@ -55,7 +58,16 @@ def minilora_qlora(task: Task) -> Contender:
 
 def minilora(task: Task) -> Contender:
     case = task.case
-    model = assemble(base_weights(case, task.device), case.quantize, True, 64, case.dtype, task.device)
+    return _train(task, assemble(base_weights(case, task.device), case.quantize, True, 64, case.dtype, task.device))
+
+
+def minilora_on_transformers(task: Task) -> Contender:
+    return _train(task, transformers_model(task, _nf4_linear))
+
+
+def _train(task: Task, model: nn.Module) -> Contender:
+    """`minilora.train` on a model to which this gives the adapter."""
+    case = task.case
     add_adapter(model, LORA)
     start_adapter(adapter_parameters(model))
 
@@ -122,19 +134,29 @@ def unsloth(task: Task) -> Contender:
     return _plain_loop(task, model, torch.autocast(task.device.type, case.dtype))
 
 
+ON_TRANSFORMERS = "minilora, transformers' class"
 CONTENDERS: dict[str, dict[str, Callable[[Task], Contender]]] = {
     "cpu": {"PEFT": peft, "TRL": trl, "minilora": minilora},
-    "cuda": {"PEFT": peft, "TRL": trl, "Unsloth": unsloth, "minilora": minilora},
+    "cuda": {
+        "PEFT": peft,
+        "TRL": trl,
+        "Unsloth": unsloth,
+        "minilora": minilora,
+        ON_TRANSFORMERS: minilora_on_transformers,
+    },
 }
-ALSO: dict[str, Callable[[Task], Contender]] = {"minilora, QLoRA": minilora_qlora}
+ALSO: dict[str, Callable[[Task], Contender]] = {
+    "minilora, QLoRA": minilora_qlora,
+    ON_TRANSFORMERS: minilora_on_transformers,
+}
 
 
 # --- what they are made of -------------------------------------------------------------------------------------------
 
 
-def peft_model(task: Task) -> Any:
-    """A transformers model of the same base weights, with PEFT's LoRA of the same start."""
-    peft, transformers = needed("peft"), needed("transformers")
+def transformers_model(task: Task, in_4_bits: Callable[[Tensor], nn.Module]) -> Any:
+    """A transformers model of the same base weights; `in_4_bits` makes a layer of a weight, where they are to be."""
+    transformers = needed("transformers")
     weights = base_weights(task.case, task.device)
     config = transformers.AutoConfig.for_model(**weights.config.to_hf())
     with torch.device("meta"):
@@ -143,12 +165,18 @@ def peft_model(task: Task) -> Any:
         path, _, leaf = name.rpartition(".")
         value, module = cast(Tensor, weights.read(name)).to(task.device), model.get_submodule(path)
         if task.case.quantize and isinstance(module, nn.Linear) and path.startswith("model.layers."):
-            model.set_submodule(path, _linear4bit(value))
+            model.set_submodule(path, in_4_bits(value))
         else:
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     model.tie_weights()
     with torch.device(task.device):  # its frequencies are no parameters, and so are still on the meta device
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def peft_model(task: Task) -> Any:
+    """The transformers model with PEFT's LoRA of the same start."""
+    peft, model = needed("peft"), transformers_model(task, _linear4bit)
     model.is_loaded_in_4bit = task.case.quantize  # how PEFT, TRL and accelerate tell
     model = peft.get_peft_model(
         model,
@@ -166,6 +194,11 @@ def _linear4bit(weight: Tensor) -> nn.Module:
     packed = bnb.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
     layer.weight = packed.to(weight.device)
     return cast(nn.Module, layer)
+
+
+def _nf4_linear(weight: Tensor) -> nn.Module:
+    """A layer as minilora makes it, in NF4 with double quantization."""
+    return NF4Linear.from_quantized(quantize(weight, block_size=64, double_quant=True), None, weight.dtype)
 
 
 def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

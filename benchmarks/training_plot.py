@@ -6,9 +6,23 @@ from typing import Any, Protocol
 from benchmarks.measure import Spread
 from benchmarks.turns import Trained
 
-COLORS = {"PEFT": "0.6", "TRL": "C1", "Unsloth": "C2", "minilora": "C0", "minilora, QLoRA": "C4"}
+COLORS = {
+    "PEFT": "0.6",
+    "TRL": "C1",
+    "Unsloth": "C2",
+    "minilora": "C0",
+    "minilora, QLoRA": "C4",
+    "minilora, transformers' class": "C3",
+}
 # where losses lie on each other, the later lines are thinner, so that the earlier ones show around them
-WIDTHS = {"PEFT": 5.0, "TRL": 3.0, "Unsloth": 2.0, "minilora": 1.0, "minilora, QLoRA": 1.0}
+WIDTHS = {
+    "PEFT": 5.0,
+    "TRL": 3.0,
+    "Unsloth": 2.0,
+    "minilora": 1.0,
+    "minilora, QLoRA": 1.0,
+    "minilora, transformers' class": 0.5,
+}
 PANELS_A_ROW = 3
 INCHES_A_CASE, INCHES_A_PANEL = 0.62, 2.2
 

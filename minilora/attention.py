@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilora.tiled_attention import tiled_causal_attention
 
-__all__ = ["CausalRows", "attend", "visible_keys"]
+__all__ = ["CausalRows", "attend", "row_by_row", "visible_keys"]
 
 # On a CPU the written-out product with a mask is the faster one up to here (a prompt's 8 x 100 tokens in bfloat16, 9
 # heads on one core: 3 ms a layer against 4); beyond, its T x S scores cost too much memory.
@@ -100,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tens
             return tiled_causal_attention(q, k, v, visible.lengths, visible.window)
         if len(visible.lengths) > 1 and _is_for_flash(q):
             return _all_rows(q, k, v, visible.lengths, visible.window)
-        return _row_by_row(q, k, v, visible.lengths, visible.window)
+        return row_by_row(q, k, v, visible.lengths, visible.window)
     if on_mps or (on_cpu and k.shape[2] <= LONGEST_WRITTEN_OUT):
         return _written_out(q, k, v, visible)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
@@ -153,20 +153,28 @@ def _written_out_with_prefix(
     return (y + own.view(B, K, G * T, D)).reshape(B, H, T, D)
 
 
-def _row_by_row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
-    """PyTorch's own kernel, which skips the keys after a query, once for each row."""
+def row_by_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's own kernel, which skips the keys after a query, once for each row; `scale` is 1 / √D by default."""
     if len(lengths) == 1:
-        return _one_row(q, k, v, window)
+        return _one_row(q, k, v, window, dropout, scale)
     rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    return torch.cat([_one_row(*row, window) for row in rows], dim=2)
+    return torch.cat([_one_row(*row, window, dropout, scale) for row in rows], dim=2)
 
 
-def _one_row(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _one_row(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float, scale: float | None) -> Tensor:
     T = q.shape[2]
-    if window is None or window >= T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    mask = None
+    if window is not None and window < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=True)
 
 
 def _flash_attention() -> Callable[..., Any] | None:

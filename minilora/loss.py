@@ -16,7 +16,9 @@ And it runs on a few of these at a time: with a vocabulary of 49152, the logits 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import nullcontext
+from inspect import signature
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.adapter import Adapter
 from minilora.data import Batch, Example, PackedBatch, collate, pack
+from minilora.deferred_logits import DeferredLogits, deferring_logits
 from minilora.errors import InputError
 from minilora.model import Transformer, row_positions
 from minilora.progress import with_progress
@@ -64,20 +67,54 @@ def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
     inputs = _inputs(model, batch, device)
     if isinstance(model, Transformer):
         return loss_of_chosen(model, predicts, targets, **inputs)
-    # a transformers model, or one like it: it computes every position's logits
-    output = model(**inputs)
-    if not hasattr(output, "logits"):
-        raise InputError(f"this {type(model).__name__} gives no logits when it is called: give the model inside it")
-    return summed_cross_entropy(output.logits[predicts], targets)
+    return _loss_of_another_model(model, predicts, targets, inputs)
 
 
 def loss_of_chosen(model: Transformer, chosen: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
     """Σ_i −log p(targets_i) at the chosen positions, a bool mask (B, T); `inputs` are those of the model's forward."""
-    as_written = type(model).forward is Transformer.forward and model._compiled_call_impl is None
-    if as_written and is_plainly_called(model):
+    if type(model).forward is Transformer.forward and _runs_as_written(model) and is_plainly_called(model):
         return linear_cross_entropy(model(**inputs, logits_at=chosen, head=False), model.lm_head, targets)
     # More happens in a call of the model: a hook, what accelerate or a subclass has put there, a compiled graph.
     return summed_cross_entropy(model(**inputs, logits_at=chosen), targets)
+
+
+def _loss_of_another_model(model: nn.Module, chosen: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The same of a transformers model, or one like it; what else it does to its logits, it does to these."""
+    if _takes_logits_to_keep(model):
+        columns = chosen.any(0).nonzero()[:, 0]
+        inputs, chosen = inputs | {"logits_to_keep": columns}, chosen[:, columns]
+    head = _plain_head(model)
+    with nullcontext() if head is None else deferring_logits(head):
+        output = model(**inputs)
+    if not hasattr(output, "logits"):
+        raise InputError(f"this {type(model).__name__} gives no logits when it is called: give the model inside it")
+    logits = output.logits
+    if head is None or not isinstance(logits, DeferredLogits) or logits.computed is not None:
+        return summed_cross_entropy(logits[chosen], targets)
+    return linear_cross_entropy(logits.hidden[chosen], head, targets)
+
+
+def _takes_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model computes its logits at chosen positions alone, and nobody but the loss looks at them."""
+    of_transformers = type(model).__module__.startswith("transformers.")  # elsewhere the name may mean something else
+    seen_by_others = bool(model._forward_hooks) or not _runs_as_written(model)
+    return of_transformers and not seen_by_others and "logits_to_keep" in signature(model.forward).parameters
+
+
+def _plain_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives the model's logits, where it can tell, and whose calls do nothing but that, row by row."""
+    if not _runs_as_written(model) or not hasattr(type(model), "get_output_embeddings"):
+        return None
+    head = cast(Any, model).get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return None
+    plain = all(is_plainly_called(each) and getattr(each, "row_names", None) is None for each in head.modules())
+    return head if plain else None
+
+
+def _runs_as_written(model: nn.Module) -> bool:
+    """False for a compiled model, and one whose forward accelerate or its user has replaced."""
+    return "forward" not in model.__dict__ and model._compiled_call_impl is None
 
 
 def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) -> dict[str, Any]:
@@ -91,9 +128,12 @@ def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) 
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> float:
+def held_out_loss(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8, packing: bool = False
+) -> float:
     """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient.
 
+    `packing` lays the rows of a transformers model end to end; those of minilora's own always are.
     Raises InputError where no token has a label, and inside `adapters_for_rows`: the rows are taken by length.
     """
     if not label_tokens(examples):
@@ -104,7 +144,7 @@ def held_out_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: i
         starts = range(0, len(by_length), batch_size)
         for i in with_progress(starts, len(starts), "held-out loss", "batches"):
             rows = by_length[i : i + batch_size]
-            batch = pack(rows) if isinstance(model, Transformer) else collate(rows, pad_token_id)
+            batch = pack(rows) if packing or isinstance(model, Transformer) else collate(rows, pad_token_id)
             total += summed_loss(model, batch).item()
     return total / label_tokens(examples)
 

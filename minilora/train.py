@@ -197,7 +197,7 @@ def train(
             is_best = False
             if eval_examples and _due(config.eval_every, step, total_steps):
                 started = time.perf_counter()
-                eval_loss = held_out_loss(model, eval_examples, tokenizer.pad_token_id, config.batch_size)
+                eval_loss = held_out_loss(model, eval_examples, tokenizer.pad_token_id, config.batch_size, packing)
                 is_best = progress.add_evaluation(eval_loss)
                 seconds = time.perf_counter() - started
                 write({"step": step, "epoch": step / steps_per_epoch, "eval_loss": eval_loss, "eval_seconds": seconds})

@@ -15,6 +15,7 @@ from minilora.kept_weights import keeping_weights
 from minilora.mixed_batch import refuse_row_names
 from minilora.model import Transformer, require_own_model
 from minilora.training_config import TrainConfig
+from minilora.transformers_attention import attention_row_by_row
 
 __all__ = ["check_training_mode", "evaluating", "training_mode"]
 
@@ -32,7 +33,8 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     check_training_mode(model, config)
     recomputing = _recomputing(model, config.offload_activations) if config.gradient_checkpointing else nullcontext()
     keeping = keeping_weights(KEPT_SHARE) if config.keep_weights else nullcontext()
-    with recomputing, keeping, _in_mode(model, training=True):
+    attention = nullcontext() if isinstance(model, Transformer) else attention_row_by_row()
+    with recomputing, keeping, attention, _in_mode(model, training=True):
         yield
 
 

@@ -150,7 +150,7 @@ def values_and_gradients(attention_of_rows: Any, window: int | None, q: Tensor, 
 def test_row_by_row_is_tile_by_tile(window: int | None) -> None:
     """What runs on other devices than a CPU, and what runs there."""
     tensors = rows_of_heads()
-    ours = values_and_gradients(attention._row_by_row, window, *tensors)
+    ours = values_and_gradients(attention.row_by_row, window, *tensors)
     for a, b in zip(ours, values_and_gradients(tiled_causal_attention, window, *tensors), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64 rounding of sums of a dozen terms
 
@@ -203,6 +203,6 @@ def test_rows_on_a_gpu(dtype: torch.dtype, window: int | None) -> None:
     tolerance = 2e-3 if dtype == torch.float32 else 3e-2
     for ours, theirs in zip(values_and_gradients(attend_rows, window, *on_gpu), expected, strict=True):
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=tolerance, atol=tolerance)
-    separately = values_and_gradients(attention._row_by_row, window, *on_gpu)
+    separately = values_and_gradients(attention.row_by_row, window, *on_gpu)
     for ours, theirs in zip(values_and_gradients(attend_rows, window, *on_gpu), separately, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

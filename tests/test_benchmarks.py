@@ -80,7 +80,8 @@ def test_table_json_and_plot(benchmarks, tmp_path, capsys):
     benchmarks.output.print_table(result)
     assert "contender" in capsys.readouterr().out
     json_path, png_path = benchmarks.output.write(result, tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sleep-cpu.json", "sleep-cpu.png"]
+    cpu = "cpu" if "AVX512" in result.machine["instructions"] else f"cpu-{result.machine['instructions'][0].lower()}"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [f"sleep-{cpu}.json", f"sleep-{cpu}.png"]
     assert png_path.read_bytes().startswith(b"\x89PNG")
     content = json.loads(json_path.read_text())
     assert content["rows"] == result.rows

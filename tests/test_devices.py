@@ -194,7 +194,7 @@ def test_training(device: StandInDevice, tmp_path: Path, settings: dict[str, Any
         model = adapted().to(kind)
         short = {"max_steps": 3, "batch_size": 4, "save_every": 1, "eval_every": 3}
         result = run(model, rows, tmp_path / str(kind), eval_rows=rows[:3], **short, **settings)
-        assert ("gpu_mb" in result.history[0]) == (kind != "cpu")
+        assert ("gpu_mb" in result.history[1]) == (kind != "cpu")
         return {"loss": torch.tensor([result.loss, result.eval_loss]), **on_cpu(trained(model))}
 
     # AdamW divides by √v: of an element whose gradient is near zero, rounding moves much of one of three 0.01
