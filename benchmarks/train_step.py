@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Spread, machine, take_turns
-from benchmarks.nf4_cases import measured_speeds
+from benchmarks.nf4_cases import dtypes, measured_speeds
 from benchmarks.output import Result
 from benchmarks.training_cases import (
     CASES,
@@ -39,7 +39,6 @@ from benchmarks.training_cases import (
 from benchmarks.training_contenders import ALSO, CONTENDERS, PAD
 from benchmarks.training_plot import figure_size, plot
 from benchmarks.turns import Contender, Runner, Trained
-from minilora.auto_dtype import auto_dtype
 from minilora.errors import InputError
 from minilora.loss import held_out_loss
 from minilora.progress import with_progress
@@ -81,7 +80,7 @@ def run(rounds: int | None, device: torch.device, only: str | None = None) -> Re
     if device.type not in CASES:
         raise InputError(f"the benchmark 'train' runs on {' and '.join(CASES)}, not on {device.type}")
     where = machine(device)
-    possible = [case for case in CASES[device.type] if case.dtype == torch.float32 or _is_fast_at(case.dtype, device)]
+    possible = [case for case in CASES[device.type] if case.dtype in dtypes(device.type)]
     cases = {str(case): case for case in possible if only is None or only.lower() in str(case).lower()}
     if not cases:
         names = "; ".join(str(case) for case in possible)
@@ -166,11 +165,6 @@ def measure(
 
 def _contenders(case: Case, device: torch.device) -> dict[str, Callable[[Task], Contender]]:
     return CONTENDERS[device.type] | {name: ALSO[name] for name in case.also}
-
-
-def _is_fast_at(dtype: torch.dtype, device: torch.device) -> bool:
-    """False for bfloat16 on a CPU that has no instructions for it: there `dtype="auto"` is float32."""
-    return device.type != "cpu" or auto_dtype(device).dtype == dtype
 
 
 def _held_out(model: nn.Module, task: Task) -> float | None:
