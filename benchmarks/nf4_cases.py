@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import take_turns
+from minilora.auto_dtype import auto_dtype
 
 LLAMA = {"8B q, o": (4096, 4096), "8B k, v": (1024, 4096), "8B gate, up": (14336, 4096), "8B down": (4096, 14336),
          "70B q, o": (8192, 8192), "70B gate, up": (28672, 8192), "70B down": (8192, 28672)}  # fmt: skip
