@@ -113,7 +113,7 @@ def test_a_process_that_is_killed_is_told(benchmarks):
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["TRL", "minilora"])
+@pytest.mark.parametrize("name", ["TRL", "minilora", "minilora, transformers' class"])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_checkpointing": True}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "quantize": True}],
@@ -200,7 +200,7 @@ def test_rows_of_the_demo_and_cut_ones(benchmarks, length):
 
 
 def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path):
-    """Three processes in turns; TRL's refuses, and is left out with its reason."""
+    """Four processes in turns; TRL's refuses, and is left out with its reason."""
     pytest.importorskip("peft")
     train_step, case = benchmarks.train_step, tiny_case(benchmarks)
     contenders = benchmarks.training_contenders.CONTENDERS["cpu"]
@@ -213,11 +213,12 @@ def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path):
     assert [(row["configuration"], row["contender"]) for row in result.rows] == [
         ("tiny, LoRA, fp32", "PEFT"),
         ("tiny, LoRA, fp32", "minilora"),
+        ("tiny, LoRA, fp32", "minilora, transformers' class"),
     ]
     raw = result.raw["tiny, LoRA, fp32"]
-    assert raw["tokens"] == [40, 40] and [len(seconds) for seconds in raw["seconds"].values()] == [2, 2]
-    theirs, ours = (raw["trained"][name]["losses"] for name in ("PEFT", "minilora"))
-    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
+    assert raw["tokens"] == [40, 40] and [len(seconds) for seconds in raw["seconds"].values()] == [2, 2, 2]
+    theirs, *ours = (trained["losses"] for trained in raw["trained"].values())
+    assert len(theirs) == 3 and all(losses == pytest.approx(theirs, rel=1e-5) for losses in ours)
     json_path, png_path = benchmarks.output.write(result, tmp_path)
     assert json.loads(json_path.read_text())["raw"] == result.raw
     assert png_path.read_bytes().startswith(b"\x89PNG")
