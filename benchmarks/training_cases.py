@@ -52,6 +52,7 @@ class Case:
     shape: Mapping[str, Any] | None = field(default=None, hash=False)
     also: tuple[str, ...] = ()
     """contenders beside those of every case"""
+    by_length: bool = True  # of the demo's rows those of like length together: little padding for those who pad
 
     def __str__(self) -> str:
         parts = [self.label, "QLoRA" if self.quantize else "LoRA", "bf16" if self.dtype == torch.bfloat16 else "fp32"]
@@ -64,6 +65,7 @@ CASES = {
     "cpu": [
         Case("8 demo rows", None, 8, False, BF16, rounds=32, learning_rate=2e-3, also=ALSO),  # held-out
         Case("4 demo rows", None, 4, False, FP32, rounds=49, also=ALSO),  # 50 losses, to be PEFT's
+        Case("4 demo rows in any order", None, 4, False, FP32, rounds=8, by_length=False, also=ALSO),
         Case("8 demo rows", None, 8, True, BF16, rounds=8),
         Case("4 x 512", 512, 4, False, BF16),
         Case("4 demo rows", None, 4, True, FP32, rounds=8),
@@ -110,8 +112,8 @@ def make_task(case: Case, steps: int, device: torch.device) -> Task:
     held_out: list[Example] = []
     if case.length is None:
         rows = encode_rows(splits["train"], tokenizer, DEMO_LENGTH).examples[:count]
-        # rows of like length together: little padding for those who pad
-        rows = [rows[i] for batch in batches(rows, case.batch_size, SEED, group_by_length=True) for i in batch]
+        order = batches(rows, case.batch_size, SEED, group_by_length=case.by_length)
+        rows = [rows[i] for batch in order for i in batch]
         held_out = encode_rows(splits["validation"], tokenizer, DEMO_LENGTH).examples[:HELD_OUT_ROWS]
     else:
         rows = _cut(encode_rows(splits["train"], tokenizer).examples, case.length)[:count]

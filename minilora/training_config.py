@@ -88,7 +88,7 @@ class TrainConfig:
     offload_activations: bool = False
     """With gradient_checkpointing, on a GPU: what that still keeps waits in CPU memory. For minilora's own models."""
     packing: bool = True
-    """Lay a pass's rows end to end, unpadded, each read by itself; transformers' only with flash or flex attention."""
+    """Lay a pass's rows end to end, unpadded, each read by itself; transformers' models with sdpa, flash or flex."""
     group_by_length: bool = True
     """Where rows are padded, put those of similar length into the same step: less padding."""
     max_length: int = 1024

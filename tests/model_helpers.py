@@ -5,7 +5,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    Cohere2Config,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from minilora.model import ModelConfig, Transformer
 
@@ -47,6 +69,37 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+}
+
+SMALL = SHAPE | {"num_hidden_layers": 2, "pad_token_id": 0}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+HEADS_4 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4}
+
+# Of more architectures: what they do between body and head, after the head, with positions and in attention differs.
+OTHER_CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
+    "phi": PhiConfig(**SMALL),  # a head with a bias
+    "phi3": Phi3Config(**SMALL, sliding_window=5),
+    "gpt2": GPT2Config(**HEADS_4, **NO_DROPOUT),
+    "gpt-neox": GPTNeoXConfig(**SMALL),
+    "gemma3": Gemma3TextConfig(
+        **SMALL,
+        head_dim=16,
+        query_pre_attn_scalar=30,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.3),
+    "cohere2": Cohere2Config(**SMALL, sliding_window=5),
+    "granite": GraniteConfig(**SMALL, logits_scaling=3.0, attention_multiplier=0.3, embedding_multiplier=2.0),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=5, final_logit_softcapping=2.0),
+    "opt": OPTConfig(**SMALL, ffn_dim=112, word_embed_proj_dim=32, dropout=0.0),
+    "falcon": FalconConfig(**SMALL, alibi=True),
+    "bloom": BloomConfig(vocab_size=97, hidden_size=64, n_layer=2, n_head=4),
+    "bert": BertConfig(**SMALL, is_decoder=True),  # a layer between body and head
+    "bart": BartConfig(vocab_size=97, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=112),
 }
 
 

@@ -39,9 +39,9 @@ def benchmarks():
         sys.path.remove(root)
 
 
-def tiny_case(benchmarks, *, quantize=False, dtype=torch.float32, gradient_checkpointing=False):
+def tiny_case(benchmarks, *, quantize=False, dtype=torch.float32, gradient_checkpointing=False, also=()):
     Case = benchmarks.training_cases.Case
-    return Case("tiny", 20, 2, quantize, dtype, gradient_checkpointing, learning_rate=2e-3, shape=TINY)
+    return Case("tiny", 20, 2, quantize, dtype, gradient_checkpointing, learning_rate=2e-3, shape=TINY, also=also)
 
 
 # --- turns -----------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_a_process_that_is_killed_is_told(benchmarks):
 # --- contenders ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["TRL", "minilora"])
+@pytest.mark.parametrize("name", ["TRL", "minilora", "minilora, transformers' class"])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_checkpointing": True}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "quantize": True}],
@@ -144,7 +144,7 @@ def test_every_contender_trains_as_peft_does(benchmarks, name, settings):
     pytest.importorskip("trl" if name == "TRL" else "peft")
     case = tiny_case(benchmarks, **settings)
     task = benchmarks.training_cases.make_task(case, 8, CPU)
-    contenders = benchmarks.training_contenders.CONTENDERS["cpu"]
+    contenders = benchmarks.training_contenders.CONTENDERS["cpu"] | benchmarks.training_contenders.ALSO
     theirs, ours = (contenders[contender](task) for contender in ("PEFT", name))
     trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (theirs.model, ours.model)]
     assert trained[0] == trained[1] > 0
@@ -219,9 +219,10 @@ def test_rows_of_the_demo_and_cut_ones(benchmarks, length):
 
 
 def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path, capfd):
-    """Three processes in turns; TRL's refuses, and is left out with its reason."""
+    """Four processes in turns; TRL's refuses, and is left out with its reason."""
     pytest.importorskip("peft")
-    train_step, case = benchmarks.train_step, tiny_case(benchmarks)
+    train_step = benchmarks.train_step
+    case = tiny_case(benchmarks, also=("minilora, transformers' class",))
     contenders = benchmarks.training_contenders.CONTENDERS["cpu"]
     monkeypatch.setitem(train_step.CASES, "cpu", [case, tiny_case(benchmarks, dtype=torch.bfloat16)])
     monkeypatch.setitem(train_step.CONTENDERS, "cpu", {**contenders, "TRL": refuse})
@@ -231,9 +232,9 @@ def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path, capfd):
     result = train_step.run(2, CPU, only="FP32")
     lines = capfd.readouterr().err
     for stage in (
-        "tiny, LoRA, fp32, starting: 2 of 3",
-        "tiny, LoRA, fp32: 3 of 4",
-        "tiny, LoRA, fp32, finishing: 1 of 2",
+        "tiny, LoRA, fp32, starting: 3 of 4",
+        "tiny, LoRA, fp32: 5 of 6",
+        "tiny, LoRA, fp32, finishing: 2 of 3",
     ):
         assert f"\n{stage}" in f"\n{lines}"
     assert re.search(r"^train: 1 of 1 configurations · done in", lines, re.MULTILINE)
@@ -241,11 +242,12 @@ def test_train_from_end_to_end(benchmarks, monkeypatch, tmp_path, capfd):
     assert [(row["configuration"], row["contender"]) for row in result.rows] == [
         ("tiny, LoRA, fp32", "PEFT"),
         ("tiny, LoRA, fp32", "minilora"),
+        ("tiny, LoRA, fp32", "minilora, transformers' class"),
     ]
     raw = result.raw["tiny, LoRA, fp32"]
-    assert raw["tokens"] == [40, 40] and [len(seconds) for seconds in raw["seconds"].values()] == [2, 2]
-    theirs, ours = (raw["trained"][name]["losses"] for name in ("PEFT", "minilora"))
-    assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
+    assert raw["tokens"] == [40, 40] and [len(seconds) for seconds in raw["seconds"].values()] == [2, 2, 2]
+    theirs, *ours = (trained["losses"] for trained in raw["trained"].values())
+    assert len(theirs) == 3 and all(losses == pytest.approx(theirs, rel=1e-5) for losses in ours)
     json_path, png_path = benchmarks.output.write(result, tmp_path)
     assert json.loads(json_path.read_text())["raw"] == result.raw
     assert png_path.read_bytes().startswith(b"\x89PNG")

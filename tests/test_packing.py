@@ -3,20 +3,18 @@
 A transformers model finds the rows by itself; which models do so is tried on models that do, and on some that do not.
 """
 
-import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import CONFIGS, SHAPE, our_model, transformers_model
+from model_helpers import CONFIGS, OTHER_CONFIGS, SHAPE, our_model, transformers_model
 from peft_helpers import tiny_gpt2
 from torch import Tensor, nn
 from training_helpers import LLAMA, random_rows, run, tiny_model, trained
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3NextConfig,
@@ -29,7 +27,8 @@ from minilora.data import Example, batches, collate, pack
 from minilora.lora import LoRAConfig
 from minilora.loss import label_tokens, summed_loss
 from minilora.model import KVCache
-from minilora.packing import can_pack, keeps_rows_apart
+from minilora.packing import can_pack
+from minilora.transformers_attention import attention_row_by_row
 
 NAMES = ["llama", "smollm", "llama3-rope", "qwen2", "qwen3", "mistral-window", "qwen3-window"]
 # Sums of a hundred products in another order, through three layers, as a share of the largest gradient.
@@ -164,25 +163,33 @@ def _input_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("kinds", [("flash", "flex"), ("sdpa",)], ids=["padded", "packed"])
-def test_a_transformers_model_is_packed_where_its_attention_skips_other_rows(
-    kinds: tuple[str, ...], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+def llama_with_adapter(attention: str) -> Any:
+    model = llama(attention)
+    torch.manual_seed(1)
+    add_adapter(model, LoRAConfig(r=4, target_modules="all-linear"))
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_transformers_model_is_packed_where_its_attention_can_go_row_by_row(
+    attention: str, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """What is trained is the same; flex and flash attention cannot be trained on a CPU, and sdpa stands in for them."""
-    monkeypatch.setattr(packing, "SKIPS_OTHER_ROWS", kinds)
-    base = seeded(LlamaForCausalLM, LlamaConfig(**LLAMA))
-    models = [copy.deepcopy(base), copy.deepcopy(base)]
-    for model in models:
-        torch.manual_seed(1)
-        add_adapter(model, LoRAConfig(r=4, target_modules="all-linear"))
+    """What is trained is the same, and so is the loss of held-out rows."""
+    models = [llama_with_adapter(attention) for _ in range(2)]
     shapes = _input_shapes(models[0])
     settings = {"max_steps": 3, "batch_size": 3, "eps": 1.0, "learning_rate": 0.5, "group_by_length": False}
-    run(models[0], random_rows(9), tmp_path / "a", **settings)
-    run(models[1], random_rows(9), tmp_path / "b", packing=False, **settings)
-    assert {batch for batch, _ in shapes[-3:]} == {1 if "sdpa" in kinds else 3}
+    settings["gradient_checkpointing"] = checkpointing
+    held_out = random_rows(4, seed=1)
+    packed = run(models[0], random_rows(9), tmp_path / "a", held_out, **settings)
+    padded = run(models[1], random_rows(9), tmp_path / "b", held_out, packing=False, **settings)
+    in_training, held_out_shapes = shapes[-5:-2], shapes[-2:]
+    assert {batch for batch, _ in in_training} == {1 if attention == "sdpa" else 3}
+    assert [batch for batch, _ in held_out_shapes] == ([1, 1] if attention == "sdpa" else [3, 1])
     # float32 sums in another order; with eps = 1 the update is smooth in the gradient
     for a, b in zip(trained(models[0]).values(), trained(models[1]).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert packed.eval_loss == pytest.approx(padded.eval_loss, rel=1e-6)
 
 
 # --- transformers models ----------------------------------------------------------------------------------------------
@@ -195,6 +202,15 @@ class NoPositions(LlamaForCausalLM):
         return super().forward(inputs_embeds=inputs_embeds, use_cache=use_cache)
 
 
+class NoEmbeddings(LlamaForCausalLM):
+    """Looks at the tokens themselves, as a router by token does."""
+
+    def forward(
+        self, input_ids: Any = None, position_ids: Any = None, inputs_embeds: Any = None, use_cache: Any = None
+    ) -> Any:
+        return super().forward(input_ids=input_ids.clone(), position_ids=position_ids, use_cache=use_cache)
+
+
 def seeded(model: Any, config: Any) -> Any:
     torch.manual_seed(0)
     return model(config).eval()
@@ -204,9 +220,6 @@ def llama(attention: str) -> Any:
     return seeded(LlamaForCausalLM, LlamaConfig(**LLAMA, attn_implementation=attention))
 
 
-GEMMA3 = Gemma3TextConfig(
-    **SHAPE, head_dim=16, sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"]
-)
 QWEN3_NEXT = Qwen3NextConfig(
     **SHAPE,
     head_dim=16,
@@ -217,20 +230,34 @@ QWEN3_NEXT = Qwen3NextConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "model", [lambda: llama("sdpa"), lambda: llama("eager"), lambda: seeded(Gemma3ForCausalLM, GEMMA3), tiny_gpt2]
-)
-def test_transformers_models_that_keep_rows_apart(model: Any) -> None:
-    """The packed loss and gradients are then those of padded rows."""
-    theirs = model()
+PACKED = ("llama", "qwen3", "mixtral", "phi", "phi3", "gpt2", "gpt-neox", "gemma3", "cohere", "cohere2", "granite")
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_which_transformers_models_are_packed_and_that_their_loss_is_that_of_padded_rows(name: str) -> None:
+    """Gemma 2 caps its scores, Falcon has an attention of its own, the others do not know rows by their positions."""
+    model = transformers_model(OTHER_CONFIGS[name])
+    assert can_pack(model) == (name in PACKED)
+    if name not in PACKED:
+        return
+    padded = loss_and_gradients(model, summed_loss(model, collate(rows(), 0)))
+    all_pairs = loss_and_gradients(model, summed_loss(model, pack(rows())))
+    with attention_row_by_row() as calls:
+        row_by_row = loss_and_gradients(model, summed_loss(model, pack(rows())))
+    assert (calls.row_by_row, calls.all_pairs) == (model.config.num_hidden_layers, 0)
+    largest = max(float(gradient.abs().max()) for gradient in padded.values())
+    for name, expected in padded.items():
+        for ours in (row_by_row[name], all_pairs[name]):
+            # relative to the largest gradient: that of a key's bias is zero but for rounding
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=ROUNDING[torch.float32] * largest)
+
+
+def test_the_modules_are_in_their_modes_after_the_probe() -> None:
+    theirs = tiny_gpt2()  # which has dropout
     theirs.train().get_input_embeddings().eval()
     modes = [module.training for module in theirs.modules()]
-    assert keeps_rows_apart(theirs)
-    assert [module.training for module in theirs.modules()] == modes, "as they were"
-    theirs.eval()  # without dropout
-    packed = loss_and_gradients(theirs, summed_loss(theirs, pack(rows())))
-    padded = loss_and_gradients(theirs, summed_loss(theirs, collate(rows(), 0)))
-    assert_close(packed, padded, ROUNDING[torch.float32])
+    assert can_pack(theirs)
+    assert [module.training for module in theirs.modules()] == modes
 
 
 @pytest.mark.parametrize(
@@ -239,11 +266,13 @@ def test_transformers_models_that_keep_rows_apart(model: Any) -> None:
         lambda: seeded(NoPositions, LlamaConfig(**LLAMA)),
         lambda: seeded(BloomForCausalLM, BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)),
         lambda: seeded(Qwen3NextForCausalLM, QWEN3_NEXT),
+        lambda: seeded(NoEmbeddings, LlamaConfig(**LLAMA)),
         lambda: nn.Linear(3, 3),
     ],
-    ids=["ignores positions", "takes none", "linear attention", "no language model"],
+    ids=["ignores positions", "takes none", "linear attention", "refuses embeddings", "no language model"],
 )
 def test_models_that_would_mix_rows_are_not_packed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not can_pack(model())
     monkeypatch.setattr(packing, "SKIPS_OTHER_ROWS", ("",))
     assert not can_pack(model())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from training_helpers import LLAMA, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minilora.errors import InputError
 from minilora.train import TrainConfig
@@ -52,6 +53,15 @@ def test_a_transformers_model_recomputes_as_it_did_before(before):
     assert list(model.model.embed_tokens._forward_hooks) == hooks
     model.disable_input_require_grads()  # the hook is still the caller's to remove
     assert not model.model.embed_tokens._forward_hooks
+
+
+def test_attention_goes_row_by_row_in_training_alone():
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with training_mode(tiny_model(), TrainConfig()):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before, "it is a transformers model's affair"
+    with training_mode(LlamaForCausalLM(LlamaConfig(**LLAMA)), TrainConfig()):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 def test_a_model_that_cannot_recompute_is_refused_and_unchanged(monkeypatch):
