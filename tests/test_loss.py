@@ -434,6 +434,10 @@ def scale_logits(module, args, output):
     output.logits = 3 * output.logits
 
 
+def scale_in_place(module, args, output):
+    output.logits.mul_(3)
+
+
 def scale_forward(model):  # as accelerate does
     forward = model.forward
     model.forward = lambda **inputs: SimpleNamespace(logits=3 * forward(**inputs).logits)
@@ -453,6 +457,7 @@ CHANGES = {
     "hook on the head": a_hook(lambda model: model.lm_head, lambda module, args, y: y.cumsum(1)),
     "hook on the body": a_hook(lambda model: model.model.norm, lambda module, args, y: 3 * y),
     "hook on the model": a_hook(lambda model: model, scale_logits),
+    "hook on the model, in place": a_hook(lambda model: model, scale_in_place),
     "hook that only looks": a_hook(lambda model: model, lambda module, args, output: print(output.logits.sum())),
     "forward replaced": scale_forward,
     "head not called": lambda model: setattr(model, "__class__", OwnHead),
