@@ -89,7 +89,7 @@ def _loss_of_another_model(model: nn.Module, chosen: Tensor, targets: Tensor, in
     if not hasattr(output, "logits"):
         raise InputError(f"this {type(model).__name__} gives no logits when it is called: give the model inside it")
     logits = output.logits
-    if head is None or not isinstance(logits, DeferredLogits):
+    if head is None or not isinstance(logits, DeferredLogits) or logits.computed is not None:
         return summed_cross_entropy(logits[chosen], targets)
     return linear_cross_entropy(logits.hidden[chosen], head, targets)
 
