@@ -80,10 +80,10 @@ def loss_of_chosen(model: Transformer, chosen: Tensor, targets: Tensor, **inputs
 
 def _loss_of_another_model(model: nn.Module, chosen: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The same of a transformers model, or one like it; what else it does to its logits, it does to these."""
-    if _takes_logits_to_keep(model):
+    head = _plain_head(model)
+    if head is not None and _takes_logits_to_keep(model):
         columns = chosen.any(0).nonzero()[:, 0]
         inputs, chosen = inputs | {"logits_to_keep": columns}, chosen[:, columns]
-    head = _plain_head(model)
     with nullcontext() if head is None else deferring_logits(head):
         output = model(**inputs)
     if not hasattr(output, "logits"):

@@ -1,5 +1,6 @@
 """The loss against F.cross_entropy on whole logits, and against transformers' own."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -354,6 +355,13 @@ class VocabularyWatch(TorchDispatchMode):
         return result
 
 
+def some_labels(count):
+    """Rows of which not all the first positions have something to learn."""
+    batch = collate(random_rows(count), 0)
+    batch.labels[:, [1, 4]] = -100
+    return batch
+
+
 def assert_loss_of_its_own_logits(model, batch):
     """Loss and gradients, of what trains, are those of the logits that the model gives when it is called."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -379,9 +387,9 @@ COMPUTE_LOGITS = ("cohere", "cohere2", "granite", "gemma2", "opt")
 def test_any_architecture_has_the_loss_of_its_own_logits_and_not_all_of_them(name, monkeypatch):
     monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 4)
     model = transformers_model(OTHER_CONFIGS[name])
-    batch = collate(random_rows(4), 0)
+    batch = some_labels(4)
     assert_loss_of_its_own_logits(model, batch)
-    batch.labels[:, 7:] = -100
+    batch.labels[:, 9:] = -100
     with VocabularyWatch(model.config.vocab_size) as watch, torch.no_grad():
         summed_loss(model, batch)
     positions = (batch.labels != -100).any(0).sum().item()
@@ -394,7 +402,7 @@ def test_a_decoder_after_an_encoder_has_the_loss_of_its_own_logits():
     torch.manual_seed(0)
     model = BartForConditionalGeneration(BartConfig(vocab_size=97, d_model=64, **sizes)).eval()
     model.final_logits_bias.normal_()
-    assert_loss_of_its_own_logits(model, collate(random_rows(3), 0))
+    assert_loss_of_its_own_logits(model, some_labels(3))
 
 
 def test_a_model_of_images_too_has_the_loss_of_its_own_logits():
@@ -404,7 +412,7 @@ def test_a_model_of_images_too_has_the_loss_of_its_own_logits():
         vision_config=CLIPVisionConfig(**vision, image_size=8, patch_size=4), text_config=LlamaConfig(**SMALL)
     )
     model = LlavaForConditionalGeneration(config).eval()
-    assert_loss_of_its_own_logits(model, collate(random_rows(3), 0))
+    assert_loss_of_its_own_logits(model, some_labels(3))
 
 
 class OwnHead(LlamaForCausalLM):
@@ -413,6 +421,15 @@ class OwnHead(LlamaForCausalLM):
     def forward(self, **inputs):
         hidden = self.model(**inputs).last_hidden_state
         return SimpleNamespace(logits=hidden @ self.lm_head.weight.T)
+
+
+class AddsUp(LlamaForCausalLM):
+    """Adds up the logits of the positions that it computes."""
+
+    def forward(self, logits_to_keep=0, **inputs):
+        output = super().forward(logits_to_keep=logits_to_keep, **inputs)
+        output.logits = output.logits.cumsum(1)
+        return output
 
 
 class TwoHeads(LlamaForCausalLM):
@@ -430,17 +447,22 @@ def a_hook(on, hook):
     return change
 
 
-def scale_logits(module, args, output):
-    output.logits = 3 * output.logits
+def add_logits_up(module, args, output):
+    output.logits = output.logits.cumsum(1)
 
 
 def scale_in_place(module, args, output):
     output.logits.mul_(3)
 
 
-def scale_forward(model):  # as accelerate does
+def replace_forward(model):  # as accelerate does
     forward = model.forward
-    model.forward = lambda **inputs: SimpleNamespace(logits=3 * forward(**inputs).logits)
+
+    @functools.wraps(forward)
+    def adding_up(**inputs):
+        return SimpleNamespace(logits=forward(**inputs).logits.cumsum(1))
+
+    model.forward = adding_up
 
 
 def adapt(**config):
@@ -453,13 +475,21 @@ def adapt(**config):
     return change
 
 
+def scale_head(model):
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 3 * forward(hidden)
+
+
 CHANGES = {
+    "head's forward replaced": scale_head,
+    "hook before the head": lambda model: model.lm_head.register_forward_pre_hook(lambda module, args: 3 * args[0]),
     "hook on the head": a_hook(lambda model: model.lm_head, lambda module, args, y: y.cumsum(1)),
     "hook on the body": a_hook(lambda model: model.model.norm, lambda module, args, y: 3 * y),
-    "hook on the model": a_hook(lambda model: model, scale_logits),
+    "hook on the model": a_hook(lambda model: model, add_logits_up),
     "hook on the model, in place": a_hook(lambda model: model, scale_in_place),
     "hook that only looks": a_hook(lambda model: model, lambda module, args, output: print(output.logits.sum())),
-    "forward replaced": scale_forward,
+    "forward replaced": replace_forward,
+    "a subclass": lambda model: setattr(model, "__class__", AddsUp),
     "head not called": lambda model: setattr(model, "__class__", OwnHead),
     "head called twice": lambda model: setattr(model, "__class__", TwoHeads),
     "LoRA on the head": adapt(target_modules=["lm_head", "v_proj"]),
@@ -475,7 +505,7 @@ def test_whatever_is_done_to_a_transformers_model_it_is_the_loss_of_its_logits(c
     config = SMALL | {"tie_word_embeddings": True, "use_cache": False}
     model = transformers_model(LlamaConfig(**config))
     change(model)
-    assert_loss_of_its_own_logits(model, collate(random_rows(3), 0))
+    assert_loss_of_its_own_logits(model, some_labels(3))
 
 
 def test_under_autocast_too():
@@ -491,14 +521,14 @@ def test_under_autocast_too():
 
 def test_a_peft_model_has_the_loss_of_its_own_logits():
     model = peft_on(transformers_model(LlamaConfig(**SMALL)), {"target_modules": ["lm_head", "q_proj"]})
-    assert_loss_of_its_own_logits(model, collate(random_rows(3), 0))
+    assert_loss_of_its_own_logits(model, some_labels(3))
 
 
 def test_rows_with_an_adapter_each_keep_it_in_the_head():
     model = transformers_model(LlamaConfig(**SMALL))
     adapt(target_modules=["lm_head", "v_proj"])(model)
     with adapters_for_rows(model, ["default", "__base__", "default"]):
-        assert_loss_of_its_own_logits(model, collate(random_rows(3), 0))
+        assert_loss_of_its_own_logits(model, some_labels(3))
 
 
 # --- held-out rows ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from minilora.data import Example, batches, collate, pack
 from minilora.lora import LoRAConfig
 from minilora.loss import label_tokens, summed_loss
 from minilora.model import KVCache
-from minilora.packing import can_pack
+from minilora.packing import can_pack, keeps_rows_apart
 from minilora.transformers_attention import attention_row_by_row
 
 NAMES = ["llama", "smollm", "llama3-rope", "qwen2", "qwen3", "mistral-window", "qwen3-window"]
@@ -250,6 +250,17 @@ def test_which_transformers_models_are_packed_and_that_their_loss_is_that_of_pad
         for ours in (row_by_row[name], all_pairs[name]):
             # relative to the largest gradient: that of a key's bias is zero but for rounding
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=ROUNDING[torch.float32] * largest)
+
+
+def test_a_model_is_not_packed_if_one_of_its_layers_computes_all_pairs() -> None:
+    def copy_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"attention_mask": kwargs["attention_mask"].clone()}
+
+    model = llama("sdpa")
+    assert can_pack(model)
+    model.model.layers[1].self_attn.register_forward_pre_hook(copy_mask, with_kwargs=True)
+    assert keeps_rows_apart(model)
+    assert not can_pack(model)
 
 
 def test_the_modules_are_in_their_modes_after_the_probe() -> None:

@@ -160,6 +160,15 @@ def test_all_else_is_left_to_transformers(module: Any, make_mask: Any, settings:
     assert torch.equal(y, sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
 
 
+def test_fewer_queries_than_keys_are_left_to_transformers() -> None:
+    q, k, v = heads()
+    q = q[:, :, :3]
+    with attention_row_by_row() as calls:
+        y, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](MODULE, q, k, v, None)
+    assert (calls.row_by_row, calls.all_pairs) == (0, 1)
+    assert torch.equal(y, sdpa_attention_forward(MODULE, q, k, v, None)[0])
+
+
 def test_what_transformers_refuses_is_refused() -> None:
     q, k, v = heads()
     with attention_row_by_row(), pytest.raises(ValueError, match="does not support `softcap`"):
