@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
-
 from minilora.adapters import add_adapter, delete_adapter
 from minilora.data import Example, pack
 from minilora.evaluate import mean_nll
@@ -80,8 +78,6 @@ def _second_call(do: Callable[[], object]) -> float:
     do()
     began = time.perf_counter()
     do()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
