@@ -4,6 +4,7 @@ model in NF4 -> how long it will take -> scores before -> adapters -> train -> s
 """
 
 import json
+import math
 import platform
 import re
 import time
@@ -19,8 +20,9 @@ import torch
 from minilora.adapters import add_adapter, trainable_parameters
 from minilora.bfcl import load_bfcl, score
 from minilora.checkpoint import load, save_pretrained
-from minilora.data import Row, encode_rows
+from minilora.data import Example, Row, encode_rows
 from minilora.demo_estimate import Work, in_words, mean_length, measured_speeds
+from minilora.errors import InputError
 from minilora.evaluate import Scores, difference, evaluate
 from minilora.general_ability import general_ability
 from minilora.generate import generate
@@ -67,6 +69,10 @@ class DemoConfig:
             eval_every=56,
         )
     )
+
+    def __post_init__(self) -> None:
+        if self.test_rows < 1:
+            raise InputError(f"test_rows must be at least 1, not {self.test_rows}: the models are scored on them")
 
     def made_small(self) -> "DemoConfig":
         """The same with at most so many test rows and steps."""
@@ -174,7 +180,7 @@ def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows:
     console = Console(stderr=True, highlight=False)
     examples = encode_rows(rows["train"], tokenizer, config.train.max_length).examples
     speeds = measured_speeds(model, config.lora, examples, config.train.batch_size, config.test_rows)
-    seconds, small = (speeds.seconds(work(each, mean_length(examples))) for each in (config, config.made_small()))
+    seconds, small = (speeds.seconds(work(each, examples)) for each in (config, config.made_small()))
     console.print(
         f"  about {in_words(seconds)} from here: a step of training takes "
         f"{rows_per_step(config) * mean_length(examples) / speeds.training:.1f} s, an answer to each of "
@@ -189,11 +195,12 @@ def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows:
         )
 
 
-def work(config: DemoConfig, length: float) -> Work:
-    """What the demo has to do, for rows of so many tokens on average; the parts that take seconds are left out."""
-    steps = config.train.max_steps or 0
+def work(config: DemoConfig, examples: list[Example]) -> Work:
+    """What the demo has to do, its training rows being these; the parts that take seconds are left out."""
+    length, epochs = mean_length(examples), config.train.epochs
+    steps = config.train.max_steps or math.ceil(epochs * math.ceil(len(examples) / rows_per_step(config)))
     trained = Work(trained=steps * rows_per_step(config) * length)
-    evaluations = 1 + steps // (config.train.eval_every or steps or 1)
+    evaluations = 1 + steps // (config.train.eval_every or steps)
     scoring = Work(read=2 * config.test_rows * length)  # of every model the loss, then the prompts
     long, short = (Work(written=config.test_rows * tokens) for tokens in (MAX_NEW_TOKENS, USUAL_ANSWER))
     validation = Work(read=evaluations * VALIDATION_ROWS * length)

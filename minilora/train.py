@@ -48,7 +48,7 @@ from minilora.training_checkpoint import (
 from minilora.training_config import TrainConfig
 from minilora.training_fingerprint import fingerprint
 from minilora.training_interrupt import StopRequest, TrainingInterrupted
-from minilora.training_log import Record, memory_mb, open_log, read_log
+from minilora.training_log import Record, computes_with, memory_mb, open_log, read_log
 from minilora.training_mode import check_training_mode, training_mode
 from minilora.training_rows import TrainingRows, refuse_unreadable, usable_examples
 
@@ -117,7 +117,8 @@ def train(
     if checkpoint is None:
         for each in adapters.values():
             each.check_before_training(adapter, total_steps)
-    settings = config.decisive() | {"packing": packing}  # as it is for this model: the order of the rows hangs on it
+    # packing as it is for this model: the order of the rows hangs on it; dtype: "auto" may differ on another machine
+    settings = config.decisive() | {"packing": packing, "dtype": computes_with(model)["dtype"]}
     run = fingerprint(model, adapter, parameters, settings, examples, eval_examples)
     saved = read_checkpoint(checkpoint, run) if checkpoint else None
     progress = saved.progress if saved else Progress()

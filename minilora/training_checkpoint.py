@@ -76,6 +76,8 @@ class Progress:
         for name, kind in get_type_hints(Progress).items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} is {getattr(self, name)!r}")
+        if not 1 <= self.loss_scale < math.inf:
+            raise TypeError(f"loss_scale is {self.loss_scale!r}")
 
     def add_step(self, tokens: int, seconds: float) -> None:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds

@@ -17,6 +17,7 @@ from minilora import auto_dtype as module
 from minilora import checkpoint
 from minilora.auto_dtype import DtypeChoice, auto_dtype, slower_than_float32
 from minilora.checkpoint import load, save_pretrained
+from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.save_gguf import save_gguf
 from minilora.save_pretrained import saved_dtype
@@ -143,3 +144,10 @@ def test_the_log_says_what_a_run_computes_in_and_why(fresh, tmp_path, monkeypatc
     assert (by_choice["step"], by_choice["device"], by_choice["dtype"]) == (0, "cpu", "float32")
     assert by_choice["dtype_reason"].startswith('chosen; dtype="auto" would be bfloat16, since a product')
     assert by_itself["dtype"] == "bfloat16" and by_itself["dtype_reason"] == auto_dtype("cpu").reason
+
+
+def test_a_run_resumed_where_auto_is_another_dtype_is_told_so(tmp_path):
+    rows = random_rows(4)
+    run(tiny_model(), rows, tmp_path, max_steps=1)
+    with pytest.raises(InputError, match=r"of another run: dtype was 'float32' and is 'bfloat16'"):
+        run(tiny_model().bfloat16(), rows, tmp_path, max_steps=1, resume="auto")

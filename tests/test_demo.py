@@ -3,13 +3,14 @@ from importlib import import_module
 
 import pytest
 import torch
+from training_helpers import random_rows
 
 from minilora import demo
 from minilora.bfcl import load_bfcl
 from minilora.checkpoint import load
 from minilora.data import encode_rows
 from minilora.demo import BASE, FEW_SHOT, MERGED, TUNED, DemoConfig, run_demo, short_rows
-from minilora.demo_estimate import Speeds, in_words, mean_length
+from minilora.demo_estimate import Speeds, in_words
 from minilora.errors import InputError
 from minilora.general_ability import GeneralAbility, passages, questions
 from minilora.train import TrainConfig, TrainingInterrupted
@@ -72,10 +73,24 @@ def test_it_says_how_long_it_takes_and_offers_less_where_that_is_long(monkeypatc
     asked = asked.made_small() if small else asked
     demo.announce(asked, None, tokenizer, rows)
     said = " ".join(capsys.readouterr().err.split())
-    length = mean_length(encode_rows(rows["train"], tokenizer, asked.train.max_length).examples)
-    seconds = Speeds(speed, 10 * speed, speed).seconds(demo.work(asked, length))
+    examples = encode_rows(rows["train"], tokenizer, asked.train.max_length).examples
+    seconds = Speeds(speed, 10 * speed, speed).seconds(demo.work(asked, examples))
     assert f"about {in_words(seconds)} from here" in said and (seconds > 600) == (speed == 100 and not small)
     assert ("`minilora demo --small` takes about" in said) == offered
+
+
+def test_epochs_are_counted_as_the_trainer_counts_them():
+    examples = random_rows(10)
+    by_steps, by_epochs = (
+        DemoConfig(train=TrainConfig(batch_size=4, eval_every=2, **length))
+        for length in ({"max_steps": 6}, {"epochs": 2})
+    )
+    assert demo.work(by_epochs, examples) == demo.work(by_steps, examples)  # 10 rows are three steps of 4
+
+
+def test_without_a_row_to_score_on_there_is_no_demo():
+    with pytest.raises(InputError, match="test_rows must be at least 1, not 0"):
+        DemoConfig(test_rows=0)
 
 
 def test_the_small_demo_takes_what_is_smaller():

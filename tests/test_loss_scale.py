@@ -1,5 +1,6 @@
 """float16: gradients too small for it arrive, those too large are made again, and nothing else changes."""
 
+import json
 import math
 from importlib import import_module
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from training_helpers import random_rows, run, tiny_model, trained
 
+from minilora.errors import InputError
 from minilora.linear4bit import NF4Linear
 from minilora.loss_scale import FIRST_SCALE, GROWTH_INTERVAL, needs_loss_scale
 from minilora.train import DivergedError
@@ -111,3 +113,14 @@ def test_the_scale_grows_after_many_good_steps_only():
     for _ in range(GROWTH_INTERVAL):
         one.add_step(1, 0.0)
     assert one.loss_scale == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, 0.5, math.inf, math.nan])
+def test_a_scale_that_no_run_can_have_is_damage(tmp_path, scale):
+    run(tiny_model().half(), ROWS, tmp_path, **SETTINGS)
+    state = tmp_path / "checkpoint-000006/trainer_state.json"
+    content = json.loads(state.read_text())
+    content["progress"]["loss_scale"] = scale
+    state.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"cannot resume from .* is damaged: TypeError: loss_scale is"):
+        run(tiny_model().half(), ROWS, tmp_path, resume="auto", **SETTINGS)
