@@ -29,8 +29,8 @@ def wait_briefly() -> bool:
 def main() -> None:
     """Run the command that `sys.argv` names."""
     wait_briefly()
-    from minilora.cli import main as run
-    from minilora.threads import use_available_cores
+    from minilora.app import main as run
+    from minilora.machine import use_available_cores
 
     use_available_cores()
     run()

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.output import print_table, write
 from minilora.errors import InputError
-from minilora.threads import use_available_cores
+from minilora.machine import use_available_cores
 
 # name -> module with `run(rounds, device) -> Result`; that of "train" takes `only` too
 BENCHMARKS = {

@@ -1,8 +1,9 @@
 """gpu: everything that only a GPU can say, in one command: first that the kernels are right on it, then their times.
 
-Correctness is tests/test_kernel*.py, which without a GPU run in Triton's interpreter, and every test marked `gpu`; not
-what is only compiled, for GPUs that are not at hand (test_kernels_aot.py). What fails is named below the times. So is a
-kernel that minilora's own trials have found wrong; those of the shapes that are timed here stay in the user's cache.
+Correctness is the tests of kernels, which without a GPU run in Triton's interpreter, and every test marked `gpu`; not
+what is only compiled, for GPUs that are not at hand (tests/kernels/test_aot.py). What fails is named below the times.
+So is a kernel that minilora's own trials have found wrong; those of the shapes that are timed here stay in the user's
+cache.
 """
 
 import os
@@ -31,11 +32,11 @@ def run(rounds: int | None, device: torch.device) -> Result:
     if device.type != "cuda":
         raise InputError("the benchmark 'gpu' needs a CUDA device; 'kernels' also runs on a CPU")
     started = time.monotonic()
-    of_kernels = [str(path) for path in sorted(TESTS.glob("test_kernel*.py")) if path.stem != "test_kernels_aot"]
-    wrong = failures(of_kernels, TEST_SECONDS)
+    files = [*TESTS.glob("kernels/test_*.py"), *TESTS.glob("*/test_kernel*.py"), TESTS / "nf4/test_dispatch.py"]
+    wrong = failures([str(path) for path in sorted(files) if path.stem != "test_aot"], TEST_SECONDS)
     left = TEST_SECONDS - (time.monotonic() - started)
     # by name: the other files would be imported for nothing, with packages that a GPU's machine may lack
-    of_gpus = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    of_gpus = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     marked = failures([*of_gpus, "-m", "gpu"], max(left, 1.0))
     result = nf4_products.run(rounds, device, seconds=SECONDS - (time.monotonic() - started))
     result.notes += [*wrong, *marked]
@@ -44,7 +45,8 @@ def run(rounds: int | None, device: torch.device) -> Result:
 
 def failures(selection: list[str], seconds: float) -> list[str]:
     """What pytest says of each selected test that fails on this GPU, or cannot be run; [] if none."""
-    options = ["-o", "addopts=-q -rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-o", "addopts=-q -rfE --import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors"]
     if find_spec("xdist"):
         options += ["-n", str(PROCESSES)]
     command = [sys.executable, "-m", "pytest", *options, *selection]

@@ -23,26 +23,27 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.output import Result
-from minilora import nf4_rounding
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
-from minilora.bfcl import load_bfcl
-from minilora.checkpoint import load
-from minilora.data import Example, encode_rows
+from minilora.adapters.attach import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
+from minilora.adapters.layer import AdaptedLayer
+from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.targets import adapted_layers
+from minilora.app.bfcl import load_bfcl
+from minilora.data.examples import Example, encode_rows
 from minilora.errors import InputError
-from minilora.general_ability import passages, perplexity
-from minilora.input_moments import input_moments
-from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRAConfig
-from minilora.low_rank import randomized_svd
-from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
-from minilora.merge_report import compare_changes
-from minilora.model import Transformer
-from minilora.nf4 import dequantize, quantize
+from minilora.evaluation.general_ability import passages, perplexity
+from minilora.formats.load import load
+from minilora.merging.into_nf4 import merge_to_lora, merge_to_nf4
+from minilora.merging.report import compare_changes
+from minilora.models.transformer import Transformer
+from minilora.nf4 import rounding
+from minilora.nf4.codec import dequantize, quantize
+from minilora.nf4.linear import NF4Linear
 from minilora.progress import with_progress
-from minilora.targets import adapted_layers
-from minilora.tokenizer import Tokenizer
-from minilora.train import TrainConfig, train
+from minilora.text.tokenizer import Tokenizer
+from minilora.torch_helpers import randomized_svd
+from minilora.training.config import TrainConfig
+from minilora.training.train import train
+from minilora.variants.calibration.input_moments import input_moments
 
 MODEL = "smollm2-135m-instruct"
 LORA = LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear")
@@ -98,7 +99,7 @@ def _put(layer: AdaptedLayer, W: Tensor) -> None:
 
 def by_gptq_alone(model: Transformer, batches: list[Tensor]) -> None:
     """merge_to_nf4 without coordinate descent."""
-    with patch.object(nf4_rounding, "descend", lambda q, w, c, H: q):
+    with patch.object(rounding, "descend", lambda q, w, c, H: q):
         merge_to_nf4(model, batches)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.nf4_cases import Case, Operation
 from minilora import nf4
-from minilora.kernel_dispatch import quantize, temporary_weight
-from minilora.linear4bit import NF4Linear
+from minilora.nf4.codec import quantize
+from minilora.nf4.dispatch import temporary_weight
+from minilora.nf4.linear import NF4Linear
 
 Call = Callable[[int], Tensor]
 T = TypeVar("T")

@@ -29,8 +29,8 @@ from benchmarks.nf4_plot import plot
 from benchmarks.nf4_targets import share_of_roofline, target_lines
 from benchmarks.output import Result
 from minilora.errors import InputError
-from minilora.kernel_dispatch import trials
-from minilora.kernel_trials import Trials
+from minilora.nf4.dispatch import trials
+from minilora.nf4.kernel_trials import Trials
 from minilora.progress import with_progress
 
 SECONDS = 330.0  # for all cases on a GPU; what is left when they are over is not timed

@@ -18,13 +18,14 @@ from benchmarks.output import Result
 from benchmarks.training_cases import LORA, MAX_GRAD_NORM, MODEL, Case, base_weights, least_work, make_task
 from benchmarks.training_contenders import minilora as contender
 from minilora.auto_dtype import auto_dtype
-from minilora.data import Example, pack
+from minilora.data.batches import pack
+from minilora.data.examples import Example
 from minilora.errors import InputError
-from minilora.kept_weights import keeping_weights
-from minilora.loss import label_tokens, summed_loss
-from minilora.optimizer import make_optimizer
+from minilora.nf4.kept_weights import keeping_weights
 from minilora.progress import with_progress
-from minilora.training_config import TrainConfig
+from minilora.training.config import TrainConfig
+from minilora.training.loss import label_tokens, summed_loss
+from minilora.training.optimizer import make_optimizer
 
 ROUNDS = 4
 BASE, LOW_RANK, HEAD = "products with frozen weights", "products with A and B", "head"

@@ -40,8 +40,8 @@ from benchmarks.training_contenders import ALSO, CONTENDERS, PAD
 from benchmarks.training_plot import figure_size, plot
 from benchmarks.turns import Contender, Runner, Trained
 from minilora.errors import InputError
-from minilora.loss import held_out_loss
 from minilora.progress import with_progress
+from minilora.training.loss import held_out_loss
 
 PEER = "PEFT"
 OPTIONAL = ("TRL", "Unsloth")  # left out where they cannot run; without the others there is nothing to compare

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.bfcl import load_bfcl
-from minilora.checkpoint import Checkpoint
-from minilora.data import Example, batches, encode_rows
+from minilora.adapters.lora import LoRAConfig
+from minilora.app.bfcl import load_bfcl
+from minilora.data.batches import batches
+from minilora.data.examples import Example, encode_rows
 from minilora.errors import InputError
-from minilora.fetch import model_file
-from minilora.gguf_checkpoint import GGUFCheckpoint
-from minilora.lora import LoRAConfig
-from minilora.model import ModelConfig, Transformer
-from minilora.tokenizer import Tokenizer
+from minilora.formats.fetch import model_file
+from minilora.formats.gguf.tokenizer import read_gguf_tokenizer
+from minilora.formats.gguf.weights import GGUFCheckpoint
+from minilora.formats.load import Checkpoint
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
 
 MODEL = "smollm2-135m-instruct"
 DEMO_LENGTH = 180  # tokens; the demo leaves longer rows out
@@ -108,7 +110,7 @@ def make_task(case: Case, steps: int, device: torch.device) -> Task:
     count = steps * case.batch_size
     if case.shape is not None:
         return Task(case, _random_rows(case, count), [], device)
-    tokenizer, splits = Tokenizer.from_gguf(model_file(MODEL)), load_bfcl()
+    tokenizer, splits = read_gguf_tokenizer(model_file(MODEL)), load_bfcl()
     held_out: list[Example] = []
     if case.length is None:
         rows = encode_rows(splits["train"], tokenizer, DEMO_LENGTH).examples[:count]

@@ -30,15 +30,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.training_cases import LORA, MAX_GRAD_NORM, MODEL, SEED, Task, base_weights, start_adapter
 from benchmarks.turns import Contender
-from minilora.adapters import adapter_parameters, add_adapter
-from minilora.checkpoint import assemble, save_pretrained
-from minilora.data import Example, batches
+from minilora.adapters.attach import adapter_parameters, add_adapter
+from minilora.data.batches import batches
+from minilora.data.examples import Example
 from minilora.errors import InputError
-from minilora.fetch import model_file
-from minilora.linear4bit import NF4Linear
-from minilora.nf4 import quantize
-from minilora.tokenizer import Tokenizer
-from minilora.train import TrainConfig, train
+from minilora.formats.fetch import model_file
+from minilora.formats.gguf.tokenizer import read_gguf_tokenizer
+from minilora.formats.load import assemble
+from minilora.formats.save_pretrained import save_pretrained
+from minilora.nf4.codec import quantize
+from minilora.nf4.linear import NF4Linear
+from minilora.text.tokenizer import Tokenizer
+from minilora.training.config import TrainConfig
+from minilora.training.train import train
 
 PAD = 0  # any token: what stands in padding is neither seen nor learned
 PADDING = cast(Tokenizer, SimpleNamespace(pad_token_id=PAD))  # all that `train` asks of a tokenizer here
@@ -118,7 +122,7 @@ def unsloth(task: Task) -> Contender:
     case = task.case
     with TemporaryDirectory() as folder:
         base = assemble(base_weights(case, task.device), case.quantize, True, 64, case.dtype, task.device)
-        save_pretrained(base, Tokenizer.from_gguf(model_file(MODEL)), folder, in_4_bits=case.quantize)
+        save_pretrained(base, read_gguf_tokenizer(model_file(MODEL)), folder, in_4_bits=case.quantize)
         del base
         model, _ = fast.from_pretrained(
             folder, max_seq_length=case.length, dtype=case.dtype, load_in_4bit=case.quantize

@@ -19,8 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.measure import peak_memory_mb, reset_peak_memory
 from minilora.errors import InputError
+from minilora.machine import use_available_cores
 from minilora.progress import silent
-from minilora.threads import use_available_cores
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """LoRA and QLoRA from scratch: small enough to read, exact enough to trust, fast enough to use."""
 
 from minilora import nf4, variants
-from minilora.adapted_layer import LoRALinear
 from minilora.adapters import (
+    LoRAConfig,
+    LoRALinear,
     adapter_names,
+    adapters_for_rows,
     add_adapter,
     after_step,
+    combine_adapters,
     delete_adapter,
     disable_adapters,
     merge,
@@ -15,27 +18,15 @@ from minilora.adapters import (
     unload,
     unmerge,
 )
-from minilora.checkpoint import load, save_pretrained
-from minilora.combine import combine_adapters
 from minilora.data import load_rows, show_example
 from minilora.errors import InputError
-from minilora.evaluate import compare, evaluate
-from minilora.general_ability import general_ability
-from minilora.generate import generate
-from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRAConfig
-from minilora.merge_nf4 import merge_to_lora, merge_to_nf4
-from minilora.merge_report import merge_report
-from minilora.mixed_batch import adapters_for_rows
-from minilora.peft_format import load_adapter, save_adapter
-from minilora.save_adapter_gguf import save_adapter_gguf
-from minilora.save_gguf import save_gguf
-from minilora.train import TrainConfig, train
-from minilora.variants.adalora import AdaLoRAConfig
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
-from minilora.variants.lokr import LoKrConfig
-from minilora.variants.vera import VeRAConfig
+from minilora.evaluation import compare, evaluate, general_ability, generate
+from minilora.formats import load, load_adapter, save_adapter, save_pretrained
+from minilora.formats.gguf import save_adapter_gguf, save_gguf
+from minilora.merging import merge_report, merge_to_lora, merge_to_nf4
+from minilora.nf4 import NF4Linear
+from minilora.training import TrainConfig, language_model_loss, train
+from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig
 
 __version__ = "0.1.0"
 
@@ -80,6 +71,7 @@ __all__ = [
     # use
     "TrainConfig",
     "train",
+    "language_model_loss",
     "generate",
     "evaluate",
     "compare",

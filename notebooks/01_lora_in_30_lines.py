@@ -173,8 +173,8 @@ assert worst < 1e-6
 # less in bfloat16. Its formula is still this one:
 
 # %%
-from minilora.adapted_layer import LoRALinear as MiniloraLinear  # noqa: E402
-from minilora.lora import LoRA, LoRAConfig  # noqa: E402
+from minilora.adapters import LoRA, LoRAConfig  # noqa: E402
+from minilora.adapters import LoRALinear as MiniloraLinear  # noqa: E402
 
 grown_up = MiniloraLinear(base)
 grown_up.adapters["default"] = LoRA(base, LoRAConfig(r=4, lora_alpha=8))

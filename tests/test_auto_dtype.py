@@ -7,21 +7,21 @@ import sys
 
 import pytest
 import torch
-from chat_helpers import CHATML, tiny
-from model_helpers import SHAPE, transformers_model
+from helpers.chat import CHATML, tiny
+from helpers.models import SHAPE, transformers_model
+from helpers.training import random_rows, run, tiny_model
 from safetensors.torch import load_file
-from training_helpers import random_rows, run, tiny_model
 from transformers import LlamaConfig
 
 from minilora import auto_dtype as module
-from minilora import checkpoint
 from minilora.auto_dtype import DtypeChoice, auto_dtype, slower_than_float32
-from minilora.checkpoint import load, save_pretrained
 from minilora.errors import InputError
-from minilora.linear4bit import NF4Linear
-from minilora.save_gguf import save_gguf
-from minilora.save_pretrained import saved_dtype
-from minilora.training_log import read_log
+from minilora.formats.gguf.save_model import save_gguf
+from minilora.formats.load import load
+from minilora.formats.save_pretrained import save_pretrained, saved_dtype
+from minilora.nf4.linear import NF4Linear
+from minilora.text.tokenizer_files import save_tokenizer
+from minilora.training.log import read_log
 
 PROBE = "import torch; from minilora.auto_dtype import auto_dtype; print(auto_dtype('cpu').dtype)"
 WITHOUT_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -88,12 +88,14 @@ def folder(tmp_path):
     transformers_model(LlamaConfig(**SHAPE | {"vocab_size": 320, "intermediate_size": 128})).half().save_pretrained(
         tmp_path / "model"
     )
-    tiny(CHATML).save(tmp_path / "model")
+    save_tokenizer(tiny(CHATML), tmp_path / "model")
     return tmp_path / "model"
 
 
 def choose(monkeypatch, dtype):
-    monkeypatch.setattr(checkpoint, "auto_dtype", lambda device: DtypeChoice(dtype, "for a test"))
+    monkeypatch.setattr(
+        sys.modules["minilora.formats.load"], "auto_dtype", lambda device: DtypeChoice(dtype, "for a test")
+    )
 
 
 @pytest.mark.parametrize("quantize", ["nf4", None])
@@ -109,7 +111,7 @@ def test_load_computes_in_what_auto_comes_to_and_says_so_once(fresh, folder, mon
 
 
 def test_a_slow_dtype_that_was_asked_for_is_taken_with_a_remark(fresh, folder, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "slower_than_float32", lambda dtype: 9.7)
+    monkeypatch.setattr(sys.modules["minilora.formats.load"], "slower_than_float32", lambda dtype: 9.7)
     model, _ = load(folder, dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert "bfloat16 takes 10 times as long as in float32 on this CPU" in capsys.readouterr().err

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in_device import StandInDevice, has_mps_kernel
+from helpers.stand_in_device import StandInDevice, has_mps_kernel
+from helpers.training import LLAMA, random_rows, run, tiny_base, tiny_model, trained
 from torch import Tensor, nn
-from training_helpers import LLAMA, random_rows, run, tiny_base, tiny_model, trained
 
 import minilora as ml
 from minilora import devices, nf4
-from minilora.data import collate
-from minilora.generate import generate_tokens
-from minilora.loss import held_out_loss
-from minilora.merge_nf4 import merge_to_nf4
-from minilora.model import ModelConfig, Transformer
-from minilora.random_states import set_torch_random_states, torch_random_states
-from minilora.sampling import Sampling
+from minilora.data.batches import collate
+from minilora.evaluation.generate import generate_tokens
+from minilora.evaluation.sampling import Sampling
+from minilora.merging.into_nf4 import merge_to_nf4
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4 import codec
+from minilora.training.loss import held_out_loss, language_model_loss
+from minilora.training.random_states import set_torch_random_states, torch_random_states
 from minilora.variants import eva, lora_ga
 
 # Sums of some dozen float32 numbers, added in another order (attention, AdamW); a wrong path is off by far more.
@@ -31,7 +33,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 def device(request: pytest.FixtureRequest) -> Iterator[StandInDevice]:
     with StandInDevice(request.param) as device:
         yield device
-    for table in (nf4.code, nf4.dynamic_map, nf4.byte_pairs, nf4._rounding_table):
+    for table in (nf4.code, nf4.dynamic_map, codec.byte_pairs, codec._rounding_table):
         table.cache_clear()
 
 
@@ -166,7 +168,7 @@ def test_starts_that_look_at_data(device: StandInDevice, start: Any) -> None:
         model = tiny_base().to(kind)
         ml.add_adapter(model, config)
         batch = {key: value.to(kind) for key, value in collate(random_rows(6), 0)._asdict().items()}
-        start.initialize(model, [batch])
+        start.initialize(model, [batch], forward=language_model_loss)
         return on_cpu({name: p for name, p in model.named_parameters() if "lora" in name})
 
     torch.testing.assert_close(results(device.device), results("cpu"), **CLOSE)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_cells import (
+from helpers.parity import HALF, Cell
+from helpers.parity_cells import (
     AGAINST_PEFT,
     CELLS,
     CRASHES,
@@ -27,8 +28,7 @@ from parity_cells import (
     used,
     wrong,
 )
-from parity_helpers import HALF, Cell
-from parity_table import document, ratios
+from helpers.parity_table import document, ratios
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "parity.md"
 

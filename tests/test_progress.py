@@ -12,7 +12,7 @@ from typing import Any
 import nbclient
 import nbformat
 import pytest
-from terminal_helpers import Terminal
+from helpers.terminal import Terminal
 
 from minilora import progress
 from minilora.progress import Stage, progress_bar, silent, with_progress

@@ -11,15 +11,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from chat_helpers import CHATML, assistant, tiny, user
-from training_helpers import LLAMA, random_rows, run, tiny_base, tiny_model
+from helpers.chat import CHATML, assistant, tiny, user
+from helpers.training import LLAMA, random_rows, run, tiny_base, tiny_model
 
 import minilora as ml
 import minilora.testing
-from minilora import fetch
-from minilora.fetch import Wheel
-from minilora.model import ModelConfig, Transformer
-from minilora.tokenizer import Tokenizer
+from minilora.formats import fetch
+from minilora.formats.fetch import Wheel
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.text.tokenizer import Tokenizer
+from minilora.training.loss import language_model_loss
 from minilora.variants import eva, lora_ga
 
 BATCHES = [torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -56,13 +58,13 @@ def train(folder: Path) -> None:
 def start_from_data(start: str, folder: Path) -> None:
     model = tiny_base()
     ml.add_adapter(model, ml.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=start))
-    {"eva": eva, "lora_ga": lora_ga}[start].initialize(model, BATCHES)
+    {"eva": eva, "lora_ga": lora_ga}[start].initialize(model, BATCHES, forward=language_model_loss)
 
 
 def lora_ga_in_parts(folder: Path) -> None:
     model = tiny_base()
     ml.add_adapter(model, ml.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights="lora_ga"))
-    lora_ga.initialize(model, BATCHES, layers_at_once=10)
+    lora_ga.initialize(model, BATCHES, layers_at_once=10, forward=language_model_loss)
 
 
 def combine(folder: Path) -> None:

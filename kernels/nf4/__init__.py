@@ -12,7 +12,7 @@
 
 No GPU has run them yet, only Triton's interpreter; they compile for sm_80, sm_90 and sm_100 without spills. NF4Linear
 uses one where it has shown, on the GPU at hand, that it is right and faster than PyTorch's own operations
-(minilora/kernel_trials.py). Needs Triton (`pip install minilora[gpu]`), which nothing else in minilora does.
+(minilora/nf4/kernel_trials.py). Needs Triton (`pip install minilora[gpu]`), which nothing else in minilora does.
 
 The folder above has no __init__.py: as a package it would hide PyPI's `kernels`, which bitsandbytes and transformers
 import where it is installed, from a Python that is started in the repository's root.

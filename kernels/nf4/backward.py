@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.nf4 import QuantizedTensor
+from minilora.nf4.codec import QuantizedTensor
 
 from .codes import block_absmax, buffers, check_rows, decode, dot_dtype, split_of, tile
 

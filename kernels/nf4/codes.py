@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora.errors import InputError
-from minilora.kernel_dispatch import blocks_lie_in_rows
-from minilora.nf4 import QuantizedTensor, byte_pairs, code, dynamic_map
+from minilora.nf4.codec import QuantizedTensor, blocks_lie_in_rows, byte_pairs, code, dynamic_map
 
 NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.NESTED_BLOCK_SIZE
 

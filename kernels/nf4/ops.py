@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.nf4 import QuantizedTensor
+from minilora.nf4.codec import QuantizedTensor
 
 from . import backward, dequantize, gemv, matmul, quantize
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minilora import nf4
+from minilora.nf4 import codec
 
 from . import ops
 
@@ -36,24 +36,24 @@ def _quantized(kernel: str, draw: partial[Tensor], dtype: torch.dtype, size: int
     for N in ADDED:
         w = (draw(N, 3 * size) * draw(N, 1)).view(-1)
         w[: 2 * size] = 0  # a block of zeros, and one of ties
-        w[size : size + 15], w[size + 15] = nf4.midpoints(nf4.code(w.device)), 1
-        ours, theirs = ops.nf4_quantize(w.to(dtype), size), nf4.quantize_whole_blocks(w.to(dtype), size)
+        w[size : size + 15], w[size + 15] = codec.midpoints(codec.code(w.device)), 1
+        ours, theirs = ops.nf4_quantize(w.to(dtype), size), codec.quantize_whole_blocks(w.to(dtype), size)
         for name, a, b in zip(("codes", "absmax"), ours, theirs, strict=True):
             yield unequal_bytes(a, b) and f"{name} of {w.numel()} weights: {unequal_bytes(a, b)}"
 
 
 def _dequantized(kernel: str, draw: partial[Tensor], dtype: torch.dtype, size: int, double: bool) -> Iterator[str]:
     for N, K in ((128, 3 * size), (130, 3 * size), (131, 2 * size + 5)):  # the last block of the last is not whole
-        q = nf4.quantize(draw(N, K) * draw(N, 1), size, double)
+        q = codec.quantize(draw(N, K) * draw(N, 1), size, double)
         W = ops.nf4_dequantize(*ops.packed(q), dtype)
-        unequal = unequal_bytes(W, nf4.dequantize(q, dtype))
+        unequal = unequal_bytes(W, codec.dequantize(q, dtype))
         yield unequal and f"{N}x{K}: {unequal}"
 
 
 def _products(kernel: str, draw: partial[Tensor], dtype: torch.dtype, size: int, double: bool) -> Iterator[str]:
     for N, K in ((128, 9 * size), (130, 3 * size)):
-        q = nf4.quantize(draw(N, K) * draw(N, 1) / K**0.5, size, double)
-        W = nf4.dequantize(q, torch.float32 if kernel == "gemv" else dtype).double()  # gemv does not round W
+        q = codec.quantize(draw(N, K) * draw(N, 1) / K**0.5, size, double)
+        W = codec.dequantize(q, torch.float32 if kernel == "gemv" else dtype).double()  # gemv does not round W
         for M in ROWS[kernel]:
             if kernel == "backward":
                 g = draw(M, N).to(dtype)

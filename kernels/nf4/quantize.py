@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.nf4 import TINY, code, midpoints
+from minilora.nf4.codec import TINY, code, midpoints
 
 BLOCKS = 64  # of 64 in one program
 

@@ -16,8 +16,7 @@ Needs nothing but what minilora needs. The guide is docs/write_your_own_variant.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from minilora.adapter import AdapterConfig
-from minilora.adapters import add_adapter
+from minilora.adapters import AdapterConfig, add_adapter
 from minilora.progress import with_progress
 from minilora.testing import arithmetic, life
 from minilora.testing.trial import CHECKS, Add, Check, example_input

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapter import Adapter
-from minilora.adapters import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
-from minilora.lora import LoRAConfig
+from minilora.adapters import (
+    AdaptedLayer,
+    Adapter,
+    LoRAConfig,
+    add_adapter,
+    disable_adapters,
+    merge,
+    set_adapter,
+    unload,
+    unmerge,
+)
 from minilora.testing.trial import (
     LAYERS,
     NAMES,

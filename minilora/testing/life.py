@@ -8,11 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapters import BASE, after_step, disable_adapters, regularization, set_adapter, trainable_parameters
+from minilora.adapters import (
+    BASE,
+    AdaptedLayer,
+    adapters_for_rows,
+    after_step,
+    disable_adapters,
+    regularization,
+    set_adapter,
+    trainable_parameters,
+)
 from minilora.errors import InputError
-from minilora.mixed_batch import adapters_for_rows
-from minilora.peft_format import load_adapter, save_adapter
+from minilora.formats import load_adapter, save_adapter
 from minilora.testing.trial import (
     LAYERS,
     NAMES,

@@ -10,11 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapter import Adapter, AdapterConfig, adapter_class
-from minilora.adapters import adapters_named, add_adapter
+from minilora.adapters import AdaptedLayer, Adapter, AdapterConfig, adapter_class, adapters_named, add_adapter
 from minilora.errors import InputError
-from minilora.linear4bit import NF4Linear
+from minilora.nf4 import NF4Linear
 
 NAMES = ("first", "second")  # the two layers of every model here, and so the target_modules
 

@@ -1,23 +1,22 @@
-"""The variants of LoRA, one file each; importing this package registers them all."""
+"""The variants of LoRA, one file each; importing this package registers them all.
 
-from minilora.variants import (
-    adalora,
-    dora,
-    eva,
-    ia3,
-    loftq,
-    loha,
-    lokr,
-    lora_fa,
-    lora_ga,
-    lora_plus,
-    olora,
-    orthogonal,
-    pissa,
-    vera,
-)
+Read pissa.py first, as the shortest start, and dora.py as another forward pass. docs/write_your_own_variant.md is the
+guide. calibration/ is what those share that look at data.
+"""
+
+from minilora.variants import adalora, dora, eva, ia3, loftq, loha, lokr, lora_ga, olora, orthogonal, pissa, vera
+from minilora.variants.adalora import AdaLoRAConfig
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 __all__ = [
+    "AdaLoRAConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
+    "VeRAConfig",
     "adalora",
     "dora",
     "eva",
@@ -25,9 +24,7 @@ __all__ = [
     "loftq",
     "loha",
     "lokr",
-    "lora_fa",
     "lora_ga",
-    "lora_plus",
     "olora",
     "orthogonal",
     "pissa",

@@ -26,10 +26,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, register
+from minilora.adapters import Adapter, ConvKind, LoRAConfig, register
 from minilora.errors import InputError
-from minilora.layer_kinds import ConvKind
-from minilora.lora import LoRAConfig
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 

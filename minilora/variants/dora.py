@@ -12,9 +12,8 @@ Liu et al. 2024, arXiv 2402.09353: equation 5, and section 4.3 for the norm held
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import AdapterConfig, Below, register, without_autocast
-from minilora.layer_kinds import ConvKind
-from minilora.lora import LoRA, LoRAConfig
+from minilora.adapters import AdapterConfig, Below, ConvKind, LoRA, LoRAConfig, register
+from minilora.torch_helpers import without_autocast
 
 
 @register

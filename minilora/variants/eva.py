@@ -8,7 +8,8 @@ The adapters have rank budget together as without EVA, r a layer. It goes to the
 wherever they are: a layer gets as many as it has among them, none to r·rho. Layers with equal inputs (q, k and v) share
 one decomposition, and batches are taken until all components in use have settled.
 
-    add_adapter(model, LoRAConfig(init_lora_weights="eva", …));  eva.initialize(model, batches)
+    add_adapter(model, LoRAConfig(init_lora_weights="eva", …))
+    eva.initialize(model, batches, forward=minilora.language_model_loss)
 
 Paischer et al. 2024, arXiv 2410.07170, section 3. Numbers as PEFT's.
 """
@@ -26,14 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters import build_adapters, disable_adapters, refuse_merged, replace_adapters
-from minilora.calibration import Forward, as_list, as_mapping, language_model_loss, loras_named
+from minilora.adapters import (
+    LoRA,
+    LoRAConfig,
+    build_adapters,
+    disable_adapters,
+    evaluating,
+    kaiming,
+    refuse_merged,
+    register_initialization,
+    replace_adapters,
+    require_linear,
+)
 from minilora.errors import InputError
-from minilora.incremental_pca import IncrementalPCA
-from minilora.initialization import kaiming, register_initialization, require_linear
-from minilora.lora import LoRA, LoRAConfig
 from minilora.progress import progress_bar
-from minilora.training_mode import evaluating
+from minilora.variants.calibration import Forward, IncrementalPCA, as_list, as_mapping, loras_named
 
 MOST_PASSES = 100  # over the batches, for components that do not settle
 
@@ -71,13 +79,11 @@ def eva(adapter: LoRA, layer: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize(
-    model: nn.Module, batches: Iterable[Any], name: str = "default", forward: Forward = language_model_loss
-) -> None:
+def initialize(model: nn.Module, batches: Iterable[Any], name: str = "default", *, forward: Forward) -> None:
     """Make the adapter anew by EVA: ranks, lora_alpha, A; a layer of rank 0 loses its adapter. Before the optimizer.
 
-    batches, forward: see minilora.calibration; the loss itself is not used. Batches are read once and kept, and gone
-    through, again if need be, until the components have settled. What else the adapter trains starts anew too.
+    batches, forward: see variants/calibration/batches.py; the loss itself is not used. Batches are read once and kept,
+    and gone through, again if need be, until the components have settled. What else the adapter trains starts anew too.
     Memory: one layer's inputs, and r·rho components for each different input.
     Raises InputError for another adapter's name or initialisation, batches of fewer tokens than r·rho, and where the
     components do not settle. The model is then unchanged.

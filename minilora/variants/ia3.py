@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, AdapterConfig, Below, register
+from minilora.adapters import Adapter, AdapterConfig, Below, ConvKind, EmbeddingKind, register
 from minilora.errors import InputError
-from minilora.layer_kinds import ConvKind, EmbeddingKind
 
 
 @dataclass(frozen=True, kw_only=True)

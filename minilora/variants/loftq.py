@@ -17,12 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters import LoRA, NF4Kind, register_initialization, weight_to_decompose
 from minilora.errors import InputError
-from minilora.initialization import register_initialization, weight_to_decompose
-from minilora.layer_kinds import NF4Kind
-from minilora.linear4bit import NF4Linear
-from minilora.lora import LoRA
-from minilora.nf4 import dequantize, quantize
+from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.variants.pissa import halves
 
 

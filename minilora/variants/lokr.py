@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import register
+from minilora.adapters import register
 from minilora.errors import InputError
 from minilora.variants.loha import tucker
 from minilora.variants.lycoris import Lycoris, LycorisConfig, empty, wide

@@ -5,7 +5,8 @@
     B₀ = the other r columns of U S, times a factor  which factor: `scale`
     ΔW = s·(BA − B₀A₀)                               W stays as it is
 
-    add_adapter(model, LoRAConfig(init_lora_weights="lora_ga", …));  lora_ga.initialize(model, batches)
+    add_adapter(model, LoRAConfig(init_lora_weights="lora_ga", …))
+    lora_ga.initialize(model, batches, forward=minilora.language_model_loss)
 
 Wang et al. 2024, arXiv 2407.05000, section 3. Numbers as PEFT's, which multiplies B₀ by S. One is not: for
 transformers' Conv1D, PEFT 0.21 takes the number of inputs for out_features in the scale "stable".
@@ -23,14 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.adapted_layer import AdaptedLayer
-from minilora.adapters import disable_adapters, refuse_merged
-from minilora.calibration import Forward, as_list, language_model_loss, loras_named
+from minilora.adapters import (
+    AdaptedLayer,
+    LoRA,
+    disable_adapters,
+    kaiming,
+    refuse_merged,
+    register_initialization,
+    weight_to_decompose,
+)
 from minilora.errors import InputError
-from minilora.initialization import kaiming, register_initialization, weight_to_decompose
-from minilora.lora import LoRA
-from minilora.low_rank import randomized_svd
 from minilora.progress import with_progress
+from minilora.torch_helpers import randomized_svd
+from minilora.variants.calibration import Forward, as_list, loras_named
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -71,14 +77,16 @@ def initialize(
     model: nn.Module,
     batches: Iterable[Any],
     name: str = "default",
-    forward: Forward = language_model_loss,
+    *,
+    forward: Forward,
     layers_at_once: int | None = None,
 ) -> None:
     """Start the adapter from the gradients of the weights over these batches. Before the optimizer is made.
 
-    batches, forward: see minilora.calibration. The gradient is that of the mean loss of a batch, averaged over the
-    batches, of the base model in the mode (train or eval) in which it is. It is computed from the inputs and the
-    gradients of the outputs of each layer, so that a base in 4 bits has one too, in float32 whatever the model's dtype.
+    batches, forward: see variants/calibration/batches.py. The gradient is that of the mean loss of a batch, averaged
+    over the batches, of the base model in the mode (train or eval) in which it is. It is computed from the inputs and
+    the gradients of the outputs of each layer, so that a base in 4 bits has one too, in float32 whatever the model's
+    dtype.
     A layer through which no gradient flows (an expert that no token chose) starts as without LoRA-GA.
     Memory: what training of these layers in full would take without an optimizer, 4 bytes a weight; with
     layers_at_once=n, for n layers at a time, at the price of going through the batches as many times more.

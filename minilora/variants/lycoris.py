@@ -13,10 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, AdapterConfig
+from minilora.adapters import Adapter, AdapterConfig, ConvKind, first_match
 from minilora.errors import InputError
-from minilora.layer_kinds import ConvKind
-from minilora.lora import first_match
 
 
 @dataclass(frozen=True, kw_only=True)

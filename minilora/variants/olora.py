@@ -9,8 +9,7 @@ Büyükakyüz 2024, arXiv 2406.01775, section 3.
 import torch
 from torch import nn
 
-from minilora.initialization import register_initialization, weight_to_decompose
-from minilora.lora import LoRA
+from minilora.adapters import LoRA, register_initialization, weight_to_decompose
 
 
 @register_initialization("olora")

@@ -9,9 +9,8 @@ PEFT has it from a blog post, https://datta0.github.io/posts/rethink-lora-init/,
 import torch
 from torch import nn
 
+from minilora.adapters import LoRA, register_initialization, require_linear
 from minilora.errors import InputError
-from minilora.initialization import register_initialization, require_linear
-from minilora.lora import LoRA
 
 
 @register_initialization("orthogonal")

@@ -5,15 +5,14 @@
 
 "pissa" takes the whole decomposition, "pissa_niter_4" a randomized one with 4 iterations, in a fraction of the time.
 
-Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 4. The randomized decomposition: minilora/low_rank.py.
+Meng et al. 2024, arXiv 2404.02948, section 3, equations 2 to 4. The randomized one: minilora/torch_helpers.py.
 """
 
 import torch
 from torch import Tensor, nn
 
-from minilora.initialization import register_initialization, weight_to_decompose
-from minilora.lora import LoRA
-from minilora.low_rank import randomized_svd
+from minilora.adapters import LoRA, register_initialization, weight_to_decompose
+from minilora.torch_helpers import randomized_svd
 
 
 @register_initialization("pissa(_niter_[0-9]+)?")

@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, AdapterConfig, register
+from minilora.adapters import Adapter, AdapterConfig, kind_of, register
 from minilora.errors import InputError
-from minilora.layer_kinds import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)

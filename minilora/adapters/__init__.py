@@ -1,0 +1,108 @@
+"""Adapters on a model: LoRA, the contract that every variant fulfils, and putting them on, off, and together.
+
+Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters) and attach.py (add_adapter and
+what follows). targets.py finds the layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
+"""
+
+from minilora.adapters.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
+from minilora.adapters.attach import (
+    BASE,
+    adapter_names,
+    adapter_parameters,
+    adapters_named,
+    add_adapter,
+    after_step,
+    attach,
+    build_adapters,
+    delete_adapter,
+    disable_adapters,
+    merge,
+    refuse_merged,
+    refuse_switched_off,
+    regularization,
+    replace_adapters,
+    set_adapter,
+    summed_regularization,
+    trainable_parameters,
+    unload,
+    unmerge,
+)
+from minilora.adapters.combine import combine_adapters
+from minilora.adapters.evaluating import evaluating
+from minilora.adapters.initialization import kaiming, register_initialization, require_linear, weight_to_decompose
+from minilora.adapters.layer import AdaptedLayer, LoRALinear
+from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, NF4Kind, TransposedLinearKind, kind_of
+from minilora.adapters.lora import LoRA, LoRAConfig, first_match
+from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
+from minilora.adapters.mixed_batch import adapters_for_rows, refuse_row_names
+from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
+from minilora.adapters.targets import (
+    adapted_layers,
+    find_targets,
+    input_embedding,
+    modules_before_adapters,
+    output_head,
+    tied_head,
+)
+from minilora.adapters.trained_parts import Part, TrainedCopy
+
+__all__ = [
+    "AdaptedLayer",
+    "Adapter",
+    "AdapterConfig",
+    "BASE",
+    "Below",
+    "ConvKind",
+    "EmbeddingKind",
+    "LoRA",
+    "LoRAConfig",
+    "LoRALinear",
+    "NF4Kind",
+    "Part",
+    "TrainedCopy",
+    "TransposedLinearKind",
+    "adapted_layers",
+    "adapter_class",
+    "adapter_names",
+    "adapter_parameters",
+    "adapters_for_rows",
+    "adapters_named",
+    "adapters_to_write",
+    "add_adapter",
+    "after_step",
+    "attach",
+    "build_adapters",
+    "check_derived_start",
+    "combine_adapters",
+    "config_class",
+    "delete_adapter",
+    "dense_tensors",
+    "disable_adapters",
+    "evaluating",
+    "find_targets",
+    "first_match",
+    "input_embedding",
+    "kaiming",
+    "kind_of",
+    "layer_and_acting",
+    "layers_with_weights",
+    "merge",
+    "modules_before_adapters",
+    "not_derivable",
+    "output_head",
+    "refuse_merged",
+    "refuse_row_names",
+    "refuse_switched_off",
+    "register",
+    "register_initialization",
+    "regularization",
+    "replace_adapters",
+    "require_linear",
+    "set_adapter",
+    "summed_regularization",
+    "tied_head",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
+    "weight_to_decompose",
+]

@@ -1,0 +1,341 @@
+"""Adapters on a whole model: attach, name, switch, merge, take off. Works on any nn.Module."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.adapted_module import adapted
+from minilora.adapters.adapter import Adapter, AdapterConfig, adapter_class
+from minilora.adapters.input_gradients import follow_checkpointing, forget_checkpointing
+from minilora.adapters.layer import AdaptedLayer
+from minilora.adapters.parameter_lora import parameter_updates
+from minilora.adapters.targets import (
+    adapted_layers,
+    check_every_name_matches,
+    check_every_pattern_matches,
+    find_targets,
+    modules_before_adapters,
+)
+from minilora.adapters.trained_parts import add_parts
+from minilora.adapters.tying import check_tie, settle_tie
+from minilora.errors import InputError
+from minilora.nf4 import NF4Linear
+from minilora.progress import with_progress
+
+BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
+
+# --- on, off, and which one ------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> None:
+    """Put a new adapter on every targeted layer and make it the active one; the first adapter freezes the model.
+
+    Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
+    """
+    if not isinstance(config, AdapterConfig):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise InputError(f"a {kind} is no configuration of an adapter: give one of minilora's, such as LoRAConfig")
+    check_every_name_matches(model, config)
+    check_new_name(model, name)
+    targets = find_targets(model, config)
+    check_every_pattern_matches(model, config, targets)
+    adapters = build_adapters(model, config, targets)
+    check_tie(model, config, adapters)
+    attach(model, adapters, name)
+
+
+def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
+    """An adapter for the layer at each of these paths and all else that the configuration trains, not yet on the model.
+
+    By path, on the layer's device.
+    """
+    variant = adapter_class(config)
+    layers = {path: model.get_submodule(path) for path in targets}
+    bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
+    shared = variant.share(config, bases)
+    adapters: dict[str, Adapter] = {}
+    # a start like PiSSA's takes every weight apart
+    for path, base in with_progress(bases.items(), len(bases), "Making adapters", "layers"):
+        adapters[path] = variant.build(base, config, path, shared)
+    adapters |= parameter_updates(model, config)
+    add_parts(model, config, adapters)
+    modules = modules_before_adapters(model)
+    return {
+        path: adapter.to(_device(modules[path])).train(modules[path].training) for path, adapter in adapters.items()
+    }
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight lies; a packed one is a buffer."""
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+    """Put these adapters on the layers at their paths under one name, and make it the active one."""
+    check_new_name(model, name)
+    refuse_merged(model)
+    refuse_switched_off(model, f"{name!r} is added")
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if isinstance(layer, AdaptedLayer) and adapter.base_for(layer.base_layer) is not layer.base_layer:
+            raise InputError(
+                f"{path} has an adapter, and {name!r} would change the layer under it: unload(model) first"
+            )
+    if not adapter_names(model):
+        model.requires_grad_(False)
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            layer = adapted(adapter.base_for(layer))
+            if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                layer.register_forward_hook(_is_called)
+            _replace(model, path, layer)
+        layer.adapters[name] = adapter
+    follow_checkpointing(model)
+    set_adapter(model, name)
+
+
+def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
+    """Put these adapters in the place of those of this name; a layer left without any adapter is plain again."""
+    refuse_merged(model)
+    for path, layer in adapted_layers(model).items():
+        if path in adapters:
+            layer.adapters[name] = adapters[path].requires_grad_(name in layer.active)
+        elif name in layer.adapters:
+            del layer.adapters[name]
+            if not layer.adapters:
+                _replace(model, path, layer.base_layer)
+
+
+def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
+    """Nothing; but where a layer has a hook, torch's TransformerEncoderLayer calls it instead of reading its weight."""
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str):
+        raise InputError(f"an adapter's name is a word, not {name!r}")
+    if name in adapter_names(model):
+        raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
+        raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters on the model, sorted."""
+    return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """The adapters of this name by the path of their layer, in the model's order.
+
+    Raises InputError where the model has none.
+    """
+    check_names(model, [name])
+    layers = adapted_layers(model).items()
+    return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
+
+
+def set_adapter(model: nn.Module, names: str | list[str]) -> None:
+    """Make these adapters, and no others, act and train; the updates of several add up.
+
+    Raises InputError for a name that the model does not have or that is given twice, and on a merged model.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    check_names(model, names)
+    if len(set(names)) < len(names):
+        raise InputError(f"{names} has a name twice, whose update would count twice: give each once")
+    refuse_merged(model)
+    for path, layer in adapted_layers(model).items():
+        together = [name for name in names if name in layer.adapters]
+        if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
+            raise InputError(f"{together} cannot act together: one of them puts a {path} in the place of all else")
+    for layer in adapted_layers(model).values():
+        layer.active = list(names)
+        for name, adapter in layer.adapters.items():
+            adapter.requires_grad_(name in names)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take this adapter off and forget it; a layer without any other is the plain layer again.
+
+    The other active adapters stay active; where it was the only one, the model is the base model until `set_adapter`.
+    Raises InputError for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a
+    merged model.
+    """
+    check_names(model, [name])
+    refuse_merged(model)
+    if any(layer.row_names and name in layer.row_names.names for layer in adapted_layers(model).values()):
+        raise InputError(f"{name!r} is in use for rows of a batch: delete it after `with adapters_for_rows(...)`")
+    for path, layer in adapted_layers(model).items():
+        layer.active = [other for other in layer.active if other != name]
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not layer.adapters:
+            _replace(model, path, layer.base_layer)
+    if not adapter_names(model):
+        forget_checkpointing(model)
+
+
+def check_names(model: nn.Module, names: list[str]) -> None:
+    existing = adapter_names(model)
+    for name in names:
+        if name not in existing:
+            has = f"it has {existing}" if existing else "it has none yet: add_adapter or load_adapter puts one on"
+            raise InputError(f"the model has no adapter named {name!r}; {has}")
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory."""
+    layers = list(adapted_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+# --- merge and take off ----------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module, safe: bool = True) -> None:
+    """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
+
+    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
+    saves the time of looking. Raises it too where the model has adapters and none of them is active.
+    """
+    layers = adapted_layers(model)
+    if layers and not any(layer.active for layer in layers.values()):
+        raise InputError(f"no adapter is active, to be merged: set_adapter chooses among {adapter_names(model)}")
+    try:
+        for path, layer in with_progress(layers.items(), len(layers), "Merging", "layers"):
+            layer.merge(path, safe)
+    except BaseException:
+        unmerge(model)
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`: every layer is what it was, bit for bit."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+def unload(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
+
+    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too. Raises
+    InputError as `merge` does.
+    """
+    (_merge if merge else unmerge)(model)
+    for path, layer in adapted_layers(model).items():
+        _replace(model, path, layer.base_layer)
+    forget_checkpointing(model)
+    if merge:
+        settle_tie(model)
+    return model
+
+
+_merge = merge  # under a name that unload's argument does not hide
+
+
+def refuse_switched_off(model: nn.Module, before: str) -> None:
+    """Raise InputError inside `disable_adapters`, which is to be left before what the words say."""
+    if not all(layer.enabled for layer in adapted_layers(model).values()):
+        raise InputError(f"adapters are switched off here: leave disable_adapters before {before}")
+
+
+def refuse_merged(model: nn.Module) -> None:
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise InputError("the adapters are merged into the weights: call unmerge(model) first")
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """The adapter's parameters by `<path of the layer>.lora_A`, `.lora_B` and so on, in the model's order.
+
+    One that a tied pair shares is named once. Raises InputError where the model has no such adapter.
+    """
+    found: dict[nn.Parameter, str] = {}
+    for path, adapter in adapters_named(model, name).items():
+        for key, parameter in adapter.named_parameters():
+            found.setdefault(parameter, f"{path}.{key}")
+    return {path: parameter for parameter, path in found.items()}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that requires a gradient, by path, in the model's order."""
+    return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers train, of how many in all; as text "4.9M of 139M, 3.5%"."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{_short(self.trainable)} of {_short(self.total)}, {self.trainable / max(self.total, 1):.1%}"
+
+
+def _short(count: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= 0.9995 * unit:  # what three digits round up to the unit
+            return f"{count / unit:.3g}{letter}"
+    return str(count)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters, tied ones once; an NF4 weight counts as the in·out numbers it stands for."""
+    parameters = list(model.parameters())
+    in_nf4 = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + in_nf4)
+
+
+# --- in a training loop ----------------------------------------------------------------------------------------------
+
+
+def regularization(model: nn.Module) -> Tensor | float:
+    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors; 0.0 where none does.
+
+    (loss + regularization(model)).backward()
+    """
+    layers = adapted_layers(model).values()
+    return summed_regularization(adapter for layer in layers for adapter in layer.acting_adapters())
+
+
+def summed_regularization(adapters: Iterable[Adapter]) -> Tensor | float:
+    """The same of adapters that have been collected: to go through a model's modules takes a millisecond."""
+    terms = [adapter.regularization() for adapter in adapters]
+    return sum((term for term in terms if term is not None), start=0.0)
+
+
+def after_step(model: nn.Module, step: int) -> None:
+    """What the active adapters do after optimizer step `step`, counted from 1: AdaLoRA brings its ranks to the budget.
+
+    Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
+    """
+    by_name: dict[str, dict[str, Adapter]] = {}
+    for path, layer in adapted_layers(model).items():
+        for name in layer.active:
+            if name in layer.adapters:
+                by_name.setdefault(name, {})[path] = cast(Adapter, layer.adapters[name])
+    for adapters in by_name.values():
+        adapter_class(next(iter(adapters.values())).config).after_step(adapters, step)

@@ -1,0 +1,271 @@
+"""Which layers of a model a configuration means, matched by PEFT's rules."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from torch import nn
+
+from minilora.adapters.adapter import AdapterConfig, ends_with
+from minilora.adapters.layer import AdaptedLayer
+from minilora.adapters.layer_kinds import kind_of
+from minilora.errors import InputError
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Every AdaptedLayer of the model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
+def modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by path, without the root, adapted layers as the layers that they were, nothing from inside them."""
+    found: dict[str, nn.Module] = {}
+    inside: str | None = None  # the adapted layer before, whose own modules follow it
+    for path, module in model.named_modules():
+        if not path or (inside is not None and path.startswith(inside)):
+            continue
+        inside = f"{path}." if isinstance(module, AdaptedLayer) else None
+        found[path] = module.base_layer if isinstance(module, AdaptedLayer) else module
+    return found
+
+
+def input_embedding(model: nn.Module) -> str | None:
+    """The path of the layer that the token ids go into, where the model can tell."""
+    get = getattr(model, "get_input_embeddings", None)  # every transformers model has it
+    if get is not None:
+        try:
+            return _path_of(model, get())
+        except NotImplementedError:  # of sounds or images
+            return None
+    paths = [path for path in modules_before_adapters(model) if _matches(["embed_tokens"], path)]
+    return paths[0] if paths else None
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The path of the layer that gives the logits, where the model can tell."""
+    get = getattr(model, "get_output_embeddings", None)
+    return _path_of(model, get() if get is not None else getattr(model, "lm_head", None))
+
+
+def _path_of(model: nn.Module, layer: nn.Module | None) -> str | None:
+    return next((path for path, module in model.named_modules() if module is layer), None)
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The path of the output head if its weight is the input embedding's."""
+    modules, embedding, head = modules_before_adapters(model), input_embedding(model), output_head(model)
+    if not embedding or not head or embedding == head or not {embedding, head} <= modules.keys():
+        return None
+    tied = getattr(modules[head], "weight", None) is getattr(modules[embedding], "weight", modules)
+    return head if tied else None
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
+
+    "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`; for task_type
+    "SEQ_CLS" without one, `score` or `classifier`), and but a MultiheadAttention's out_proj, whose forward is never
+    called. Experts that are one tensor are no layers; PEFT adds those of some models, here target_parameters names
+    them. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
+    """
+    modules = modules_before_adapters(model)
+    kinds = {path: kind_of(module) for path, module in modules.items()}
+    possible = [path for path, kind in kinds.items() if kind is not None]
+    targets = config.target_modules
+    if not targets and getattr(config, "target_parameters", None):
+        return []
+    if not targets:
+        raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        left_out = _heads(model, config)
+        linear = [path for path, kind in kinds.items() if kind is not None and kind.is_linear]
+        matched = [path for path in linear if path not in left_out and not _is_never_called(modules, path)]
+    else:
+        matched = [path for path in modules if _is_targeted(config, path)]
+    if not matched:
+        raise InputError(
+            f"target_modules={targets!r} matches no layer{_in_blocks(config)}; {nearest_names(targets, possible)}"
+        )
+    excluded = config.exclude_modules or []
+    saved = _names_to_save(config)
+    found = [path for path in matched if not _matches(excluded, path) and not _is_or_is_inside(saved, path)]
+    found = _with_tied(model, config, found)
+    if not found:
+        keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
+        named = " and ".join(f"{key}={getattr(config, key)!r}" for key in keys)
+        raise InputError(f"{named} excludes every layer that target_modules matches")
+    for path in found:
+        _check_can_be_adapted(modules, path)
+    _check_nothing_is_hidden(model, config)
+    return found
+
+
+def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
+    if type(modules[path]).__module__.startswith("peft."):
+        raise InputError(f"target_modules matches {path}, an adapter of PEFT: take it off with peft_model.unload()")
+    if kind_of(modules[path]) is None:
+        matrices = [name for name, value in modules[path].named_parameters(recurse=False) if value.dim() in (2, 3)]
+        hint = f"; its {' and '.join(matrices)} can, named in target_parameters" if matrices else ""
+        raise InputError(
+            f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
+            f" convolutions can take an adapter{hint}"
+        )
+    if _is_never_called(modules, path):
+        raise InputError(
+            f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer, so"
+            " that an adapter would do nothing; train a copy of the attention with modules_to_save"
+        )
+
+
+def _check_nothing_is_hidden(model: nn.Module, config: AdapterConfig) -> None:
+    """A layer inside a module of which another adapter has a copy would silently be left out."""
+    by_name = str(config.target_modules).lower() != "all-linear"
+    for path, wrapper in adapted_layers(model).items():
+        for name, module in wrapper.base_layer.named_modules() if wrapper.any_module else ():
+            kind, inside = kind_of(module), f"{path}.{name}"
+            targeted = _is_targeted(config, inside) if by_name else kind is not None and kind.is_linear
+            if targeted and not _matches(config.exclude_modules or [], inside):
+                raise InputError(f"target_modules matches {inside}, and another adapter has its own {path}: exclude it")
+
+
+def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:
+    """The paths; with ensure_weight_tying, where one of them is of a tied pair, also the other."""
+    embedding, head = input_embedding(model), tied_head(model)
+    if not getattr(config, "ensure_weight_tying", False) or not embedding or not head:
+        return paths
+    if embedding not in paths and head not in paths:
+        return paths
+    return [path for path in modules_before_adapters(model) if path in paths or path in (embedding, head)]
+
+
+def _is_targeted(config: AdapterConfig, path: str) -> bool:
+    """PEFT's rule: a whole path in the list is meant in any block, the end of one in layers_to_transform only."""
+    targets, blocks = config.target_modules or [], config.layers_to_transform
+    if not _matches(targets, path):
+        return False
+    if isinstance(targets, str) or path in targets or blocks is None or blocks == []:
+        return True
+    return block_number(config, path) in ([blocks] if isinstance(blocks, int) else blocks)
+
+
+def block_number(config: AdapterConfig, path: str) -> int | None:
+    """The number of the block that the path lies in: the first one after a name of layers_pattern, or after any."""
+    names = config.layers_pattern or []
+    for name in [names] if isinstance(names, str) else names:
+        if match := re.search(rf"(?:^|\.){name}\.(\d+)\.", path):
+            return int(match[1])
+    match = None if names else re.search(r"\.[^.]*\.(\d+)\.", path)
+    return int(match[1]) if match else None
+
+
+def _matches(names: str | Iterable[str], path: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
+    if not isinstance(names, str):
+        return any(path == name or path.endswith(f".{name}") for name in names)
+    try:
+        return re.fullmatch(names, path) is not None
+    except re.error as error:
+        raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
+
+
+def _is_or_is_inside(names: Iterable[str], path: str) -> bool:
+    return any(f".{name}." in f".{path}." for name in names)
+
+
+def _heads(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """What "all-linear" leaves out."""
+    head = output_head(model)
+    if head is None and config.task_type == "SEQ_CLS":
+        return [name for name in ("score", "classifier") if hasattr(model, name)][:1]
+    return [head] if head else []
+
+
+def _is_never_called(modules: dict[str, nn.Module], path: str) -> bool:
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def _names_to_save(config: AdapterConfig) -> list[str]:
+    """modules_to_save and, as in PEFT, the new head that a task other than language modelling gives the model."""
+    return [*(config.modules_to_save or []), *HEADS.get(config.task_type or "", [])]
+
+
+def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm".
+
+    Raises InputError where one has adapters inside, or is inside another.
+    """
+    found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
+    found = _with_tied(model, config, found)
+    for path in found:
+        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+            raise InputError(f"modules_to_save matches {path}, a list of modules that is not called itself")
+        for other in [*found, *adapted_layers(model)]:
+            if other.startswith(f"{path}."):
+                raise InputError(
+                    f"modules_to_save matches {path}, and {other} inside it has an adapter or is named too"
+                )
+    return found
+
+
+# --- misspelled names ------------------------------------------------------------------------------------------------
+
+
+def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
+    """A list in which one name of several is misspelled would silently train less than was asked for.
+
+    Raises InputError for a name in target_modules or modules_to_save, or a number in layers_to_transform, that matches
+    nothing in the model.
+    """
+    paths = list(modules_before_adapters(model))
+    for key in ("target_modules", "modules_to_save"):
+        names = getattr(config, key)
+        for name in [] if names is None or isinstance(names, str) else names:
+            if not any(path.endswith(name) if key == "modules_to_save" else _matches([name], path) for path in paths):
+                what = "layer" if key == "target_modules" else "module"
+                hint = _parameter_of(model, name) or nearest_names([name], paths)
+                raise InputError(f"{key}: {name!r} matches no {what}; {hint}")
+    blocks = config.layers_to_transform
+    existing = sorted({number for path in paths if (number := block_number(config, path)) is not None})
+    for number in [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks:
+        if number not in existing:
+            pattern = f" after {config.layers_pattern!r}" if config.layers_pattern else ""
+            raise InputError(f"layers_to_transform: there is no block {number}; the blocks{pattern} are {existing}")
+
+
+def check_every_pattern_matches(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
+    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for.
+
+    Raises InputError for a key of rank_pattern or alpha_pattern that no target's path ends with.
+    """
+    of_parameters = dict(model.named_parameters()) if getattr(config, "target_parameters", None) else {}
+    of_adalora = [f"{path}.lora_E" for path in targets]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(ends_with(pattern, path) for path in [*targets, *of_parameters, *of_adalora]):
+                near = nearest_names([pattern], [*targets, *of_parameters])
+                raise InputError(f"{key}: {pattern!r} matches no layer that is adapted; {near}")
+
+
+def _in_blocks(config: AdapterConfig) -> str:
+    return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
+
+
+def _parameter_of(model: nn.Module, name: str) -> str | None:
+    """Where a name means the weights of a Mixture-of-Experts' experts, which are one tensor, and not layers."""
+    path = next((path for path, _ in model.named_parameters() if _matches([name], path)), None)
+    owner = path.rpartition(".")[0] if path else ""
+    return f"it is a parameter of {owner}, and not a layer: name it in target_parameters" if path else None
+
+
+def nearest_names(targets: str | Iterable[str], paths: list[str]) -> str:
+    """The existing names nearest to the wanted ones."""
+    names = sorted({path.rpartition(".")[2] for path in paths} | set(paths))
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = list(dict.fromkeys(name for want in wanted for name in get_close_matches(want, names, n=3)))
+    hint = f"the nearest names are {near}" if near else f"the layers' names are {names[:12]}"
+    if isinstance(targets, str):
+        hint += "; a string is a regular expression for the whole name, a list holds names or ends of names"
+    return hint

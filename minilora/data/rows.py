@@ -1,0 +1,314 @@
+"""Rows of training data, read from JSON and JSON Lines and recognised by their keys.
+
+    messages or conversations        a conversation, in `role`/`content` or in ShareGPT's `from`/`value`; also `tools`
+    instruction, output              Alpaca: also `input`, which follows the instruction, `system`, and `history`,
+                                     a list of earlier [instruction, output] pairs
+    prompt, completion               two strings, or two lists of messages
+    text                             a plain text, learned whole
+
+Whichever of these comes first in this list decides. Every malformed row is an error that names its file and line:
+a row that silently disappears, or is learned as something else, is found out too late.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minilora.errors import InputError
+from minilora.progress import with_progress
+from minilora.text import Message
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+FOLLOWS = {  # the roles that a message of each role may come after; None is the beginning
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
+SHOWN = 5  # malformed rows quoted in an error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a conversation that ends with an answer, or a plain text.
+
+    Attributes:
+        messages: dicts with `role`, `content` and whatever else the chat template reads; None for a plain text.
+        text: the plain text, learned whole; None for a conversation.
+        tools: JSON schemas of the functions that the conversation may call.
+        context: the number of leading messages that are only read, even where they are the assistant's.
+        pair: the conversation was two strings, prompt and completion: without a chat template they are joined.
+        source: where the row comes from, such as "file.jsonl:12".
+        meta: the row as it was.
+    """
+
+    messages: list[Message] | None = None
+    text: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    context: int = 0
+    pair: bool = False
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
+
+
+def load_rows(path: str | Path) -> list[Row]:
+    """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
+
+    Raises:
+        InputError: the file cannot be read or holds no rows, or rows are malformed: how many, and for the first few
+            the file, the line and what is wrong.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    values = _array(content) if content.lstrip().startswith("[") else _lines(content)
+    if not values:
+        raise InputError(f"{path}: holds no rows")
+    return collect((f"{path.name}:{line}", value) for line, value in values)
+
+
+def as_rows(values: Iterable[Any]) -> list[Row]:
+    """The same from dicts in memory; their sources are "row 1", "row 2", ...
+
+    Raises:
+        InputError: rows are malformed: how many, and for the first few the number and what is wrong.
+    """
+    return collect((f"row {number}", value) for number, value in enumerate(values, start=1))
+
+
+def given_rows(rows: Rows, what: str) -> list[Row]:
+    """The rows of whatever a caller gave; `what` they are, such as "training", is named in errors.
+
+    Raises:
+        InputError: there are none, they are not all of a kind, or as `load_rows` and `as_rows` do.
+    """
+    if isinstance(rows, str | Path):
+        return load_rows(rows)
+    given: list[Any] = list(rows) if isinstance(rows, Iterable) else [rows]
+    if not given:
+        raise InputError(f"there are no {what} rows")
+    kinds = {type(row) for row in given}
+    if kinds == {Row}:
+        return given
+    if kinds == {dict}:
+        return as_rows(given)
+    names = " and ".join(sorted(kind.__name__ for kind in kinds))
+    raise InputError(f"{what} rows must be a path, or all dicts or all Rows, not {names}")
+
+
+def collect(values: Iterable[tuple[str, Any]]) -> list[Row]:
+    """Recognise (source, value) pairs; a value may be an InputError, met while reading it."""
+    pairs = with_progress(values, None, "Reading", "rows")
+    return each(pairs, lambda pair: pair[0], lambda pair: as_row(pair[1], pair[0]))
+
+
+def each(items: Iterable[T], source: Callable[[T], str], function: Callable[[T], R]) -> list[R]:
+    """Apply a function to all items; if it refuses any, raise one InputError that counts them and quotes a few."""
+    results: list[R] = []
+    bad: list[str] = []
+    for item in items:
+        try:
+            results.append(function(item))
+        except InputError as error:
+            bad.append(f"{source(item)}: {error}")
+    if bad:
+        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        total = len(bad) + len(results)
+        raise InputError(f"{len(bad)} of {total} rows cannot be used: {'; '.join(bad[:SHOWN])}{more}")
+    return results
+
+
+# From text to JSON values, each with its line
+
+
+def _lines(content: str) -> list[tuple[int, Any]]:
+    """The values of JSON Lines; an InputError stands for a line that is not JSON."""
+    lines = content.split("\n")  # not splitlines: a JSON string may hold the other line separators
+    values = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    if values and isinstance(values[0][1], InputError) and not isinstance(_parse(content), InputError):
+        return [(1, InputError("one JSON value over several lines; give an array of rows, or one row a line"))]
+    return values
+
+
+def _array(content: str) -> list[tuple[int, Any]]:
+    """The elements of a JSON array; a single InputError stands for an array that is broken."""
+    array = _parse(content)
+    if isinstance(array, InputError):
+        broken = array.__cause__
+        return [(getattr(broken, "lineno", 1), array)]
+    values: list[tuple[int, Any]] = []
+    decoder = json.JSONDecoder()
+    end = content.index("[") + 1
+    line = content.count("\n", 0, end) + 1
+    for _ in array:
+        start = BETWEEN_ELEMENTS.match(content, end).end()  # type: ignore[union-attr]  # it matches anything
+        line += content.count("\n", end, start)
+        value, end = decoder.raw_decode(content, start)
+        values.append((line, value))
+        line += content.count("\n", start, end)
+    return values
+
+
+def _parse(text: str) -> Any:
+    """The JSON value, or an InputError that says why there is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error.msg} at column {error.colno}"
+        cause: Exception = error
+    except RecursionError as error:
+        reason, cause = "not usable JSON: nested too deeply", error
+    refusal = InputError(reason)
+    refusal.__cause__ = cause
+    return refusal
+
+
+# From a JSON value to a row
+
+
+def as_row(value: Any, source: str = "") -> Row:
+    """Recognise one row by its keys.
+
+    Raises:
+        InputError: the value is an InputError itself, has none of the known keys, or is malformed.
+    """
+    if isinstance(value, InputError):
+        raise value
+    if not isinstance(value, dict):
+        raise InputError(f"a row is a JSON object, not {_kind(value)}")
+    _check_characters(value)
+    if "messages" in value or "conversations" in value:
+        messages = _messages(value, "messages" if "messages" in value else "conversations")
+        if value.get("system"):
+            messages.insert(0, {"role": "system", "content": value["system"]})
+        return Row(_checked(messages), tools=_tools(value.get("tools")), source=source, meta=value)
+    if "instruction" in value:
+        return Row(_checked(_alpaca(value)), source=source, meta=value)
+    if "prompt" in value:
+        return _completion(value, source)
+    if "text" in value:
+        text = _string(value["text"], "text")
+        if not text.strip():
+            raise InputError("the text is empty")
+        return Row(text=text, source=source, meta=value)
+    raise InputError(
+        f"its keys are {', '.join(map(repr, value)) or 'none'}; a row has messages, conversations,"
+        " instruction and output, prompt and completion, or text"
+    )
+
+
+def _alpaca(value: dict[str, Any]) -> list[Message]:
+    instruction, given = _string(value["instruction"], "instruction"), _string(value.get("input") or "", "input")
+    messages: list[Message] = []
+    for turn in value.get("history") or []:
+        if not (isinstance(turn, list) and len(turn) == 2):
+            raise InputError("history is a list of [instruction, output] pairs")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages += [
+        {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction},
+        {"role": "assistant", "content": _string(value.get("output"), "output")},
+    ]
+    if value.get("system"):
+        messages.insert(0, {"role": "system", "content": value["system"]})
+    return messages
+
+
+def _completion(value: dict[str, Any], source: str) -> Row:
+    prompt, completion = value["prompt"], value.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context, rest = _messages(value, "prompt"), _messages(value, "completion")
+        if not rest:
+            raise InputError("the completion is empty")
+        tools = _tools(value.get("tools"))
+        return Row(_checked([*context, *rest]), tools=tools, context=len(context), source=source, meta=value)
+    messages = [
+        {"role": "user", "content": _string(prompt, "prompt")},
+        {"role": "assistant", "content": _string(completion, "completion")},
+    ]
+    return Row(_checked(messages), pair=True, source=source, meta=value)
+
+
+def _messages(value: dict[str, Any], key: str) -> list[Message]:
+    if not isinstance(value[key], list):
+        raise InputError(f"{key} is a list, not {_kind(value[key])}")
+    messages = []
+    for number, entry in enumerate(value[key], start=1):
+        if not isinstance(entry, dict):
+            raise InputError(f"message {number} is a JSON object, not {_kind(entry)}")
+        if "from" in entry and "role" not in entry:  # ShareGPT
+            entry = {"role": entry["from"], "content": entry.get("value")}
+        messages.append(dict(entry))
+    return messages
+
+
+def _checked(messages: list[Message]) -> list[Message]:
+    """The messages with their roles in our words, if a chat template can make sense of them."""
+    before = None
+    for number, message in enumerate(messages, start=1):
+        name = message.get("role")
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise InputError(f"message {number} has the role {name!r}; known are {', '.join(ROLES)}")
+        if before not in FOLLOWS[role]:
+            place = f"after the {before}'s" if before else "first"
+            raise InputError(f"message {number} is the {role}'s, which cannot come {place}")
+        if "weight" in message:
+            raise InputError(f"message {number} has a weight: every answer is learned; leave out what should not be")
+        message["role"] = before = role
+        if message.get("content") is None and message.get("tool_calls"):
+            continue
+        content = _string(message.get("content"), f"the content of message {number}")
+        if role == "assistant" and not content.strip() and not message.get("tool_calls"):
+            raise InputError(f"message {number}, an answer, is empty")
+    if before != "assistant":
+        raise InputError(f"there is no answer: the last message is the {before}'s" if before else "no messages")
+    return messages
+
+
+def _string(value: Any, what: str) -> str:
+    if value is None:
+        raise InputError(f"{what} is missing")
+    if not isinstance(value, str):
+        raise InputError(f"{what} is a string, not {_kind(value)}")
+    return value
+
+
+def _check_characters(value: dict[str, Any]) -> None:
+    """JSON can write half of a surrogate pair, which is no character and has no tokens."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{error.object[error.start]!a} is half a character, not text") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"not made of JSON values: {error}") from error
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """Tools are a list of JSON schemas; some data sets hold that list as a string of JSON."""
+    tools = _parse(value) if isinstance(value, str) and value else value or None
+    if isinstance(tools, InputError):
+        raise InputError(f"tools: {tools}")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError("tools is a list of JSON objects")
+    return tools
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a number"}
+    return "null" if value is None else kinds.get(type(value), "a number")

@@ -1,0 +1,25 @@
+"""Every file that comes in or goes out.
+
+Read load.py first. safetensors.py and gguf/ read checkpoints, hub.py and fetch.py bring them; save_pretrained.py writes
+a Hugging Face folder, peft.py reads and writes adapters, ollama.py a Modelfile.
+"""
+
+from minilora.formats.fetch import BFCL, model_file, wheel_file
+from minilora.formats.load import load, locate, usable
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.formats.safetensors import read_config
+from minilora.formats.save_pretrained import save_pretrained, saved_dtype
+
+__all__ = [
+    "BFCL",
+    "load",
+    "load_adapter",
+    "locate",
+    "model_file",
+    "read_config",
+    "save_adapter",
+    "save_pretrained",
+    "saved_dtype",
+    "usable",
+    "wheel_file",
+]

@@ -1,0 +1,336 @@
+"""PEFT's adapter folder, both ways.
+
+adapter_config.json        the configuration, in PEFT's keys
+adapter_model.safetensors  base_model.model.<path of the layer>.lora_A.weight (r, in) and .lora_B.weight (out, r);
+                           the adapter's name is not in the keys; beside updates:
+                               .base_layer.bias, or .bias of what has no update    the adapter's own bias
+                               .weight, .bias … of a module                        its copy of a saved module
+                               .token_adapter.trainable_tokens_delta               its rows of an embedding
+README.md                  a model card
+
+PEFT puts biases into its base model, where they stay when the adapter is switched off; so it takes no second adapter
+beside one with biases.
+
+Format: peft 0.21.2, `PeftModel.save_pretrained`; weights in several files as transformers divides them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule  # what torch.compile returns
+
+from minilora.adapters import (
+    Adapter,
+    AdapterConfig,
+    LoRA,
+    Part,
+    TrainedCopy,
+    TransposedLinearKind,
+    adapter_class,
+    adapters_named,
+    adapters_to_write,
+    attach,
+    build_adapters,
+    check_derived_start,
+    config_class,
+    find_targets,
+    modules_before_adapters,
+    not_derivable,
+    tied_head,
+)
+from minilora.errors import InputError
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+INDEX = f"{WEIGHTS}.index.json"  # where the weights are in several files
+
+# PEFT's keys that do not change what an adapter computes, whatever their value.
+HARMLESS = {
+    "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config",
+}  # fmt: skip
+
+# Values that stand for a feature which is not used, beside None, False and what is empty.
+NEUTRAL = {"bias": "none"}
+
+# Keys that tools which read the folder (servers, converters) expect beside the shared ones.
+WRITTEN = {
+    "auto_mapping": None, "bias": "none", "inference_mode": True, "layers_pattern": None,
+    "layers_to_transform": None, "lora_bias": False, "modules_to_save": None, "revision": None,
+}  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as_lora: bool = False) -> None:
+    """Write one adapter as a folder that PEFT loads; tensors keep their dtype (float32 masters).
+
+    An adapter of PiSSA or OLoRA is written as it is, for tools that derive its start from the base weights again, as
+    PEFT does; as_lora=True writes the plain LoRA of twice the rank instead, which any tool serves. A start that cannot
+    be derived again is written so in any case: minilora/adapters/start.py.
+    All files are written beside their places before the first is renamed into its own, so that a failure leaves an
+    adapter that was there as it was, and other files in the folder are not touched.
+    Raises InputError where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
+    what is no LoRA.
+    """
+    model = _without_wrappers(model)
+    adapters = adapters_to_write(adapters_named(model, name), as_lora)
+    parameters = _by_peft_key(adapters)
+    # A tied pair has one tensor under two keys, which the format does not allow.
+    tensors = {key: parameter.detach().clone().contiguous() for key, parameter in parameters.items()}
+    config = _peft_config(model, adapters)
+    writers: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        CARD: lambda path: path.write_text(_model_card(config), encoding="utf-8"),
+        CONFIG: lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"),
+    }
+    try:
+        _write_together(Path(folder), writers)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the adapter to {folder}: {error}") from None
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Put the adapter that PEFT or `save_adapter` wrote on the model, active and ready to train on.
+
+    What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own.
+    Raises InputError naming the file, and the option, key or shape in it, that is not as it must be: a method or option
+    that is not known, a missing or unexpected tensor, a wrong shape, a damaged file. The model is then unchanged.
+    """
+    model = _without_wrappers(model)
+    config = _read_config(Path(folder) / CONFIG)
+    tensors = _read_tensors(Path(folder) / WEIGHTS)
+    head = tied_head(model)
+    if getattr(config, "ensure_weight_tying", False) and not any(
+        key.startswith(_key(head or "", "")) for key in tensors
+    ):
+        config = replace(config, ensure_weight_tying=False)  # type: ignore[call-arg]  # PEFT found nothing to tie
+    try:
+        adapters = build_adapters(model, config, find_targets(model, config))
+        check_derived_start(adapters)
+    except InputError as error:
+        raise InputError(f"{Path(folder) / CONFIG} does not fit the model: {error}") from None
+    parameters = _by_peft_key(adapters)
+    tensors = _without_the_base(model, tensors, parameters.keys(), Path(folder) / WEIGHTS)
+    _check_tensors(tensors, parameters, Path(folder) / WEIGHTS)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    for adapter in adapters.values():
+        if isinstance(adapter, LoRA):
+            adapter.awaits_data = False  # what its initialisation would have found is in the file
+    attach(model, adapters, name)
+
+
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers, whose names belong into no file."""
+    while isinstance(model, OptimizedModule | nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+# --- keys and tensors ------------------------------------------------------------------------------------------------
+
+
+def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The tensors of the adapters, given by the path of their layer, under the keys that PEFT gives them."""
+    shared = (adapter.shared_tensors() for adapter in adapters.values())  # the same ones from each
+    tensors = {f"base_model.{key}": tensor for of_adapter in shared for key, tensor in of_adapter.items()}
+    return tensors | {
+        _key(path, end): tensor for path, adapter in adapters.items() for end, tensor in adapter.saved_tensors().items()
+    }
+
+
+def _key(path: str, end: str) -> str:
+    return f"base_model.model.{path}.{end}"
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    index = path.with_name(INDEX)
+    if path.exists() or not index.exists():
+        return _read_file(path)
+    try:
+        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {name: path.with_name(Path(name).name) for name in sorted(set(place.values()))}  # in this folder only
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{index} is not the index of a sharded safetensors file: {error!r}") from None
+    files = {name: _read_file(shard) for name, shard in shards.items()}
+    for key, name in place.items():
+        if key not in files[name]:
+            raise InputError(f"{path.with_name(name)} lacks {key}, which {INDEX} says it holds")
+    return {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    pickled = path.with_suffix(".bin")
+    if not path.exists() and pickled.exists():
+        raise InputError(
+            f"{pickled} is a pickle, which can run code when it is read, and is refused; if you trust it, load it with"
+            " PEFT and save it again: PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
+        )
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _without_the_base(
+    model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], path: Path
+) -> dict[str, Tensor]:
+    """The tensors without those that are the base model's: embeddings, and with bias="all" copies of biases.
+
+    Raises InputError naming one that is not what the model has.
+    """
+    kept, modules = dict(tensors), modules_before_adapters(model)
+    for key in sorted(tensors.keys() - set(expected)):
+        saved_twice = tensors.get(key.replace(".modules_to_save.", "."))
+        name = re.sub(r"\.(base_layer|original_module)\.", ".", key).removeprefix("base_model.model.")
+        layer, _, end = name.rpartition(".")
+        own = modules[layer]._parameters.get(end) if layer in modules else None
+        original = own if saved_twice is tensors[key] or saved_twice is None else saved_twice
+        if original is None:
+            continue
+        if original.shape != tensors[key].shape or not torch.equal(original.cpu(), tensors[key].to(original.dtype)):
+            raise InputError(
+                f"{path}: {key} is not the model's {name}: the adapter belongs on another base model, or on one whose"
+                " embedding was resized and trained; load that one"
+            )
+        del kept[key]
+    return kept
+
+
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing or unexpected:
+        problems = [("lacks", missing), ("has the unexpected", unexpected)]
+        raise InputError(f"{path} " + " and ".join(f"{verb} {_some(keys)}" for verb, keys in problems if keys))
+    for key, tensor in wanted.items():
+        if tensors[key].shape != tensor.shape:
+            shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
+            raise InputError(f"{path}: {key} has shape {shapes}")
+        if tensor.is_floating_point() and not tensors[key].is_floating_point():
+            raise InputError(f"{path}: {key} holds {tensors[key].dtype}, not floating-point numbers")
+        if not tensors[key].isfinite().all():
+            raise InputError(
+                f"{path}: {key} holds NaN or infinity: its training had diverged, take an earlier checkpoint"
+            )
+
+
+def _some(keys: set[str], most: int = 6) -> str:
+    shown = ", ".join(sorted(keys)[:most])
+    return shown if len(keys) <= most else f"{shown} and {len(keys) - most} more"
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        trained = path.parent / "adapter"  # where `train` puts it, inside its output_dir
+        hint = f"; {trained} is one" if (trained / path.name).is_file() else ""
+        raise InputError(f"{path} does not exist: {path.parent} is no adapter folder of PEFT's form{hint}") from None
+    except NotADirectoryError:
+        raise InputError(f"{path.parent} is a file: give the folder that it is in") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    try:
+        kind = config_class(str(values.get("peft_type")))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not_derivable(values.get("init_lora_weights")):
+        raise InputError(
+            f"{path}: init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
+            " weights, and the folder does not hold it; convert it where it was trained, with PEFT's"
+            " save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
+    known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
+    for key in sorted(values.keys() - set(known) - HARMLESS):
+        if _is_used(key, values[key]):
+            raise InputError(f"{path}: {key}={values[key]!r} is not supported")
+    try:
+        return kind(**{key: values[key] for key in known if values.get(key) is not None})
+    except (InputError, TypeError, AttributeError) as error:  # a value out of range, or of another kind
+        raise InputError(f"{path}: {error}") from None
+
+
+def _is_used(key: str, value: Any) -> bool:
+    """True if a value of PEFT's configuration asks for something."""
+    return not (value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key))
+
+
+def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    targets = [path for path, adapter in adapters.items() if not isinstance(adapter, Part)]
+    config = (adapters[targets[0]] if targets else next(iter(adapters.values()))).config
+    values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
+    if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
+        values["target_modules"] = _shortest_names(model, config, targets)
+    if getattr(config, "ensure_weight_tying", False) and tied_head(model) in adapters:
+        # PEFT knows a tied pair by the name lm_head, and would leave another one's head out.
+        copies = [path for path, adapter in adapters.items() if isinstance(adapter, TrainedCopy)]
+        values |= {"target_modules": targets, "modules_to_save": copies or None}
+    if "fan_in_fan_out" in values:  # as the layers are, whatever the user said
+        values["fan_in_fan_out"] = any(isinstance(adapters[path].kind, TransposedLinearKind) for path in targets)
+    if config.base_model_name_or_path is None:
+        values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    values = WRITTEN | values
+    lacking = {key: values.pop(key) for key in config.peft_lacks if key in values}
+    if any(_is_used(key, value) for key, value in lacking.items()):
+        values["target_modules"] = targets  # PEFT cannot be told which layers in the words of this configuration
+    return adapter_class(config).peft_values(values, adapters)
+
+
+def _shortest_names(model: nn.Module, config: AdapterConfig, targets: list[str]) -> list[str]:
+    """The last parts of the targets' paths where these match no other module, else the whole paths."""
+    last_parts = sorted({path.rpartition(".")[2] for path in targets})
+    try:
+        matched = find_targets(model, replace(config, target_modules=last_parts))
+    except InputError:  # they match something that is not a linear layer
+        matched = []
+    return last_parts if matched == targets else targets
+
+
+def _model_card(config: dict[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    header = [f"base_model: {json.dumps(base)}"] if base else []
+    method = config["peft_type"]
+    settings = [f"{key} {config[key]}, " for key in ("r", "lora_alpha", "alpha") if key in config]
+    header += ["library_name: peft", "tags:", f"- {method.lower()}", "- minilora"]
+    return "\n".join(
+        [
+            "---", *header, "---", "",
+            f"# Adapter{f' for {base}' if base else ''}", "",
+            f"{method}: {''.join(settings)}on {config['target_modules']}. "
+            "Trained with minilora, saved in PEFT's format:", "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+            "```", "",
+        ]
+    )  # fmt: skip
+
+
+def _write_together(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
+    """Write every file under a temporary name, then rename them all; on failure the temporary ones are deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    try:
+        for name, write in writers.items():
+            write(temporary[name])
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""save_pretrained: a model as a Hugging Face folder, its active adapters merged into the weights; dense, or in NF4."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from minilora.adapters import dense_tensors, layer_and_acting, layers_with_weights
+from minilora.errors import InputError
+from minilora.models import Transformer, require_own_model
+from minilora.nf4 import NF4Linear, bitsandbytes
+from minilora.progress import progress_bar
+from minilora.text import Tokenizer, require_own_tokenizer, save_tokenizer
+
+INDEX = "model.safetensors.index.json"
+
+
+def save_pretrained(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    in_4_bits: bool = False,
+) -> None:
+    """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
+
+    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`:
+    by default that of the checkpoint the model came from, whatever it computes in (bfloat16 for a quantized GGUF file;
+    the embedding's for a model made otherwise). Never into 4 bits: that would erase most adapters, as does loading the
+    folder with quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
+    in_4_bits=True is for the result of `merge_to_nf4`, and for base models: NF4 layers are written as they are, in the
+    layout of bitsandbytes, which transformers loads too.
+    Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
+    a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
+    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer; where
+    the folder cannot be written; and for a model of transformers, which has a method of this name: after
+    `unload(model, merge=True)`.
+    """
+    require_own_model(model, "with transformers, unload(model, merge=True), then model.save_pretrained(folder)")
+    require_own_tokenizer(tokenizer)
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder to save the model in")
+    layers = layers_with_weights(model)
+    dtype = dtype or saved_dtype(model)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            temporary = Path(name) / "new"
+            temporary.mkdir()
+            _write_weights(layers, temporary, dtype, max_shard_bytes, in_4_bits)
+            config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
+            values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+            if in_4_bits:
+                values["quantization_config"] = _quantization_config(layers, dtype)
+            _write_json(temporary / "config.json", values)
+            _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
+            save_tokenizer(tokenizer, temporary)
+            _move_into_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the model to {folder}: {error}") from None
+
+
+def saved_dtype(model: Transformer) -> torch.dtype:
+    """What save_pretrained writes unless it is told otherwise."""
+    return model.checkpoint_dtype or model.model.embed_tokens.weight.dtype
+
+
+def _quantization_config(layers: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, Any]:
+    plain = {path: layer_and_acting(layer)[0] for path, layer in layers.items()}
+    in_nf4 = [layer for layer in plain.values() if isinstance(layer, NF4Linear)]
+    if not in_nf4:
+        raise InputError("in_4_bits: the model has no layer in NF4; leave it out, or call merge_to_nf4 before")
+    dense = [path for path, layer in plain.items() if isinstance(layer, nn.Linear)]
+    return bitsandbytes.quantization_config(in_nf4[0].offset is not None, dtype, sorted({*dense, "lm_head"}))
+
+
+def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> dict[str, Tensor]:
+    """What stands for the layer in the file."""
+    base, adapters = layer_and_acting(layer)
+    if not (in_4_bits and isinstance(base, NF4Linear)):
+        return dense_tensors(path, layer, dtype)
+    if adapters:
+        raise InputError(
+            f"{path} has an active adapter, which rounding to 4 bits would erase: call merge_to_nf4 before"
+        )
+    tensors = bitsandbytes.packed(f"{path}.weight", base.quantized())
+    if base.bias is not None:
+        tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
+    return tensors
+
+
+def _write_weights(
+    layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int, in_4_bits: bool
+) -> None:
+    """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
+    from safetensors.torch import save_file
+
+    sizes = {path: _nbytes(layer, dtype, in_4_bits) for path, layer in layers.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for path, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(path)
+        room -= size
+
+    weight_map: dict[str, str] = {}
+    with progress_bar("Saving the model", sum(sizes.values()), "%") as advance:
+        for number, paths in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for path in paths:
+                tensors |= _tensors(path, layers[path], dtype, in_4_bits)
+                advance(sizes[path])
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
+    """What a layer's weights and bias take in the file; in 4 bits without the tables, a kilobyte."""
+    base, _ = layer_and_acting(layer)
+    bias = base.bias.numel() * dtype.itemsize if getattr(base, "bias", None) is not None else 0
+    if not isinstance(base, NF4Linear):
+        return base.weight.numel() * dtype.itemsize + bias
+    if in_4_bits:
+        return sum(buffer.nbytes for buffer in base.buffers()) + bias
+    return base.out_features * base.in_features * dtype.itemsize + bias
+
+
+def _generation_config(model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:
+    """Where generation starts, stops and pads: the ids that transformers' generate takes from this file."""
+    stops = list(dict.fromkeys([*model.config.eos_token_ids, *tokenizer.eos_token_ids]))
+    return {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": model.config.pad_token_id,
+    }
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, or its files into it; weights there that are not among the new ones go."""
+    if not folder.exists():
+        new.replace(folder)
+        return
+    files = {file.name for file in new.iterdir()}
+    for name in sorted(files):
+        (new / name).replace(folder / name)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if old.name not in files:
+            old.unlink(missing_ok=True)

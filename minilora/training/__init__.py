@@ -1,0 +1,31 @@
+"""The training loop, and what stands beside it.
+
+Read train.py first: the loop in one function; then loss.py. config.py has the settings, optimizer.py and schedule.py
+the steps, checkpoint.py (with fingerprint.py, random_states.py and checksums.py) what makes a run resume exactly,
+log.py what is told. lora_plus.py and lora_fa.py are variants of the optimizer.
+"""
+
+from minilora.training import lora_plus
+from minilora.training.checkpoint import checkpoint_to_resume
+from minilora.training.config import TrainConfig
+from minilora.training.interrupt import TrainingInterrupted
+from minilora.training.lora_fa import LoRAFA
+from minilora.training.loss import label_tokens, language_model_loss, loss_of_chosen, summed_loss
+from minilora.training.random_states import seed_everything
+from minilora.training.train import DivergedError, TrainResult, train
+
+__all__ = [
+    "DivergedError",
+    "LoRAFA",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingInterrupted",
+    "checkpoint_to_resume",
+    "label_tokens",
+    "language_model_loss",
+    "lora_plus",
+    "loss_of_chosen",
+    "seed_everything",
+    "summed_loss",
+    "train",
+]

@@ -1,0 +1,73 @@
+"""The rows of a training run: whatever the caller has, made into examples that something can be learned from."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
+
+from minilora.adapters import input_embedding
+from minilora.data import IGNORE, Example, Rows, Skipped, encode_rows, given_rows
+from minilora.errors import InputError
+from minilora.text import Tokenizer
+from minilora.training.loss import label_tokens
+
+__all__ = ["TrainingRows", "refuse_unreadable", "usable_examples"]
+
+TrainingRows = Rows | Sequence[Example]
+logger = logging.getLogger("minilora")
+
+
+def usable_examples(
+    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str = "training"
+) -> tuple[list[Example], list[Skipped]]:
+    """Examples that can be trained on, and the rows that cannot: they are reported, never silently dropped.
+
+    Raises InputError where none is left, or where the rows are not all of a kind; `what` they are is named there.
+    """
+    examples, skipped = _examples(rows, tokenizer, max_length, what)
+    usable = []
+    for example in examples:
+        if len(example.input_ids) > max_length:
+            skipped.append(
+                Skipped(example.source, f"{len(example.input_ids)} tokens, more than max_length={max_length}")
+            )
+        elif label_tokens([example]) == 0:
+            skipped.append(Skipped(example.source, "no token to learn: the loss is taken on assistant messages"))
+        else:
+            usable.append(example)
+    if skipped:
+        first = "; ".join(f"{row.source or 'a row'}: {row.reason}" for row in skipped[:3])
+        given = len(usable) + len(skipped)
+        message = f"{len(skipped)} of {given} {what} rows skipped ({first}{'; …' if len(skipped) > 3 else ''})"
+        if not usable:
+            raise InputError(f"no {what} row is left: {message}")
+        logger.warning(message)
+    return usable, skipped
+
+
+def refuse_unreadable(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise InputError for a row longer than the model takes, or a token that it has no embedding for.
+
+    On a GPU, such a token ends the process.
+    """
+    path = input_embedding(model)
+    known = getattr(model.get_submodule(path), "num_embeddings", math.inf) if path else math.inf
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for example in examples:
+        where, length = example.source or "an example", len(example.input_ids)
+        if longest is not None and 0 < longest < length:  # -1: any length
+            raise InputError(f"{where} has {length} tokens, the model takes {longest}: max_length={longest} skips it")
+        tokens = {*example.input_ids, *example.labels} - {IGNORE}
+        if unknown := [token for token in (min(tokens), max(tokens)) if not 0 <= token < known]:
+            raise InputError(f"{where} has token {unknown[0]}, the model knows {known}: the tokenizer is another's")
+
+
+def _examples(
+    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str
+) -> tuple[Sequence[Example], list[Skipped]]:
+    if isinstance(rows, Sequence) and rows and all(isinstance(row, Example) for row in rows):
+        return cast(Sequence[Example], rows), []
+    encoded = encode_rows(given_rows(cast(Rows, rows), what), tokenizer, max_length)
+    return encoded.examples, list(encoded.skipped)

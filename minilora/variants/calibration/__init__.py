@@ -1,0 +1,18 @@
+"""What initialisations and merges that look at data share.
+
+Read batches.py first: what a batch is, and the function that calls the model on one. input_moments.py and
+incremental_pca.py are statistics of what layers see.
+"""
+
+from minilora.variants.calibration.batches import Forward, as_list, as_mapping, loras_named
+from minilora.variants.calibration.incremental_pca import IncrementalPCA
+from minilora.variants.calibration.input_moments import input_moments
+
+__all__ = [
+    "Forward",
+    "IncrementalPCA",
+    "as_list",
+    "as_mapping",
+    "input_moments",
+    "loras_named",
+]
