@@ -50,9 +50,9 @@ def merge_to_nf4(
     keeps its absmax and its size; a dense linear layer is quantized with `load`'s settings. Embeddings, convolutions
     and the output head become dense, as `merge` has them.
 
-    batches, forward: data like that which the adapters were trained on, see variants/calibration/batches.py; some thousand tokens
-    do. The inputs' second moments take 4·in² bytes a layer; where all of them would be more than max_moments_bytes,
-    the batches are gone through several times, each time for the next layers.
+    batches, forward: data like what the adapters were trained on, see variants/calibration/batches.py; some
+    thousand tokens do. The inputs' second moments take 4·in² bytes a layer; where all of them would be more than
+    max_moments_bytes, the batches are gone through several times, each time for the next layers.
     Raises InputError for a model that is merged or without active adapters, and naming the layer where W' or
     an input is not finite, or that no input reached; the model is then as it was.
     Source: arXiv 2210.17323 (GPTQ), arXiv 2309.01885 (QuantEase); W' takes the place of W.
