@@ -85,7 +85,7 @@ def in_rotation(size: float, cache: int) -> int:
 
 
 def _linear4bit(W: Tensor) -> nn.Module:
-    """As transformers makes it: quantized from W's own dtype, to which the layer dequantizes on the way back."""
+    """As transformers makes it: quantized from W's own dtype, to which the layer dequantizes it."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     layer = Linear4bit(W.shape[1], W.shape[0], False, W.dtype, True, "nf4", device="meta")

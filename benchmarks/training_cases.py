@@ -125,7 +125,7 @@ def make_task(case: Case, steps: int, device: torch.device) -> Task:
 
 
 def _cut(examples: list[Example], length: int) -> list[Example]:
-    """The rows end to end, cut into equal ones. Every token is learned: no head is saved at any of them."""
+    """The rows packed, then cut into equal ones. Every token is learned: no head is saved at any of them."""
     ids = [id for example in examples for id in example.input_ids]
     rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     return [Example(row, [-100, *row[1:]]) for row in rows]

@@ -8,11 +8,12 @@ import pytest
 from helpers.training import tiny_base
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def block(language: str, n: int = 0) -> str:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)[n]
+def block(language: str, n: int = 0, page: str = "README.md") -> str:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)[n]
 
 
 @pytest.mark.model
@@ -36,7 +37,7 @@ def test_the_variants_it_shows_can_be_added():
 
     model = tiny_base(nf4=True)  # as the example above them leaves it
     ml.add_adapter(model, ml.LoRAConfig(r=4, target_modules="all-linear"))
-    exec(block("python", 1), {"ml": ml, "model": model})
+    exec(block("python", 0, "docs/adapters.md"), {"ml": ml, "model": model})
     assert ml.adapter_names(model) == ["default", "dora", "ia3", "pissa"]
 
 
@@ -52,7 +53,10 @@ def test_your_own_model_can_be_any_module(tmp_path, monkeypatch):
             super().__init__(OrderedDict(layers))
 
     monkeypatch.chdir(tmp_path)
-    exec(block("python", 2), {"ml": ml, "torch": torch, "YourModel": YourModel, "x": torch.randn(4, 16)})
+    exec(
+        block("python", 1, "docs/adapters.md"),
+        {"ml": ml, "torch": torch, "YourModel": YourModel, "x": torch.randn(4, 16)},
+    )
     assert len(load_file("my-adapter/adapter_model.safetensors")) == 4  # A and B of both
 
 
@@ -62,32 +66,40 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_link_leads_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if not link.startswith("https://"):
             target, _, anchor = link.partition("#")
-            assert (page.parent / target).is_file(), link
-            assert not anchor or anchor in anchors((page.parent / target).read_text(encoding="utf-8")), link
+            assert (path.parent / target).is_file(), link
+            assert not anchor or anchor in anchors((path.parent / target).read_text(encoding="utf-8")), link
 
 
 def test_the_recipe_is_one_the_command_reads(tmp_path):
     from minilora.app.cli import parse
 
-    (tmp_path / "recipe.yaml").write_text(block("yaml"), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(block("yaml", 0, "docs/training.md"), encoding="utf-8")
     command = parse(["train", str(tmp_path / "recipe.yaml"), "--learning-rate", "1e-3"])
     assert command.train.output_dir == "output"
 
 
-def test_every_file_on_the_map_exists():
-    for name in re.findall(r"`((?:minilora|tests|notebooks|benchmarks)/[\w*./]*)`", README):
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_file_that_is_named_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:minilora|kernels|tests|docs|notebooks|benchmarks)/[\w*./]*)`", text):
         assert list(ROOT.glob(name)), name
 
 
-def test_the_commands_it_shows_exist(capsys):
+def test_the_readme_is_short_and_has_a_row_for_every_room():
+    assert len(README.splitlines()) <= 150
+    for room in (ROOT / "minilora").iterdir():
+        assert not (room / "__init__.py").is_file() or f"| `minilora/{room.name}/` |" in README, room
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_commands_that_are_shown_exist(page, capsys):
     from minilora.app.cli import parse
 
-    for line in re.findall(r"^minilora (?!train|demo)(.*)$", README, re.MULTILINE):
+    for line in re.findall(r"^minilora (?!train|demo)(.*)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE):
         parse(line.partition("#")[0].split())
