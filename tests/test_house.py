@@ -1,6 +1,8 @@
 """The house: a room's `__init__` is its door, and says what the room is for. Its order is import-linter's to check."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,12 @@ def test_a_door_says_what_the_room_is_for_and_what_to_read_first(room: Path) -> 
     for name in docstring.replace(",", " ").replace(";", " ").split():
         if name.endswith(".py"):
             assert (room / name).is_file() or list(ROOT.glob(f"**/{name}")), name
+
+
+def test_import_minilora_needs_torch_numpy_and_safetensors_alone(tmp_path: Path) -> None:
+    """The other dependencies are imported by what needs them."""
+    others = ["tokenizers", "huggingface_hub", "jinja2", "gguf", "rich", "tyro", "yaml", "matplotlib", "triton"]
+    others += ["transformers", "peft", "bitsandbytes", "pytest"]
+    program = f"import sys; sys.modules |= dict.fromkeys({others}); import minilora"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

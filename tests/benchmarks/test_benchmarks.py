@@ -1,6 +1,5 @@
 """The benchmarks' machinery, on contenders of a few milliseconds. Speed itself is never asserted here."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -17,18 +16,6 @@ from minilora.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The package, which is not installed, imported from the repository's root."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        for name in ("measure", "output", "train_step", "merge", "__main__"):
-            importlib.import_module(f"benchmarks.{name}")
-        yield sys.modules["benchmarks"]
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 def test_contenders_take_turns_and_the_first_one_changes(benchmarks, monkeypatch, capsys):

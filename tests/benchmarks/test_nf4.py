@@ -10,7 +10,6 @@ import subprocess
 import sys
 import types
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,19 +18,6 @@ from minilora import nf4
 from minilora.errors import InputError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The package, which is not installed, imported from the repository's root."""
-    root = str(Path(__file__).parents[2])
-    sys.path.insert(0, root)
-    try:
-        for name in ("gpu", "nf4_cases", "nf4_contenders", "nf4_plot", "nf4_products", "nf4_targets", "output"):
-            importlib.import_module(f"benchmarks.{name}")
-        yield sys.modules["benchmarks"]
-    finally:
-        sys.path.remove(root)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The benchmark of two trainings at a time, on contenders that wait. Speed itself is never asserted."""
 
-import importlib
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +15,9 @@ from minilora.errors import InputError
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def side_by_side():
-    """Of the package that is not installed, imported from the repository's root."""
-    root = str(Path(__file__).parents[2])
-    sys.path.insert(0, root)
-    try:
-        yield importlib.import_module("benchmarks.side_by_side")
-    finally:
-        sys.path.remove(root)
+@pytest.fixture
+def side_by_side(benchmarks):
+    return benchmarks.side_by_side
 
 
 @dataclass

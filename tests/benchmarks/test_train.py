@@ -1,6 +1,5 @@
 """The training benchmark on a model of two tiny layers: its contenders train alike. Speed itself is never asserted."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -9,7 +8,6 @@ import signal
 import sys
 import time
 from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,19 +23,6 @@ from minilora.training.loss import label_tokens
 CPU = torch.device("cpu")
 # Every width a multiple of NF4's block of 64: bitsandbytes' CPU kernel for inference needs it.
 TINY = LLAMA | {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    """The package, which is not installed, imported from the repository's root."""
-    root = str(Path(__file__).parents[2])
-    sys.path.insert(0, root)
-    try:
-        for name in ("__main__", "output", "train_step", "training_cases", "training_contenders", "turns"):
-            importlib.import_module(f"benchmarks.{name}")
-        yield sys.modules["benchmarks"]
-    finally:
-        sys.path.remove(root)
 
 
 def tiny_case(benchmarks, *, quantize=False, dtype=torch.float32, gradient_checkpointing=False, also=()):
