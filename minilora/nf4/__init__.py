@@ -7,11 +7,11 @@ dequantized weights where memory allows; bitsandbytes.py is its state-dict form;
 
 from minilora.nf4 import bitsandbytes, codec
 from minilora.nf4.codec import QuantizedTensor, code, dequantize, dequantize_absmax, dynamic_map, quantize
-from minilora.nf4.dispatch import has_triton, quantize_weight, trials, trials_folder
+from minilora.nf4.dispatch import has_triton, quantize_weight, trials, trials_folder, weight_to_save
 from minilora.nf4.kept_weights import keeping_weights, weights_that_fit
 from minilora.nf4.kernel_device import Kind
 from minilora.nf4.kernel_trials import MOST_TRIED, Trials
-from minilora.nf4.linear import NF4Linear, linear_onto, product, product_with_low_rank, weight_to_save
+from minilora.nf4.linear import NF4Linear, linear_onto, product, product_with_low_rank
 from minilora.nf4.rounding import round_to_nf4
 
 __all__ = [

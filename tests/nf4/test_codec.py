@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minilora import nf4
 from minilora.errors import InputError
-from minilora.nf4 import codec
+from minilora.nf4 import codec, scratch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIDPOINTS = (nf4.code()[:-1] + nf4.code()[1:]) / 2
@@ -228,7 +228,7 @@ def test_threads_do_not_share_the_scratch_memory():
     both_at_work = Barrier(2, timeout=60)
 
     def own_memory(_):
-        address = codec.workspace("pairs", 64, torch.int64, torch.device("cpu")).data_ptr()
+        address = scratch.workspace("pairs", 64, torch.int64, torch.device("cpu")).data_ptr()
         both_at_work.wait()
         return address
 
