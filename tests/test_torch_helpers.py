@@ -16,7 +16,7 @@ from minilora.torch_helpers import checkpointed, inside_checkpoint, randomized_s
 
 
 class Block(nn.Module):
-    """An MLP: two layers share their input, the last follows SwiGLU, and the way back does not need what that gives."""
+    """An MLP: two layers share their input, the last follows SwiGLU, whose output the backward pass does not need."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,8 +7,10 @@ packed_sequences.py are for models of the transformers library.
 
 from minilora.models.config import ModelConfig
 from minilora.models.deferred_logits import DeferredLogits, deferring_logits
+from minilora.models.kv_cache import KVCache
 from minilora.models.packed_sequences import can_pack
-from minilora.models.transformer import KVCache, Transformer, inverse_frequencies, require_own_model, row_positions
+from minilora.models.rotary import inverse_frequencies, row_positions
+from minilora.models.transformer import Transformer, require_own_model
 from minilora.models.transformers_attention import attention_row_by_row
 
 __all__ = [

@@ -125,28 +125,12 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a config.json, in the old style, which every version of transformers reads."""
-        several = list(self.eos_token_ids)
-        hf: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
-            "hidden_act": "silu",
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": several[0] if len(several) == 1 else several or None,
-            "pad_token_id": self.pad_token_id,
-        }
+        """The content of a config.json, in the old style, which every version of transformers reads."""
+        ends = list(self.eos_token_ids)
+        not_hf = ("sliding_windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "eos_token_ids")
+        hf = {name: value for name, value in vars(self).items() if name not in not_hf}
+        hf |= {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu"}
+        hf["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
         window = next((size for size in self.sliding_windows if size is not None), None)
         if self.model_type in ("llama", "qwen3"):
             hf["attention_bias"] = self.qkv_bias

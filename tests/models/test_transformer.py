@@ -141,7 +141,7 @@ def test_gradients_equal_transformers_and_checkpointing_changes_nothing(pair: tu
     handle = ours.model.layers[0].register_forward_pre_hook(count)
     ours.gradient_checkpointing = True
     recomputed = gradients(ours, ours(IDS, mask))
-    assert calls == 2  # once forward, once again on the way back
+    assert calls == 2  # once in the forward pass, once again in the backward pass
     ours.eval()
     gradients(ours, ours(IDS, mask))
     assert calls == 3  # in evaluation mode nothing is computed twice
