@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from minilora.errors import InputError
-from minilora.nf4.codec import QuantizedTensor, code, dynamic_map
+from minilora.nf4.codec import NESTED_BLOCK_SIZE, QuantizedTensor, code, dynamic_map
 
 STATE = ".quant_state.bitsandbytes__nf4"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
-NESTED_BLOCK_SIZE = 256
 
 
 def check_is_nf4(config: dict[str, Any], source: str) -> None:
@@ -78,8 +77,9 @@ class QuantizedWeight:
 
     def __init__(self, name: str, read: Callable[[str], Tensor], where: Callable[[str], str]) -> None:
         self.name, self.read, self.where = name, read, where
+        content = read(name + STATE)
         try:
-            state = json.loads(bytes(read(name + STATE).tolist()))
+            state = json.loads(bytes(content.tolist()))
             self.shape: tuple[int, int] = tuple(state["shape"])
             self.block_size: int = state["blocksize"]
             self.dtype: torch.dtype = getattr(torch, state["dtype"])
@@ -93,8 +93,6 @@ class QuantizedWeight:
                 raise ValueError(f"nested_offset {self.offset}, dtype {state['dtype']}")
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{where(name + STATE)} is not a bitsandbytes quantization state: {error!r}") from error
-        except InputError:
-            raise
         except ValueError as error:
             raise InputError(f"{where(name + STATE)} is not supported: {error}") from error
 

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(NamedTuple):
-    """What is right or wrong as one: a file of kernels/nf4, and what its kernel is compiled for."""
+    """What one verdict is about: a file of kernels/nf4, and what its kernel is compiled for."""
 
     kernel: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """Two ways to one result; and what is wrong with that of the first beside that of the second, "" if nothing."""
+    """Two ways to one result, and what is wrong with the first result beside the second, "" if nothing."""
 
     kernel: Callable[[], Any]
     pytorch: Callable[[], Any]
@@ -60,7 +60,7 @@ class GPU:
         }
 
     def is_recording(self) -> bool:
-        """True where work beside the caller's own would be recorded with it, or is forbidden."""
+        """True where a trial would be recorded as part of the caller's work, or is forbidden."""
         return (
             torch.cuda.is_current_stream_capturing()
             or torch.jit.is_tracing()
@@ -70,14 +70,11 @@ class GPU:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, on this device, what the caller has set for its own work does not count."""
+        """Inside, this device is the current one, and modes that the caller has set do not count."""
         kind = self.device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-            if kind == "cuda":
-                with torch.cuda.device(self.device):
-                    yield
-            else:
-                yield
+        current = torch.cuda.device(self.device if kind == "cuda" else -1)  # -1 changes nothing
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), current:
+            yield
 
     def synchronize(self) -> None:
         """Wait for all work; raises if a kernel has broken the device for this process."""
