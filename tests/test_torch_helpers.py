@@ -1,4 +1,4 @@
-"""Recomputation that tells its layers of it, and the randomized SVD."""
+"""Gradient checkpointing that tells its layers so, and the randomized SVD."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""Both ways to compute attention against the formula in float64, position by position; which keys a query sees."""
+"""The implementations of attention against the formula in float64, position by position; which keys a query sees."""
 
 import math
 from itertools import pairwise

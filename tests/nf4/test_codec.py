@@ -1,4 +1,4 @@
-"""minilora/codec.py against bitsandbytes' CPU code, byte for byte, and against float64."""
+"""minilora/nf4/codec.py against bitsandbytes' CPU code, byte for byte, and against float64."""
 
 import subprocess
 import sys
