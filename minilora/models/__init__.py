@@ -1,8 +1,8 @@
 """The Transformer, and what the library knows of other libraries' models.
 
-Read transformer.py first: Llama, SmolLM, Mistral and Qwen in one file. attention.py says which keys a query sees, and
-tiled_attention.py computes it on a CPU; config.py reads config.json. transformers_attention.py, deferred_logits.py and
-packed_sequences.py are for models of the transformers library.
+Read transformer.py first: Llama, SmolLM, Mistral and Qwen in one file, of rotary.py, rms_norm.py and swiglu.py.
+attention.py says which keys a query sees, and tiled_attention.py computes it on a CPU; config.py reads config.json.
+transformers_attention.py, deferred_logits.py and packed_sequences.py are for models of the transformers library.
 """
 
 from minilora.models.config import ModelConfig

@@ -1,7 +1,7 @@
 """ModelConfig: the shape of a decoder-only Transformer of the Llama family, read from Hugging Face's config.json.
 
 Llama (SmolLM is one), Mistral, Qwen2 and Qwen3 differ in five things only: biases, RMSNorm on queries and keys, the
-sliding window, the scaling of the rotary frequencies, and what a config.json that leaves something out means.
+sliding window, the scaling of the rotary frequencies, and the defaults of a config.json.
 """
 
 import math
@@ -18,13 +18,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# What a config.json means by leaving a key out: the defaults of transformers' configuration of that architecture.
-_QWEN: dict[str, Any] = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+# The defaults of transformers' configuration of each architecture, for keys that a config.json leaves out.
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -38,7 +33,7 @@ ROPE_SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Settings that change what a model computes and have no code here: only the value that means "off" is accepted.
+# Settings that are not implemented: only the values that mean "off" are accepted.
 OFF: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
@@ -99,17 +94,14 @@ class ModelConfig:
         if head_dim % 2:
             raise fields.error(f"head_dim {head_dim} is odd, but rotary embeddings turn pairs")
         rope_theta, rope_scaling = _rope(fields)
+        names = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"
+        sizes: dict[str, Any] = {name: fields.integer(name) for name in names}
         bias = bool(hf.get("attention_bias", False)) and kind in ("llama", "qwen3")
         return cls(
             model_type=kind,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.integer("max_position_embeddings"),
             rms_norm_eps=float(fields.number("rms_norm_eps")),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -122,6 +114,7 @@ class ModelConfig:
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=hf.get("pad_token_id"),
+            **sizes,
         )
 
     def to_hf(self) -> dict[str, Any]:

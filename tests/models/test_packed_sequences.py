@@ -26,8 +26,8 @@ from minilora.adapters.lora import LoRAConfig
 from minilora.data.batches import batches, collate, pack
 from minilora.data.examples import Example
 from minilora.models import packed_sequences
+from minilora.models.kv_cache import KVCache
 from minilora.models.packed_sequences import can_pack, keeps_rows_apart
-from minilora.models.transformer import KVCache
 from minilora.models.transformers_attention import attention_row_by_row
 from minilora.training.loss import label_tokens, summed_loss
 
