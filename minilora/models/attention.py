@@ -190,5 +190,5 @@ def _all_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window:
 
 @lru_cache(maxsize=1)  # every layer of a forward pass asks for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a tensor born in inference mode cannot be saved for backward
+    with torch.inference_mode(False):  # an inference tensor cannot be saved for backward
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

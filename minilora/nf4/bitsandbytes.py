@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes quantized to NF4, as its Linear4bit writes them into a safetensors file.
+"""The state dict of bitsandbytes' Linear4bit, as it is in a safetensors file: read and written.
 
     <layer>.weight                                  codes, uint8 (ceil(n/2), 1)
     <layer>.weight.absmax                           uint8 with double quantization, else float32
@@ -6,7 +6,7 @@
     <layer>.weight.nested_absmax, .nested_quant_map double quantization's own scale and table
     <layer>.weight.quant_state.bitsandbytes__nf4    JSON bytes: shape, dtype, block sizes, offset
 
-minilora's NF4 is the same numbers, so they are taken as they are. Source: QuantState in bitsandbytes/functional.py.
+The numbers are minilora's own, bit for bit. Source: QuantState in bitsandbytes/functional.py.
 """
 
 import json
@@ -53,7 +53,7 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: l
 
 
 def packed(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
-    """The weight of this name as the tensors that stand for it in a file; `QuantizedWeight` reads the same bits."""
+    """The tensors of a file for the weight of this name; `QuantizedWeight` reads them."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": q.block_size,
@@ -71,8 +71,8 @@ def packed(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
 class QuantizedWeight:
     """A weight in NF4 and the tensors beside it, every one checked as it is read.
 
-    `read` gives the tensor of a name; `where` names file and tensor for an error. Raises InputError for a part that is
-    missing, of another size or dtype, with NaN or infinity, or that belongs to another kind of quantization.
+    `read` gives the tensor of a name; `where` names file and tensor for an error. Raises InputError for one that is
+    missing, of another size or dtype, with NaN or infinity, or of another kind of quantization.
     """
 
     def __init__(self, name: str, read: Callable[[str], Tensor], where: Callable[[str], str]) -> None:

@@ -185,10 +185,7 @@ def quantize_whole_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_short_block(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of a last block that is not whole.
-
-    Divided, not multiplied by a reciprocal: so does bitsandbytes on a CPU, and the last bit shows it.
-    """
+    """The same for a short last block: divided, not multiplied by a reciprocal, as bitsandbytes does on a CPU."""
     tail = x.float()
     c = tail.abs().max().clamp(min=TINY)
     return encode(F.pad(tail / c, (0, len(tail) % 2))), c.view(1)

@@ -1,4 +1,4 @@
-"""The GPU that kernels are tried on: what it is, how long a call takes on it, and the two ways to compare."""
+"""The GPU that kernels are tried on: its identity, the time of a call, and the kernel and PyTorch's way to compare."""
 
 import hashlib
 import re
@@ -81,7 +81,7 @@ class GPU:
         torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Of one call, by the device's own clock. Weights come from its memory, as in a model, not from its cache."""
+        """The time of one call by the device's own clock, with a cold cache, as in a model."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         torch.empty(2 * cache, dtype=torch.uint8, device=self.device).zero_()
@@ -123,8 +123,8 @@ class GPU:
         x = randn(M, N if kind.kernel == "backward" else K)
 
         def fault(ours: Tensor, theirs: Tensor) -> str:
-            """On random numbers |y| is some |x| |w| / √K. A sixteenth of it is more than rounding makes, be it that of
-            TF32 or of sums in 16 bits, which the caller may have allowed PyTorch, and less than a wrong block does."""
+            """On random numbers |y| is some |x| |w| / √K. A sixteenth of it is more than the rounding of TF32 or of
+            sums in 16 bits, which the caller may have allowed PyTorch, and less than the error of a wrong block."""
             x_norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
             W_norm = torch.linalg.vector_norm(weight(), dim=int(kind.kernel != "backward"), dtype=torch.float32)
             rough = W_norm / (16 * x.shape[1] ** 0.5)

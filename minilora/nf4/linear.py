@@ -1,4 +1,4 @@
-"""NF4Linear: a frozen linear layer whose weight rests in 4 bits (QLoRA, arXiv 2305.14314, section 3, equation 5).
+"""NF4Linear: a frozen linear layer whose weight is stored in 4 bits (QLoRA, arXiv 2305.14314, section 3, equation 5).
 
                W' = dequantize(codes, absmax)        for each product anew (inside a checkpoint: see weight_to_save)
     forward    y = x W'^T + bias (+ add)
@@ -57,7 +57,7 @@ def product(
 ) -> Tensor:
     """rows W^T (+ add), or with ``transpose`` rows W (+ add), all in one dtype and without a graph.
 
-    rows (M, in_features), W (out_features, in_features) whole or in 4 bits, add (out_features,) or (M, out_features);
+    rows (M, in_features), W (out_features, in_features) dense or in NF4, add (out_features,) or (M, out_features);
     with ``transpose`` in and out change places. A GEMM accumulates onto add and rounds once; with ``overwrite`` add, of
     the result's shape, may become the result.
     """
@@ -77,7 +77,7 @@ def product_with_low_rank(
 ) -> Tensor:
     """bias + xA B^T + rows W^T, all in one dtype and without a graph: the small terms first, rounded once at the end.
 
-    rows (M, in_features), W (out_features, in_features) whole or in 4 bits, xA (M, r), B (out_features, r).
+    rows (M, in_features), W (out_features, in_features) dense or in NF4, xA (M, r), B (out_features, r).
     """
     if isinstance(W, QuantizedTensor):
         y = fused_product(rows, W, False, bias, xA, B)
@@ -102,7 +102,7 @@ class NF4Linear(nn.Module):
 
     The constructor leaves the weight zero, for a state dict to fill; `from_linear` and `from_quantized` fill it.
 
-    The packed weight lies in plain buffers, so state_dict, .to(), deepcopy and safetensors work as for any layer:
+    The packed weight is in plain buffers, so state_dict, .to(), deepcopy and safetensors work as for any layer:
     weight: uint8 (ceil(in_features * out_features / 2),), absmax, nested_absmax and offset as in QuantizedTensor.
     A dtype given to .to() (or .half(), ...) goes to the bias alone; the statistics stay as they were quantized.
 

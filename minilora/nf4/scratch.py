@@ -10,7 +10,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-LOOKUP_ROWS = 64  # among which the lookups of a chunk are shared out: no more threads than this help
+LOOKUP_ROWS = 64  # of a gather: no more threads than this help
 
 
 class _Workspaces(threading.local):
@@ -22,15 +22,12 @@ _workspaces = _Workspaces()
 
 
 def workspace(role: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized tensor (n,) for a value that is dead before this thread asks for the same role again.
-
-    On a CPU it is the same memory each time, elsewhere a new tensor.
-    """
+    """An uninitialized tensor (n,), on a CPU in the same memory at every call of this thread for the same role."""
     if device.type != "cpu":
         return torch.empty(n, dtype=dtype, device=device)
     buffer = _workspaces.buffers.get((role, dtype))
     if buffer is None or buffer.numel() < n:
-        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside
             buffer = _workspaces.buffers[role, dtype] = torch.empty(n, dtype=dtype, device=device)
     return buffer[:n]
 
@@ -38,9 +35,8 @@ def workspace(role: str, n: int, dtype: torch.dtype, device: torch.device) -> Te
 def look_up_pairs(table: Tensor, index: Tensor) -> Tensor:
     """table[index], flat: table float32 (256, 2), index uint8 (n,) -> (2n,). The next call may overwrite the result.
 
-    On a CPU a pair is moved as one complex64, by a gather, whose rows PyTorch deals out to its threads: the index
-    stands in as many rows as divide it evenly. (index_select would run in one thread.) Elsewhere a pair is a row, since
-    not every device has complex numbers.
+    On a CPU a pair is one complex64, and a gather looks it up, whose rows PyTorch divides among its threads
+    (index_select would run in one). Elsewhere a pair is a row, since not every device has complex numbers.
     """
     if index.device.type != "cpu":
         return torch.index_select(table, 0, index.int()).view(-1)
