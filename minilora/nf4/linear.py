@@ -19,84 +19,6 @@ from minilora.nf4.codec import NESTED_BLOCK_SIZE, QuantizedTensor, dequantize, m
 from minilora.nf4.dispatch import fused_product, quantize_weight, temporary_weight, weight_to_save
 
 
-class _NF4Product(torch.autograd.Function):
-    """x W^T (+ add), or with ``transpose`` x W: each is the other's gradient, so this is its own backward.
-
-    W is dequantized for the product at hand. The graph holds the layer's packed buffers and nothing else.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype, transpose: bool
-    ) -> Tensor:
-        ctx.q, ctx.dtype, ctx.transpose = q, dtype, transpose
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        out_features = q.shape[1] if transpose else q.shape[0]
-        add_rows = None if add is None else add.reshape(-1, out_features)
-        if add_rows is None or add_rows.dtype == dtype == x.dtype:
-            y = product(rows, q, add_rows, transpose=transpose).to(x.dtype)
-        else:
-            y = product(rows, q, transpose=transpose).to(x.dtype) + add_rows.to(x.dtype)
-        return y.view(*x.shape[:-1], out_features)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _NF4Product.apply(grad_y, None, ctx.q, ctx.dtype, not ctx.transpose)
-        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None, None
-
-
-def product(
-    rows: Tensor,
-    W: Tensor | QuantizedTensor,
-    add: Tensor | None = None,
-    *,
-    transpose: bool = False,
-    overwrite: bool = False,
-) -> Tensor:
-    """rows W^T (+ add), or with ``transpose`` rows W (+ add), all in one dtype and without a graph.
-
-    rows (M, in_features), W (out_features, in_features) dense or in NF4, add (out_features,) or (M, out_features);
-    with ``transpose`` in and out change places. A GEMM accumulates onto add and rounds once; with ``overwrite`` add, of
-    the result's shape, may become the result.
-    """
-    if isinstance(W, QuantizedTensor):
-        y = fused_product(rows, W, transpose, None if transpose else add)
-        if y is not None:
-            return y.add_(add) if transpose and add is not None else y
-        W = temporary_weight(W, rows.dtype)
-    matrix = W if transpose else W.T
-    if add is None:
-        return rows @ matrix
-    return add.addmm_(rows, matrix) if overwrite else torch.addmm(add, rows, matrix)
-
-
-def product_with_low_rank(
-    rows: Tensor, W: Tensor | QuantizedTensor, bias: Tensor | None, xA: Tensor, B: Tensor
-) -> Tensor:
-    """bias + xA B^T + rows W^T, all in one dtype and without a graph: the small terms first, rounded once at the end.
-
-    rows (M, in_features), W (out_features, in_features) dense or in NF4, xA (M, r), B (out_features, r).
-    """
-    if isinstance(W, QuantizedTensor):
-        y = fused_product(rows, W, False, bias, xA, B)
-        if y is not None:
-            return y
-    return product(rows, W, F.linear(xA, B, bias), overwrite=True)
-
-
-def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
-
-    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
-    """
-    if add is None or add.dim() == 1:
-        return F.linear(x, W, add)
-    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
-    return rows.view(add.shape)
-
-
 class NF4Linear(nn.Module):
     """y = x W^T + bias, with W (out_features, in_features) frozen in NF4.
 
@@ -233,3 +155,84 @@ class NF4Linear(nn.Module):
             f"block_size={self.block_size}, double_quant={self.offset is not None}, "
             f"compute_dtype={self.compute_dtype}"
         )
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+class _NF4Product(torch.autograd.Function):
+    """x W^T (+ add), or with ``transpose`` x W: each is the other's gradient, so this is its own backward.
+
+    W is dequantized for the product at hand. The graph holds the layer's packed buffers and nothing else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, add: Tensor | None, q: QuantizedTensor, dtype: torch.dtype, transpose: bool
+    ) -> Tensor:
+        ctx.q, ctx.dtype, ctx.transpose = q, dtype, transpose
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        out_features = q.shape[1] if transpose else q.shape[0]
+        add_rows = None if add is None else add.reshape(-1, out_features)
+        if add_rows is None or add_rows.dtype == dtype == x.dtype:
+            y = product(rows, q, add_rows, transpose=transpose).to(x.dtype)
+        else:
+            y = product(rows, q, transpose=transpose).to(x.dtype) + add_rows.to(x.dtype)
+        return y.view(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _NF4Product.apply(grad_y, None, ctx.q, ctx.dtype, not ctx.transpose)
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def product(
+    rows: Tensor,
+    W: Tensor | QuantizedTensor,
+    add: Tensor | None = None,
+    *,
+    transpose: bool = False,
+    overwrite: bool = False,
+) -> Tensor:
+    """rows W^T (+ add), or with ``transpose`` rows W (+ add), all in one dtype and without a graph.
+
+    rows (M, in_features), W (out_features, in_features) dense or in NF4, add (out_features,) or (M, out_features);
+    with ``transpose`` in and out change places. A GEMM accumulates onto add and rounds once; with ``overwrite`` add, of
+    the result's shape, may become the result.
+    """
+    if isinstance(W, QuantizedTensor):
+        y = fused_product(rows, W, transpose, None if transpose else add)
+        if y is not None:
+            return y.add_(add) if transpose and add is not None else y
+        W = temporary_weight(W, rows.dtype)
+    matrix = W if transpose else W.T
+    if add is None:
+        return rows @ matrix
+    return add.addmm_(rows, matrix) if overwrite else torch.addmm(add, rows, matrix)
+
+
+def product_with_low_rank(
+    rows: Tensor, W: Tensor | QuantizedTensor, bias: Tensor | None, xA: Tensor, B: Tensor
+) -> Tensor:
+    """bias + xA B^T + rows W^T, all in one dtype and without a graph: the small terms first, rounded once at the end.
+
+    rows (M, in_features), W (out_features, in_features) dense or in NF4, xA (M, r), B (out_features, r).
+    """
+    if isinstance(W, QuantizedTensor):
+        y = fused_product(rows, W, False, bias, xA, B)
+        if y is not None:
+            return y
+    return product(rows, W, F.linear(xA, B, bias), overwrite=True)
+
+
+def linear_onto(add: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
+    """`add + x W^T` as one GEMM that starts from `add`: accumulated in float32, rounded once.
+
+    add: None, (out,) or (…, out); x: (…, in); W: (out, in); returns (…, out) in their common dtype.
+    """
+    if add is None or add.dim() == 1:
+        return F.linear(x, W, add)
+    rows = torch.addmm(add.reshape(-1, add.shape[-1]), x.reshape(-1, x.shape[-1]), W.T)
+    return rows.view(add.shape)
