@@ -11,14 +11,7 @@ from typing import Any
 
 from minilora.errors import InputError
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# The defaults of transformers' configuration of each architecture, for keys that a config.json leaves out.
+# Of each architecture the defaults in transformers, for keys that a config.json leaves out.
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -78,9 +71,8 @@ class ModelConfig:
         Raises InputError, naming `source` and the key, for an architecture or a setting that has no code here.
         """
         kind = hf.get("model_type")
-        if kind not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise InputError(f"{source}: model_type {kind!r} is not supported; supported are {known}")
+        if kind not in DEFAULTS:
+            raise InputError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(DEFAULTS)}")
         fields = _Fields({"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **DEFAULTS[kind], **hf}, source)
         for key, allowed in OFF.items():
             if hf.get(key, allowed[0]) not in allowed:
@@ -122,7 +114,7 @@ class ModelConfig:
         ends = list(self.eos_token_ids)
         not_hf = ("sliding_windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "eos_token_ids")
         hf = {name: value for name, value in vars(self).items() if name not in not_hf}
-        hf |= {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu"}
+        hf |= {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
         hf["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
         window = next((size for size in self.sliding_windows if size is not None), None)
         if self.model_type in ("llama", "qwen3"):

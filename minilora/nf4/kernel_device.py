@@ -166,7 +166,5 @@ def _hash_of_source() -> str:
     """Of the files of minilora.kernels."""
     spec = find_spec("minilora.kernels")
     assert spec is not None and spec.origin is not None
-    source = hashlib.sha256()
-    for file in sorted(Path(spec.origin).parent.glob("*.py")):
-        source.update(file.read_bytes())
-    return source.hexdigest()[:16]
+    files = sorted(Path(spec.origin).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
