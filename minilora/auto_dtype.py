@@ -3,8 +3,8 @@
     a CPU      bfloat16 where a product in it takes no longer than in float32, which a probe times; else float32
     a GPU      bfloat16 where it is in hardware; else float16, for which training scales the loss
 
-Weights in NF4 stay in 4 bits whichever it is. Where the processor has no instructions for bfloat16, PyTorch multiplies
-in one thread and without vectors: a product takes some ten times as long as in float32, though it reads half the bytes.
+Where a CPU has no instructions for bfloat16, PyTorch multiplies in one thread and without vectors: a product takes some
+ten times as long as in float32, though it reads half the bytes.
 """
 
 import sys
@@ -15,15 +15,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["DtypeChoice", "auto_dtype", "say_once", "slower_than_float32"]
-
 M, N, K = 256, 512, 512  # a product of 0.13 GFLOP: under a millisecond where there are vectors
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """What "auto" comes to on a device: `dtype`, and `reason`, a half-sentence that says why."""
+    """What "auto" is on a device, and a half-sentence that says why."""
 
     dtype: torch.dtype
     reason: str
@@ -34,11 +32,7 @@ class DtypeChoice:
 
 def auto_dtype(device: torch.device | str) -> DtypeChoice:
     """The dtype for a device; a CPU is probed once a process, which takes some milliseconds."""
-    return _chosen(torch.device(device))
-
-
-@cache
-def _chosen(device: torch.device) -> DtypeChoice:
+    device = torch.device(device)
     if device.type == "cpu":
         times = slower_than_float32(torch.bfloat16)
         if times <= 1:
@@ -53,7 +47,7 @@ def _chosen(device: torch.device) -> DtypeChoice:
 def slower_than_float32(dtype: torch.dtype) -> float:
     """A product's time on this CPU in `dtype`, divided by its time in float32: the fastest of some, taken in turns.
 
-    In one thread: of two, one may have to wait for a core that another process is using, and only in float32.
+    In one thread: with two, one may wait for a core that another process is using, and only in float32.
     """
     pairs = [(torch.ones(M, K, dtype=each), torch.ones(N, K, dtype=each)) for each in (dtype, torch.float32)]
     threads = torch.get_num_threads()
@@ -86,5 +80,5 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 @cache
 def say_once(line: str) -> None:
-    """Show a line on stderr, the first time in this process."""
+    """Print a line on stderr, the first time in this process."""
     print(f"minilora: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one exception that means: what you gave us is wrong, and here is the way out."""
+"""The exception for bad input."""
 
 
 class InputError(ValueError):

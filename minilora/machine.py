@@ -1,8 +1,8 @@
-"""What the machine has for this process: cores, limits of memory, and a folder for files that are kept.
+"""What the machine has for this process: cores, limits of memory, and a cache folder.
 
-PyTorch asks the system which cores a process may run on. What it does not ask for is the quota of a container
-(`docker run --cpus 2`, a Kubernetes limit, systemd's CPUQuota): on 64 cores it then starts 64 threads that are stopped
-together for most of the time. Linux keeps such limits in control groups.
+PyTorch does not look at the CPU quota of a container (`docker run --cpus 2`, a Kubernetes limit, systemd's CPUQuota):
+on 64 cores it then starts 64 threads that are stopped together for most of the time. Linux keeps such limits in control
+groups.
 """
 
 import math
@@ -14,8 +14,6 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from minilora.errors import InputError
-
-__all__ = ["available_cores", "cache_folder", "group_folders", "use_available_cores"]
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -51,10 +49,10 @@ def _quota(folder: Path) -> float:
 
 
 def group_folders(controller: str) -> Iterator[Path]:
-    """The folders of this process's groups and of all groups around them: the limits in each of them hold.
+    """The folders of this process's control groups and of all groups around them, whose limits hold too.
 
     `controller` is "cpu" or "memory", of version 1; in version 2 a group's one folder has the files of all. Inside a
-    container the roots are its own group. Folders need not exist, nor have a file with a limit.
+    container the roots are its own group. A folder need not exist, nor have a file with a limit.
     """
     yield from (CONTROL_GROUPS, CONTROL_GROUPS / controller)
     with suppress(OSError):  # a system without control groups
@@ -68,7 +66,7 @@ def group_folders(controller: str) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Where fetched files live: `$MINILORA_CACHE`, or `~/.cache/minilora` (`$XDG_CACHE_HOME` respected).
+    """The folder for fetched files: `$MINILORA_CACHE`, or `~/.cache/minilora` (`$XDG_CACHE_HOME` respected).
 
     Raises InputError for a user without a home folder, as containers may have one.
     """

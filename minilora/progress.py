@@ -1,9 +1,9 @@
-"""How far a long piece of work is: a bar on a terminal and in a notebook, everywhere else plain lines.
+"""Progress of long work: a bar on a terminal (by rich) and in a notebook, everywhere else plain lines.
 
     answering: 37 of 128 rows · 0:41 left
 
 Where standard error is a file or a pipe (Docker, CI, nohup), such a line comes after five seconds, then every ten, and
-at the end one that says how long it took. What is done before that shows nothing.
+at the end one that says how long it took. Work that is done sooner shows nothing.
 """
 
 import html
@@ -11,30 +11,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-__all__ = ["Stage", "progress_bar", "silent", "with_progress"]
 
 T = TypeVar("T")
 clock = time.monotonic
 HEARTBEAT = 1.0  # seconds after which a stage looks at the clock, however long its item takes
 
 
-class Advance(Protocol):
-    """Says that `n` more are done; a text takes the place of label and count from then on."""
-
-    def __call__(self, n: int, text: str | None = None, /) -> None: ...
-
-
 @contextmanager
-def progress_bar(label: str | None, total: int | None, unit: str = "") -> Iterator[Advance]:
-    """A stage of `total` items around the work inside the `with`, which calls what it gets as they are done.
+def progress_bar(label: str | None, total: int | None, unit: str = "") -> Iterator[Callable[..., None]]:
+    """A stage of `total` items around the work inside the `with`, which is given `Stage.advance` to call.
 
     Without a label nothing is shown; without a total there is no estimate, only the time so far.
     """
@@ -77,14 +69,14 @@ _open: list["Stage"] = []  # the outer ones first
 
 
 class Stage:
-    """Work that is under way: how much of it is done, how long the rest will take, and where that is shown.
+    """Work under way: how much of it is done, how long the rest will take, and where that is shown.
 
     Args:
         label: what is being done.
         total: how many items there are; None where nobody knows.
         unit: what the items are, such as "rows"; "%" shows their share in place of their number.
         done: how many are done already, in an earlier run.
-        main: for what the user has come for, such as training: shown from the first item on, and its end stays.
+        main: for a command's own work, such as training: shown from the first item on, and its end stays.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "", done: int = 0, main: bool = False) -> None:
@@ -147,13 +139,13 @@ class Stage:
         return None if self.total is None else min(1.0, self.done / max(self.total, 1))
 
     def _time(self, now: float) -> str:
-        """What is left if the rest takes as long per item as those since the first one, which warms caches up."""
+        """The time left at the speed since the first item, which warms caches up; else the time so far."""
         if self.total is not None and len(self.marks) == 3:
             _, (t0, n0), (t1, n1) = self.marks
             left = (self.total - n1) * (t1 - t0) / max(n1 - n0, 1) - (now - t1)
             if left >= 0:
                 return f"{_minutes(left)} left"
-        return f"{_minutes(now - self.marks[0][0])} so far"  # nothing to go by yet, or the estimate is used up
+        return f"{_minutes(now - self.marks[0][0])} so far"
 
 
 def _minutes(seconds: float) -> str:
@@ -165,17 +157,7 @@ def _minutes(seconds: float) -> str:
 # --- where they are shown --------------------------------------------------------------------------------------------
 
 
-class Display(Protocol):
-    """Shows a stage after so many seconds, and again each time so many more have passed."""
-
-    after: float
-    every: float
-
-    def show(self, stage: Stage, time: str) -> None: ...
-    def close(self, stage: Stage, time: str) -> None: ...
-
-
-def _display() -> Display:
+def _display() -> "Lines | TerminalBar | NotebookBar":
     ipython = sys.modules.get("IPython")
     if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
         return NotebookBar()
@@ -186,17 +168,17 @@ def _display() -> Display:
 class Lines:
     """A plain line now and then, for a log file or a pipe."""
 
-    after, every = 5.0, 10.0
+    after, every = 5.0, 10.0  # seconds
 
     def show(self, stage: Stage, time: str) -> None:
-        with suppress(OSError):  # work is worth more than a line that nobody reads any more
+        with suppress(OSError):  # a closed pipe must not end the work
             print(f"{stage.state()} · {time}", file=sys.stderr, flush=True)
 
     close = show
 
 
 class TerminalBar:
-    """A live bar; those of inner stages stand below those of the outer ones."""
+    """A live bar; those of inner stages are below those of the outer ones."""
 
     after, every = 2.0, 0.1
     live: "Progress | None" = None  # the one that all stages share, while there are any
@@ -209,7 +191,7 @@ class TerminalBar:
         if self.task is None:
             self.task = live.add_task("", total=None if stage.total is None else 1.0, state=stage.state(), time=time)
         live.update(self.task, completed=stage.share(), state=stage.state(), time=time)
-        live.start()  # if it has not yet been
+        live.start()  # unless it has been
 
     def close(self, stage: Stage, time: str) -> None:
         assert TerminalBar.live is not None and self.task is not None
@@ -228,17 +210,17 @@ def _live_bars() -> "Progress":
 
     return Progress(
         SpinnerColumn(),  # it moves during a long item too
-        BarColumn(bar_width=24),  # what gives way first where a terminal is narrow
+        BarColumn(bar_width=24),
         TextColumn("{task.fields[state]}", markup=False),
         TextColumn("{task.fields[time]}", style="cyan", table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # what goes into a file is not for the terminal
+        redirect_stdout=sys.stdout.isatty(),  # else it goes into a file
     )
 
 
 class NotebookBar:
-    """The browser's own progress bar; where there is none, the text alone."""
+    """The browser's own progress bar; in a front end without one, the text alone."""
 
     after, every = 2.0, 1.0
 

@@ -1,14 +1,4 @@
-"""What several rooms need of torch itself: autocast, outputs of functions, plain calls, recomputation, low rank.
-
-Gradient checkpointing of a block (Chen et al., arXiv 1604.06174), which tells its layers that they are in one:
-
-    forward         the block runs; what its layers save for the backward pass is dropped
-    backward pass   the block runs once more; what its layers save is held until each has used its own
-
-So inside a checkpoint, to save costs nothing in the forward pass, and in the backward pass lasts for one block at a
-time. A layer may save there what it has made and will need again, a weight dequantized from 4 bits, instead of making
-it anew.
-"""
+"""What several rooms need of torch: outputs of functions, autocast, plain calls, gradient checkpointing, low rank."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -42,8 +32,8 @@ def as_output(y: Tensor) -> Tensor:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside the `with`, products are in the dtype of their factors.
 
-    For a ΔW that is to be float32. And autocast keeps what it has cast of a parameter, without a gradient where it
-    casts under no_grad: PyTorch 2.6 would find no gradient for that parameter afterwards.
+    For a ΔW that is to be float32; and because autocast caches its cast of a parameter, without a gradient if under
+    no_grad: PyTorch 2.6 would find no gradient for that parameter afterwards.
     """
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -62,7 +52,7 @@ def is_plainly_called(module: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def _hooks_of_all_modules() -> bool:
-    """Whether any call of a module fires hooks, as torch's FlopCounterMode has them; a constant in a compiled graph."""
+    """Whether there are global module hooks, such as FlopCounterMode's; a constant in a compiled graph."""
     return any(HOOKS_OF_ALL_MODULES)
 
 
@@ -78,7 +68,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-# --- gradient checkpointing ------------------------------------------------------------------------------------------
+# --- gradient checkpointing (Chen et al., arXiv 1604.06174) ----------------------------------------------------------
+#
+#     forward pass    the block runs; what its layers save for backward is dropped
+#     backward pass   the block is recomputed; what its layers save is held until each has used its own
+#
+# So inside a checkpoint saving costs nothing in the forward pass, and in the backward pass memory for one block at a
+# time: a layer may save there what it would have to make again, such as a weight dequantized from 4 bits.
 
 
 class _State(threading.local):  # backward runs a CUDA device's part in a thread of its own
@@ -92,16 +88,12 @@ def checkpointed(block: Callable[..., Any], *args: Any) -> Any:
     """block(*args), of which only the arguments are saved for the backward pass."""
     if torch.compiler.is_compiling():  # which traces no context
         return checkpoint(block, *args, use_reentrant=False)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=_contexts)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (_inside(), _inside()))
 
 
 def inside_checkpoint() -> bool:
-    """True while `checkpointed` runs a block, for the first or the second time."""
+    """True while `checkpointed` runs a block, in the forward pass or to recompute it."""
     return not torch.compiler.is_compiling() and _state.inside
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return _inside(), _inside()
 
 
 @contextmanager

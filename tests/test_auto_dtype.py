@@ -30,7 +30,7 @@ WITHOUT_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 @pytest.fixture
 def fresh():
     """Nothing is remembered from before, nor left for later."""
-    caches = module._chosen, module.slower_than_float32, module.say_once
+    caches = module.slower_than_float32, module.say_once
     for cached in caches:
         cached.cache_clear()
     yield

@@ -1,4 +1,4 @@
-"""Recomputation that tells its layers of it, and the randomized SVD."""
+"""Gradient checkpointing that tells its layers so, and the randomized SVD."""
 
 import weakref
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from minilora.adapters.attach import add_adapter
 from minilora.adapters.lora import LoRAConfig
 from minilora.models.shared_input import project, project_swiglu
-from minilora.nf4 import linear
+from minilora.nf4 import dispatch, linear
 from minilora.nf4.codec import dequantize
 from minilora.nf4.linear import NF4Linear
 from minilora.torch_helpers import checkpointed, inside_checkpoint, randomized_svd
 
 
 class Block(nn.Module):
-    """An MLP: two layers share their input, the last follows SwiGLU, and the way back does not need what that gives."""
+    """An MLP: two layers share their input, the last follows SwiGLU, whose output the backward pass does not need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,9 @@ def test_how_often_a_weight_is_dequantized(adapters: bool, in_scratch: bool, mon
         return made[-1]
 
     blocks, x = [block(adapters, seed) for seed in range(2)], torch.randn(5, 16, dtype=torch.float64)
-    monkeypatch.setattr(linear, "temporary_weight", make)
-    monkeypatch.setattr(linear, "_in_scratch_memory", lambda q: in_scratch)  # as on a CPU, and as elsewhere
+    for module in (dispatch, linear):
+        monkeypatch.setattr(module, "temporary_weight", make)
+    monkeypatch.setattr(dispatch, "_in_scratch_memory", lambda q: in_scratch)  # as on a CPU, and as elsewhere
     plain = gradients(blocks, x, recompute=False)
     assert len(made) == 2 * (3 + 3)  # two blocks of three layers: forward and backward
     made.clear()
@@ -72,7 +73,8 @@ def test_how_often_a_weight_is_dequantized(adapters: bool, in_scratch: bool, mon
 def test_a_weight_is_shared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     true_weight = linear.temporary_weight
-    monkeypatch.setattr(linear, "temporary_weight", lambda *args: made.append(1) or true_weight(*args))
+    for module in (dispatch, linear):
+        monkeypatch.setattr(module, "temporary_weight", lambda *args: made.append(1) or true_weight(*args))
     blocks, x = [block(True, seed).cuda() for seed in range(2)], torch.randn(5, 16, device="cuda").bfloat16()
     plain, made[:] = gradients(blocks, x, recompute=False), []
     recomputed = gradients(blocks, x, recompute=True)
@@ -98,8 +100,9 @@ def test_weights_of_one_block_live_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
         return W
 
     blocks, x = [block(True, seed) for seed in range(4)], torch.randn(5, 16, dtype=torch.float64)
-    monkeypatch.setattr(linear, "temporary_weight", make)
-    monkeypatch.setattr(linear, "_in_scratch_memory", lambda q: False)
+    for module in (dispatch, linear):
+        monkeypatch.setattr(module, "temporary_weight", make)
+    monkeypatch.setattr(dispatch, "_in_scratch_memory", lambda q: False)
     gradients(blocks, x, recompute=True)
     assert alive == 0
     assert most == 3  # the layers of a block

@@ -1,10 +1,10 @@
-"""(e) dL/dx = dL/dy W, the gradient that passes through a frozen 4-bit layer; W is dequantized on the way as forward.
+"""(e) dL/dx = dL/dy W, the input's gradient of a frozen 4-bit layer; W is dequantized in registers, as in matmul.py.
 
     g_x[m, k] = Σ_n g_y[m, n] · w[n, k]
 
 Traffic and roofline are those of the forward product. The sum runs over the rows of W, and absmax varies along it (one
 for each n), so that it cannot be taken out of the sum. The two weights of a byte are neighbours in a row of W: they are
-put side by side again.
+interleaved again.
 """
 
 import torch

@@ -4,10 +4,10 @@
     block i ->  absmax[i]                         float32, or with double quantization
                 map[absmax[i]] · nested_absmax[i // 256] + offset
 
-There are two ways to look a byte up: once in a table of 256 pairs, or twice in the 16 values. Once takes fewer
-instructions; but 32 threads that read 8 bytes each from anywhere in 2 KiB get in each other's way, while the 16 values
-are one line of the cache. By arithmetic, which no GPU has confirmed, pairs are better where bandwidth leaves time
-(dequantize) and beside a tensor core's product, single values in gemv. Each kernel takes either.
+A byte is looked up once in a table of 256 pairs, or twice in the 16 values. Once takes fewer instructions; but 32
+threads that read 8 bytes each from anywhere in 2 KiB wait for each other, while the 16 values are one cache line. By
+arithmetic, which no GPU has confirmed, pairs are better where bandwidth leaves time (dequantize) and beside a tensor
+core's product, single values in gemv. Each kernel takes either.
 
 A mask, an absmax or an address that is the same for a whole block is computed once for it: tiles have an axis of
 blocks. What depends on the single byte keeps the compiler from loading 16 of them at a time.

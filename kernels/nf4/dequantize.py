@@ -3,7 +3,7 @@
     w[i] = code[nibble i] · absmax[i // block_size]          float32, rounded once to the dtype asked for
 
 Memory traffic of n elements: n/2 bytes of codes and n/64 of absmax in (+ n/4096 nested), 2n bytes of bf16 out: 2.52 n.
-Nothing is computed worth the name, so the roofline is bandwidth: by arithmetic 12.6 µs for 4096² at an H100's
+Little is computed, so the roofline is bandwidth: by arithmetic 12.6 µs for 4096² at an H100's
 3.35 TB/s, in which each of its threads has time for 22 instructions an element.
 """
 

@@ -4,9 +4,9 @@
          + add[n] + Σ_r x_A[r] B[n, r]                                  as in matmul.py
 
 One row cannot fill a tensor core, and need not: every weight is used once, so the time is that of reading 4.127 bits
-a weight, by arithmetic 2.6 µs for 4096² at an H100's 3.35 TB/s. What spoils that is the work of unpacking: in that
-time the chip can issue 4.6 instructions a weight, and read its first cache once. This kernel takes 8.8 with single
-values and 7.0 with pairs (`python -m minilora.kernels.aot`), so by arithmetic about half of the bandwidth is its most.
+a weight, by arithmetic 2.6 µs for 4096² at an H100's 3.35 TB/s. Unpacking adds to that: in this time the chip can
+issue 4.6 instructions a weight, and read its first cache once. This kernel takes 8.8 with single values and 7.0 with
+pairs (`python -m minilora.kernels.aot`), so by arithmetic it reaches about half of the bandwidth.
 """
 
 import torch

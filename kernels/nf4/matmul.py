@@ -1,4 +1,4 @@
-"""(c), (d), (f) y = x W^T (+ add) (+ x_A B^T) for few rows of x, W dequantized on the way from memory to the product.
+"""(c), (d), (f) y = x W^T (+ add) (+ x_A B^T) for few rows of x, W dequantized in registers.
 
     y[m, n] = Σ_k x[m, k] · w[n, k]        w = code · absmax, float32, rounded to x's dtype
             + add[m, n] + Σ_r x_A[m, r] B[n, r]      add: a bias, the same for all m, or what an adapter computed;
@@ -7,9 +7,9 @@
 Memory traffic for M ≪ N, K: the N·K weights at 4.127 bits (double quantization) against 16 in bfloat16: at M = 1 a
 bandwidth-bound layer can be at most 3.87 times as fast. By arithmetic it stays bandwidth-bound up to M ≈ 76 on an H100.
 
-A byte holds the weights of two neighbouring k. A sum has no order, so instead of putting them side by side again,
-which costs more than the product, x is split the same way:  Σ_k = Σ_{even k} + Σ_{odd k}, two products of half the
-length. The tile of W is the first operand of the product, since on Hopper that one may stay in registers.
+A byte holds the weights of two neighbouring k. Instead of interleaving them again, which costs more than the product, x
+is split the same way:  Σ_k = Σ_{even k} + Σ_{odd k}, two products of half the length. The tile of W is the first
+operand of the product, since on Hopper that one may stay in registers.
 
 Few rows leave most of the chip idle, so K is divided among SPLIT programs, each with its own partial sum; adding them
 up afterwards is exact enough (float32) and, unlike atomics, always the same.

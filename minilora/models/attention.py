@@ -17,8 +17,6 @@ from torch import Tensor
 
 from minilora.models.tiled_attention import tiled_causal_attention
 
-__all__ = ["CausalRows", "attend", "row_by_row", "visible_keys"]
-
 # On a CPU the written-out product with a mask is the faster one up to here (a prompt's 8 x 100 tokens in bfloat16, 9
 # heads on one core: 3 ms a layer against 4); beyond, its T x S scores cost too much memory.
 LONGEST_WRITTEN_OUT = 1024
@@ -26,7 +24,7 @@ LONGEST_WRITTEN_OUT = 1024
 
 @dataclass(frozen=True)
 class CausalRows:
-    """No mask is needed: rows of these lengths lie end to end, a token sees its own row up to itself.
+    """No mask is needed: packed sequences of these lengths, in each of which a token sees those up to itself.
 
     `window` is how many tokens it sees at most, itself included; None where that is all of them.
     """
@@ -40,45 +38,36 @@ Visible = Tensor | CausalRows | None
 
 
 def visible_keys(
-    attention_mask: Tensor | None,
-    lengths: Sequence[int] | None,
-    past: int,
-    T: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    attention_mask: Tensor | None, lengths: Sequence[int] | None, past: int, T: int, window: int | None, like: Tensor
 ) -> Visible:
-    """Which of the S keys T new tokens see; a mask of 0 and -inf, (B or 1, 1, T, S) in `dtype`, only where it must be.
+    """Which of the S keys T new tokens see; where it must be, as a mask (B or 1, 1, T, S) of 0 and -inf.
 
-    `attention_mask` (B, S) is 1 for real tokens and 0 for padding; `lengths` are those of rows laid end to end;
-    `window` is how many positions a token sees, itself included. Padding on the right needs no mask: no real token
-    looks at what comes after it, and what the padded positions compute is never used.
+    `attention_mask` (B, S) is 1 for real tokens and 0 for padding; `lengths` are those of packed sequences; `window` is
+    how many positions a token sees, itself included; `like` has the dtype and device of a mask. Padding on the right
+    needs none: no real token looks at what comes after it, and what the padded positions compute is never used.
     """
     S = past + T
     if attention_mask is not None and attention_mask.shape[-1] != S:
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns for {past} cached and {T} new tokens")
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    lengths = tuple(lengths or (T,))
-    if past == 0 and (not padded or _on_the_right(attention_mask)):
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    if past == 0 and (attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())):
+        lengths = tuple(lengths or (T,))
         return CausalRows(lengths, None if window is None or window >= max(lengths) else window)
-    if T == 1 and not padded and (window is None or window >= S):
+    if T == 1 and attention_mask is None and (window is None or window >= S):
         return None
-    query = torch.arange(past, S, device=device)[:, None]
-    key = torch.arange(S, device=device)
+    query = torch.arange(past, S, device=like.device)[:, None]
+    key = torch.arange(S, device=like.device)
     visible = key <= query
     if window is not None:
         visible &= key > query - window
-    if attention_mask is not None and padded:
+    if attention_mask is not None:
         # A padded query still sees itself, so that no row of the softmax is empty and NaN.
         visible = visible & attention_mask.bool()[:, None, None, :] | (key == query)
-    return torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, -math.inf).view(-1, 1, T, S)
+    return torch.zeros((), dtype=like.dtype, device=like.device).masked_fill(~visible, -math.inf).view(-1, 1, T, S)
 
 
-def _on_the_right(attention_mask: Tensor | None) -> bool:
-    return attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-
-
-@torch.compiler.disable  # a graph that knew the rows' lengths would be compiled anew for every batch
+@torch.compiler.disable  # a graph that knew the lengths would be compiled anew for every batch
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """softmax(q kᵀ / √D) v over the visible keys; query head h looks at key head h // G.
 
@@ -89,7 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tens
     # (pytorch/pytorch#149132, #163597, #169222, #174861).
     on_cpu, on_mps = q.device.type == "cpu", q.device.type == "mps"
     if prefix is not None:
-        assert not isinstance(visible, CausalRows)  # which is for rows without a past
+        assert not isinstance(visible, CausalRows)  # which is for tokens without a past
         if on_cpu and k.shape[2] + prefix[0].shape[2] <= LONGEST_WRITTEN_OUT:
             return _written_out_with_prefix(q, k, v, visible, *prefix)
         k, v = (
@@ -107,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible, prefix: tuple[Tens
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same, step by step; the G query heads of one key head are rows of one matrix, so k is never repeated."""
+    """The formula step by step; the G query heads of one key head are rows of one matrix, so k is never repeated."""
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     G = H // K
     q = q.reshape(B * K, G * T, D)
@@ -132,7 +121,7 @@ def _for_scores(k: Tensor) -> Tensor:
 def _written_out_with_prefix(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix_k: Tensor, prefix_v: Tensor
 ) -> Tensor:
-    """The same, where all rows begin alike: the queries of all rows are one matrix there, and its keys are read once.
+    """The same with a prefix: there the queries of all rows are one matrix, and its keys are read once.
 
         S = [q kₚᵀ | q kᵀ] / √D + mask        P = softmax(S)        y = Pₚ vₚ + P v
 
@@ -162,23 +151,19 @@ def row_by_row(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's own kernel, which skips the keys after a query, once for each row; `scale` is 1 / √D by default."""
-    if len(lengths) == 1:
-        return _one_row(q, k, v, window, dropout, scale)
-    rows = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    return torch.cat([_one_row(*row, window, dropout, scale) for row in rows], dim=2)
-
-
-def _one_row(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float, scale: float | None) -> Tensor:
-    T = q.shape[2]
-    mask = None
-    if window is not None and window < T:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scale, enable_gqa=True)
+    """PyTorch's own kernel, which skips the keys after a query, once for each packed sequence; `scale`: 1 / √D."""
+    ys = []
+    for row in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
+        T, mask = row[0].shape[2], None
+        if window is not None and window < T:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        y = F.scaled_dot_product_attention(*row, mask, dropout, mask is None, scale=scale, enable_gqa=True)
+        ys.append(y)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)
 
 
 def _flash_attention() -> Callable[..., Any] | None:
-    """PyTorch's attention for all rows in one launch, where it knows windows and grouped queries; not in 2.6."""
+    """PyTorch's attention to packed sequences, where it knows windows and grouped queries; not in 2.6."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -195,7 +180,7 @@ def _is_for_flash(q: Tensor) -> bool:
 
 
 def _all_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
-    """FlashAttention-2 (Dao, arXiv 2307.08691) over all rows at once; B is 1."""
+    """FlashAttention-2 (Dao, arXiv 2307.08691) over all packed sequences in one launch; B is 1."""
     assert FLASH is not None
     ends, longest, before = _ends(lengths, q.device), max(lengths), -1 if window is None else window - 1
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -203,7 +188,7 @@ def _all_rows(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window:
     return y.transpose(0, 1)[None]
 
 
-@lru_cache(maxsize=1)  # every layer of a pass asks for the same
+@lru_cache(maxsize=1)  # every layer of a forward pass asks for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # of a tensor born in inference mode the next pass could keep nothing
+    with torch.inference_mode(False):  # an inference tensor cannot be saved for backward
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 """ModelConfig: the shape of a decoder-only Transformer of the Llama family, read from Hugging Face's config.json.
 
 Llama (SmolLM is one), Mistral, Qwen2 and Qwen3 differ in five things only: biases, RMSNorm on queries and keys, the
-sliding window, the scaling of the rotary frequencies, and what a config.json that leaves something out means.
+sliding window, the scaling of the rotary frequencies, and the defaults of a config.json.
 """
 
 import math
@@ -11,20 +11,8 @@ from typing import Any
 
 from minilora.errors import InputError
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# What a config.json means by leaving a key out: the defaults of transformers' configuration of that architecture.
-_QWEN: dict[str, Any] = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+# Of each architecture the defaults in transformers, for keys that a config.json leaves out.
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -38,7 +26,7 @@ ROPE_SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Settings that change what a model computes and have no code here: only the value that means "off" is accepted.
+# Settings that are not implemented: only the values that mean "off" are accepted.
 OFF: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0.0, None),
@@ -83,9 +71,8 @@ class ModelConfig:
         Raises InputError, naming `source` and the key, for an architecture or a setting that has no code here.
         """
         kind = hf.get("model_type")
-        if kind not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise InputError(f"{source}: model_type {kind!r} is not supported; supported are {known}")
+        if kind not in DEFAULTS:
+            raise InputError(f"{source}: model_type {kind!r} is not supported; supported are {', '.join(DEFAULTS)}")
         fields = _Fields({"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **DEFAULTS[kind], **hf}, source)
         for key, allowed in OFF.items():
             if hf.get(key, allowed[0]) not in allowed:
@@ -99,17 +86,14 @@ class ModelConfig:
         if head_dim % 2:
             raise fields.error(f"head_dim {head_dim} is odd, but rotary embeddings turn pairs")
         rope_theta, rope_scaling = _rope(fields)
+        names = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"
+        sizes: dict[str, Any] = {name: fields.integer(name) for name in names}
         bias = bool(hf.get("attention_bias", False)) and kind in ("llama", "qwen3")
         return cls(
             model_type=kind,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.integer("max_position_embeddings"),
             rms_norm_eps=float(fields.number("rms_norm_eps")),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -122,31 +106,16 @@ class ModelConfig:
             bos_token_id=hf.get("bos_token_id"),
             eos_token_ids=fields.token_ids("eos_token_id"),
             pad_token_id=hf.get("pad_token_id"),
+            **sizes,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as the content of a config.json, in the old style, which every version of transformers reads."""
-        several = list(self.eos_token_ids)
-        hf: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
-            "hidden_act": "silu",
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": several[0] if len(several) == 1 else several or None,
-            "pad_token_id": self.pad_token_id,
-        }
+        """The content of a config.json, in the old style, which every version of transformers reads."""
+        ends = list(self.eos_token_ids)
+        not_hf = ("sliding_windows", "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "eos_token_ids")
+        hf = {name: value for name, value in vars(self).items() if name not in not_hf}
+        hf |= {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu"}
+        hf["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
         window = next((size for size in self.sliding_windows if size is not None), None)
         if self.model_type in ("llama", "qwen3"):
             hf["attention_bias"] = self.qkv_bias

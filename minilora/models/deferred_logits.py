@@ -1,12 +1,11 @@
-"""Logits that are computed when something asks for them, so that a model of another library need not compute them.
+"""Deferred logits: a model of another library returns its hidden states, and the loss applies the head to a part.
 
     hidden -> head -> logits -> (scaled, capped, ...) -> output.logits
 
-Nearly every language model ends with its head, and hands on what the head gave it. Then the hidden states are all that
-a loss needs, and which of them go through the head is the loss's to decide. A model that does more with its logits must
-be given them. Whether it does cannot be seen before it has run; so the head gives what stands for its logits: the first
-operation on that computes them, all of them, and goes on with them as if they had always been there. What comes out of
-the model tells which of the two it was.
+Nearly every language model returns what its head gave it. Then the loss can decide which hidden states go through the
+head. A model that scales or caps its logits needs them, and whether it does cannot be seen before it has run. So the
+head returns a stand-in: the first operation on it computes all logits and goes on with them; if there was none, the
+stand-in comes out of the model as it went in.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["DeferredLogits", "deferring_logits"]
-
 
 class DeferredLogits(Tensor):
-    """head(hidden), of which `hidden` (…, hidden) is there; `computed` holds the logits (…, V) once they are, too."""
+    """Stands for head(hidden): `hidden` (…, hidden); `computed`, the logits (…, V), once an operation has asked."""
 
     head: Callable[[Tensor], Tensor]
     hidden: Tensor
@@ -29,7 +26,6 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def of(cls, head: Callable[[Tensor], Tensor], hidden: Tensor) -> "DeferredLogits":
-        """What stands for head(hidden)."""
         logits = torch.empty(0).as_subclass(cls)
         logits.head, logits.hidden, logits.computed = head, hidden, None
         return logits

@@ -1,14 +1,13 @@
-"""Activations that rest in CPU memory: of a checkpointed model, what stands on the GPU from forward to backward.
+"""Activation offloading: what gradient checkpointing saves of each block is kept in CPU memory.
 
     forward     block 0    block 1    block 2    …        backward   …    block 2     block 1     block 0
     copies        x₀ →       x₁ →       x₂ →                            ← x₁        ← x₀
                      to the CPU, beside the block                    to the GPU, one block ahead
 
-Gradient checkpointing keeps each block's input x (tokens x hidden): for 32 blocks of 16384 tokens x 4096 in bfloat16,
-4 GB. Here each is copied to pinned memory on a stream of its own while the block computes with it, and comes back
-while the block above it computes its gradient. A block's work grows with hidden², the copy with hidden: the larger the
-model, the better the copies hide. On a GPU there are then two inputs at a time. Copies are exact, and so is the
-gradient.
+Checkpointing saves each block's input x (tokens x hidden): for 32 blocks of 16384 tokens x 4096 in bfloat16, 4 GB. Here
+each is copied to pinned memory on a stream of its own while the block computes with it, and copied back while the block
+above it computes its gradient, so that two inputs at a time are on the GPU. A block's work grows with hidden², the copy
+with hidden: the larger the model, the better the copies hide.
 """
 
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-
-__all__ = ["ActivationOffload"]
 
 
 @dataclass
@@ -33,10 +30,9 @@ class _Kept:
 
 
 class ActivationOffload:
-    """Of one forward pass and its backward; blocks are met in order, and in the reverse order on the way back.
+    """Of one forward pass over the blocks in order, and its backward pass in the reverse order.
 
-    On a device other than CUDA, the CPU itself among them, copies are made in place of the streams: the same
-    gradients, and nothing gained.
+    On a device other than CUDA copies are made without a stream: the same gradients, and nothing gained.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,10 +41,7 @@ class ActivationOffload:
         self._kept: list[_Kept] = []
 
     def keeping(self, x: Tensor) -> saved_tensors_hooks:
-        """Inside the `with`, autograd keeps the block's input x in CPU memory: `checkpoint(block, x, …)` stands there.
-
-        Of the other arguments, which all blocks share, nothing is moved.
-        """
+        """Inside the `with`, `checkpoint(block, x, …)` saves x, and no other argument, in CPU memory."""
         return saved_tensors_hooks(partial(self._pack, x.data_ptr()), self._unpack)
 
     def _pack(self, address: int, tensor: Tensor) -> Any:
@@ -72,7 +65,7 @@ class ActivationOffload:
         return x
 
     def _on_device(self, kept: _Kept) -> Tensor:
-        """The input, which a copy may still be on its way to."""
+        """The input, to which a copy may still be under way."""
         if kept.on_device is None:
             # Memory of the stream that computes, which alone may free it: nothing waits for the CPU to notice.
             kept.on_device = torch.empty_like(kept.on_cpu, device=self._device)

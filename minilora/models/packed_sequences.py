@@ -1,10 +1,10 @@
-"""Which models read rows that are laid end to end as they read each row alone, and faster than padded ones.
+"""Which models compute packed sequences as they compute each one alone, and faster than padded ones.
 
-minilora's own Transformer is told the rows' lengths. A transformers model finds them by itself, where positions start
-again, no mask is given and no cache. FlashAttention and flex attention then skip what is not in a query's row, and so
-does what is called "sdpa" inside `attention_row_by_row`. Other kinds of attention compute the scores of all pairs of
-tokens and mask most of them (on a CPU, with 8 rows of some 150 tokens, a step then took 1.5 times that of padded rows,
-with 4 rows of 512 three times).
+minilora's own Transformer is told their lengths. A transformers model finds them by itself, where positions start again
+and neither a mask nor a cache is given. FlashAttention, flex attention, and "sdpa" inside `attention_row_by_row` then
+skip what is not in a query's sequence. Other kinds of attention compute the scores of all pairs of tokens and mask most
+of them (on a CPU, with 8 sequences of some 150 tokens, a step then took 1.5 times that of padded ones, with 4 of 512
+three times).
 """
 
 import inspect
@@ -12,18 +12,17 @@ import inspect
 import torch
 from torch import nn
 
-from minilora.models.transformer import Transformer, row_positions
+from minilora.models.rotary import row_positions
+from minilora.models.transformer import Transformer
 from minilora.models.transformers_attention import attention_row_by_row
 from minilora.torch_helpers import in_mode
 
-__all__ = ["can_pack", "keeps_rows_apart"]
-
 SKIPS_OTHER_ROWS = ("flash", "flex")  # kinds of attention, as part of transformers' names for them
-PROBED = 4  # tokens a row
+PROBED = 4  # tokens a sequence
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether rows of the model are to be laid end to end: it keeps them apart, and does no work between them."""
+    """Whether sequences are to be packed for this model: it keeps them apart, and does no work between them."""
     if isinstance(model, Transformer):
         return True
     attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
@@ -36,10 +35,10 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def keeps_rows_apart(model: nn.Module) -> bool:
-    """Whether a transformers model shows no trace of one row in the next: a gradient that is zero, exactly.
+    """Whether in a transformers model the gradient between two packed sequences is zero, exactly.
 
-    Models with recurrence or convolutions do not, nor do those that take no positions or do not look at them, and
-    nothing is known of one that cannot be called with embeddings alone.
+    It is not in models with recurrence or convolutions, nor in those that take no positions or ignore them. Nothing is
+    known of a model that cannot be called with embeddings alone.
     """
     takes = inspect.signature(model.forward).parameters
     if not {"inputs_embeds", "position_ids", "use_cache"} <= takes.keys():

@@ -1,16 +1,15 @@
 """Layers of a block that do better when they know of each other.
 
     q, k, v = project(x, q_proj, k_proj, v_proj)        they share x: one read of it, where three calls make three
-    y = project_swiglu(gate, up, down_proj)             its input is silu(gate) · up: nobody need keep that product
+    y = project_swiglu(gate, up, down_proj)             its input is silu(gate) · up: that product need not be saved
 
-A model knows its layers only as modules. One that has a better way offers it by a method, which may decline:
+A layer that has a better way offers it by a method, which may decline:
 
     part = layer.shared_part(x)                         what it would compute for x, as data; None: just call me
     ys = part.together(x, [part, ...])                  what all of them compute
     y = layer.after_swiglu(gate, up)                    its output for silu(gate) · up; None: just call me with it
 
-Any other layer is called by itself, and so is one with hooks, which a call has to fire, and every one while there are
-hooks of all modules.
+Any other layer is called by itself, and so is one with hooks, which only a call fires.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,10 +1,10 @@
-"""SwiGLU's product, h = silu(gate) · up, of which the way back keeps gate and up alone (Shazeer, arXiv 2002.05202).
+"""SwiGLU's product, h = silu(gate) · up, which saves gate and up alone for backward (Shazeer, arXiv 2002.05202).
 
     σ = sigmoid(gate)       silu(gate) = gate σ
     ∂L/∂up   = ∂L/∂h · silu(gate)
     ∂L/∂gate = ∂L/∂h · up · σ (1 + gate (1 − σ))
 
-Autograd's own steps would keep silu(gate) too; here it is computed again.
+Autograd's own steps would save silu(gate) too; here it is computed again.
 """
 
 from typing import Any

@@ -1,15 +1,14 @@
-"""Causal attention by products, tile by tile: what no query sees is not computed, and no mask is as long as a row.
+"""Causal attention by matrix products, tile by tile, which on a CPU are faster than scaled_dot_product_attention.
 
-    rows of 3 and 2 tiles,          keys →
-    laid end to end                 ◣               ◣  up to the query's own position: a small triangle is added
+    packed sequences of             keys →
+    3 and 2 tiles                   ◣               ◣  up to the query's own position: a small mask is added
                         queries ↓   ■ ◣             ■  seen whole: nothing is added
-                                    ■ ■ ◣              the rest is later in the row, or another row: left out
+                                    ■ ■ ◣              the rest comes later, or in another sequence: not computed
                                           ◣
                                           ■ ◣
 
-Written out, the products of a tile are plain matrix products, which on a CPU are faster than the loops of
-scaled_dot_product_attention. B is the batch, T the tokens, H the query heads, K the key-value heads, G = H / K, D a
-head's size. The G query heads of one key head are rows of one matrix, token by token, so that k is never repeated.
+B is the batch, T the tokens, H the query heads, K the key-value heads, G = H / K, D a head's size. The G query heads of
+one key head are rows of one matrix, token by token, so that k is never repeated.
 """
 
 import math
@@ -21,29 +20,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["tiled_causal_attention"]
-
 # Queries in a tile. Forward and backward on one core, 9 heads of 64, ms with 64 / 128 / 256 / all queries in a tile:
 # bfloat16, 4 rows of 512: 29 / 28 / 31 / 47, one of 2048: 91 / 89 / 87 / 315 (scaled_dot_product_attention: 183);
 # float32, 65 / 69 / 84 / 135 and 224 / 237 / 323 / 747 (236).
 TILE = 128
-# A tile of at most so many keys keeps its probabilities for the way back. Those of a long row are computed twice: that
-# is a quarter of its attention's time, and keeping them would take more memory than all else that a block keeps.
-KEPT_KEYS = 256
+# A tile of at most so many keys saves its probabilities for backward. Those of a long sequence are recomputed: that is
+# a quarter of its attention's time, and saved they would take more memory than all else that a block saves.
+SAVED_KEYS = 256
 
 
 def tiled_causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
-    """softmax(q kᵀ / √D) v, where a token sees the last `window` tokens of its row (None: all), up to itself.
+    """softmax(q kᵀ / √D) v, where a token sees the last `window` tokens of its sequence (None: all), up to itself.
 
-    q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), query head h on key head h // G. Each of the B sequences
-    holds rows of these `lengths`, T in sum, end to end.
+    q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D), query head h on key head h // G. Each of the B rows holds
+    packed sequences of these `lengths`, T in sum.
     """
     tiles = tuple(_tiles(lengths, window))
     device = q.device.type
     if not torch.is_autocast_enabled(device):
         y: Tensor = _TiledCausalAttention.apply(q, k, v, tiles, window)
         return y
-    # Autocast would give the products another dtype than what stands between them, and not on the way back.
+    # Autocast would give the products another dtype than the steps between them, and not in backward.
     q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         return _TiledCausalAttention.apply(q, k, v, tiles, window)
@@ -59,9 +56,9 @@ class _Tile(NamedTuple):
 
 def _tiles(lengths: Sequence[int], window: int | None) -> Iterator[_Tile]:
     for length, end in zip(lengths, accumulate(lengths), strict=True):
-        row = end - length
-        for start in range(row, end, TILE):
-            first_key = row if window is None else max(row, start - window + 1)
+        first = end - length
+        for start in range(first, end, TILE):
+            first_key = first if window is None else max(first, start - window + 1)
             yield _Tile(start, min(start + TILE, end), first_key)
 
 
@@ -78,25 +75,25 @@ class _TiledCausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[_Tile, ...], window: int | None) -> Tensor:
         K = k.shape[1]
         scores = _Scores(q, k, window)
-        values, y, kept = _by_key_head(v, K), torch.empty_like(scores.queries), []
+        values, y, saved = _by_key_head(v, K), torch.empty_like(scores.queries), []
         for tile in tiles:
             P = scores.softmax(tile)
             y[:, scores.rows(tile)] = torch.bmm(P, values[:, tile.first_key : tile.stop])
-            kept.append(P if P.shape[-1] <= KEPT_KEYS else None)
-        ctx.save_for_backward(q, k, v, *kept)
+            saved.append(P if P.shape[-1] <= SAVED_KEYS else None)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.tiles, ctx.window = tiles, window
         return _by_head(y, q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         K = k.shape[1]
         scores = _Scores(q, k, ctx.window)
         values, g = _by_key_head(v, K), _by_key_head(grad, K)
         dq = torch.empty_like(scores.queries)
         dk, dv = (torch.zeros_like(values, dtype=torch.promote_types(v.dtype, torch.float32)) for _ in range(2))
-        for tile, P in zip(ctx.tiles, kept, strict=True):
+        for tile, P in zip(ctx.tiles, saved, strict=True):
             rows, keys = scores.rows(tile), slice(tile.first_key, tile.stop)
             P = scores.softmax(tile) if P is None else P
             dP = torch.bmm(g[:, rows], values[:, keys].mT)
@@ -148,7 +145,7 @@ def _by_key_head(x: Tensor, K: int) -> Tensor:
 
 
 def _by_head(x: Tensor, shape: torch.Size) -> Tensor:
-    """(B K, T heads/K, D) -> (B, heads, T, D), laid out as (B, T, heads, D), which is how the model goes on with it."""
+    """(B K, T heads/K, D) -> (B, heads, T, D), in memory as (B, T, heads, D), as the model goes on with it."""
     B, heads, T, D = shape
     K = x.shape[0] // B
     return x.view(B, K, T, heads // K, D).transpose(1, 2).reshape(B, T, heads, D).transpose(1, 2)

@@ -1,14 +1,14 @@
-"""Attention inside rows alone, in a transformers model whose rows lie end to end.
+"""Attention to packed sequences in a transformers model, one sequence after the other.
 
-    mask of rows of 3 and 2     ■ · · · ·      transformers' scaled_dot_product_attention computes the scores of all
-                                ■ ■ · · ·      pairs of tokens and masks those between rows and those ahead;
-                                ■ ■ ■ · ·      the mask says where the rows are, and so each can be computed by itself
+    mask of sequences           ■ · · · ·      transformers' scaled_dot_product_attention computes the scores of all
+    of 3 and 2 tokens           ■ ■ · · ·      pairs of tokens and masks those between sequences and those ahead;
+                                ■ ■ ■ · ·      from the mask follow their lengths, and each can be computed by itself
                                 · · · ■ ·
                                 · · · ■ ■
 
-A model makes its masks once a pass and hands them to the attention of every layer. Where a mask is that of causal rows,
-with a window or without, it is noted on it; an attention that is given this very mask goes row by row. Any other gets
-what transformers would have computed.
+A model makes its masks once a forward pass, for all layers. The lengths are stored on a mask of packed causal
+sequences, with a window or without; an attention that is given this very mask goes sequence by sequence. Any other
+computes what transformers would have.
 """
 
 import sys
@@ -22,12 +22,10 @@ from torch import Tensor, nn
 
 from minilora.models.attention import CausalRows, attend, row_by_row
 
-__all__ = ["Calls", "attention_row_by_row", "rows_of"]
-
 
 @dataclass
 class Calls:
-    """How often attention went row by row, and how often it was transformers' own."""
+    """How often attention went sequence by sequence, and how often it was transformers' own."""
 
     row_by_row: int = 0
     all_pairs: int = 0
@@ -35,7 +33,7 @@ class Calls:
 
 @contextmanager
 def attention_row_by_row() -> Iterator[Calls]:
-    """Inside the `with`, what transformers calls "sdpa" computes nothing between rows laid end to end.
+    """Inside the `with`, what transformers calls "sdpa" computes nothing between packed sequences.
 
     A backward pass that recomputes blocks must be inside it too.
     """
@@ -77,12 +75,12 @@ def _noting_rows(make_mask: Callable[..., Tensor | None]) -> Callable[..., Tenso
 
 
 def rows_of(mask: Tensor) -> CausalRows | None:
-    """The rows, end to end, whose causal mask this is, bool (1, 1, T, T); None where it is another mask."""
+    """The packed sequences whose causal mask this is, bool (1, 1, T, T); None where it is another mask."""
     if mask.dtype != torch.bool or mask.shape != (1, 1, mask.shape[-1], mask.shape[-1]):
         return None
     sees = mask[0, 0]
     seen = sees.sum(-1)
-    starts = (seen == 1).nonzero()[:, 0].tolist()  # no token but the first of a row sees one token alone
+    starts = (seen == 1).nonzero()[:, 0].tolist()  # the first of a sequence, and no other, sees one token alone
     if starts[:1] != [0]:
         return None
     lengths = tuple(stop - start for start, stop in zip(starts, [*starts[1:], len(sees)], strict=True))
@@ -97,7 +95,7 @@ def _skipping(attention: Callable[..., Any], calls: Calls) -> Callable[..., Any]
     def skipping(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        if torch.compiler.is_compiling():  # a graph that knew the rows would be compiled anew for every batch
+        if torch.compiler.is_compiling():  # a graph that knew the lengths would be compiled anew for every batch
             return attention(module, query, key, value, attention_mask, **kwargs)
         rows = _rows_to_compute(module, query, key, attention_mask, kwargs)
         if rows is None:
@@ -121,11 +119,11 @@ CHANGES_SCORES = ("position_bias", "cache", "softcap")
 def _rows_to_compute(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> CausalRows | None:
-    """Inside which rows attention is to be computed, where it is that of causal rows and nothing else."""
+    """The sequences of this attention, where it is that of packed causal sequences and nothing else."""
     T = query.shape[2]
     if key.shape[2] != T or any(kwargs.get(name) is not None for name in CHANGES_SCORES):
         return None
-    if mask is None:  # causal, unless the module says otherwise, and of one row
+    if mask is None:  # causal, unless the module says otherwise, and of one sequence
         causal = kwargs.get("is_causal")
         return CausalRows((T,), None) if (getattr(module, "is_causal", True) if causal is None else causal) else None
     rows: CausalRows | None

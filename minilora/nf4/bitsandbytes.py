@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes quantized to NF4, as its Linear4bit writes them into a safetensors file.
+"""The state dict of bitsandbytes' Linear4bit, as it is in a safetensors file: read and written.
 
     <layer>.weight                                  codes, uint8 (ceil(n/2), 1)
     <layer>.weight.absmax                           uint8 with double quantization, else float32
@@ -6,7 +6,7 @@
     <layer>.weight.nested_absmax, .nested_quant_map double quantization's own scale and table
     <layer>.weight.quant_state.bitsandbytes__nf4    JSON bytes: shape, dtype, block sizes, offset
 
-minilora's NF4 is the same numbers, so they are taken as they are. Source: QuantState in bitsandbytes/functional.py.
+The numbers are minilora's own, bit for bit. Source: QuantState in bitsandbytes/functional.py.
 """
 
 import json
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from minilora.errors import InputError
-from minilora.nf4.codec import QuantizedTensor, code, dynamic_map
+from minilora.nf4.codec import NESTED_BLOCK_SIZE, QuantizedTensor, code, dynamic_map
 
 STATE = ".quant_state.bitsandbytes__nf4"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
-NESTED_BLOCK_SIZE = 256
 
 
 def check_is_nf4(config: dict[str, Any], source: str) -> None:
@@ -54,7 +53,7 @@ def quantization_config(double_quant: bool, compute_dtype: torch.dtype, dense: l
 
 
 def packed(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
-    """The weight of this name as the tensors that stand for it in a file; `QuantizedWeight` reads the same bits."""
+    """The tensors of a file for the weight of this name; `QuantizedWeight` reads them."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": q.block_size,
@@ -72,14 +71,15 @@ def packed(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
 class QuantizedWeight:
     """A weight in NF4 and the tensors beside it, every one checked as it is read.
 
-    `read` gives the tensor of a name; `where` names file and tensor for an error. Raises InputError for a part that is
-    missing, of another size or dtype, with NaN or infinity, or that belongs to another kind of quantization.
+    `read` gives the tensor of a name; `where` names file and tensor for an error. Raises InputError for one that is
+    missing, of another size or dtype, with NaN or infinity, or of another kind of quantization.
     """
 
     def __init__(self, name: str, read: Callable[[str], Tensor], where: Callable[[str], str]) -> None:
         self.name, self.read, self.where = name, read, where
+        content = read(name + STATE)
         try:
-            state = json.loads(bytes(read(name + STATE).tolist()))
+            state = json.loads(bytes(content.tolist()))
             self.shape: tuple[int, int] = tuple(state["shape"])
             self.block_size: int = state["blocksize"]
             self.dtype: torch.dtype = getattr(torch, state["dtype"])
@@ -93,8 +93,6 @@ class QuantizedWeight:
                 raise ValueError(f"nested_offset {self.offset}, dtype {state['dtype']}")
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{where(name + STATE)} is not a bitsandbytes quantization state: {error!r}") from error
-        except InputError:
-            raise
         except ValueError as error:
             raise InputError(f"{where(name + STATE)} is not supported: {error}") from error
 

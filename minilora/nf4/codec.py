@@ -11,13 +11,11 @@ A float32 absmax for 64 weights costs half a bit a weight. Double quantization s
 Codes, statistics and dequantized values are bitsandbytes' own, byte for byte.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from math import gcd
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +23,29 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from minilora.errors import InputError
+from minilora.nf4.scratch import look_up_pairs
 
-AbsmaxRule = Literal["table", "nearest"]
-WholeBlocks = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # flat tensor, block_size -> packed codes, absmax
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 TINY = 1e-38  # the absmax a block of zeros is divided by
 # Elements at a time: on a CPU few enough that the temporaries stay in its cache, elsewhere so many that launches do not
 # count (each element takes up to 16 bytes of temporaries).
 QUANTIZE_CHUNK, DEQUANTIZE_CHUNK, CHUNK_ELSEWHERE = 1 << 17, 1 << 20, 1 << 24
-LOOKUP_ROWS = 64  # among which the lookups of a chunk are shared out: no more threads than this help
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A tensor of n elements in NF4, as plain tensors; blocks run over the flattened tensor, across its rows.
 
-    codes: uint8 (ceil(n / 2),), two codes a byte, the first in the high nibble.
-    absmax: (n_blocks,), float32, or uint8 codes of the dynamic map where it is quantized itself.
-    nested_absmax: float32 (ceil(n_blocks / nested_block_size),), and offset: float32 (); None without
-    double quantization.
-    shape, dtype: of the tensor that was quantized.
+    Args:
+        codes: uint8 (ceil(n / 2),), two codes a byte, the first in the high nibble.
+        absmax: (n_blocks,), float32; with double quantization uint8 codes of the dynamic map.
+        shape: of the tensor that was quantized.
+        dtype: of the tensor that was quantized.
+        block_size: elements that share an absmax.
+        nested_absmax: float32 (ceil(n_blocks / nested_block_size),); None without double quantization.
+        offset: float32 (), the mean of the absmax; None without double quantization.
+        nested_block_size: absmax values that share a nested absmax.
     """
 
     codes: Tensor
@@ -68,10 +68,18 @@ def blocks_lie_in_rows(q: QuantizedTensor) -> bool:
 
 @cache
 def code(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 values of NF4, float32 (16,): quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
+    """The 16 values of NF4: quantiles of N(0, 1), scaled to [-1, 1], with an exact zero.
 
-    Eight values lie above zero and seven below (QLoRA, section 3 and appendix E). The outermost probability is
-    the reference implementation's 0.9677083, which is 1 - (1/30 + 1/32) / 2 cut to seven digits.
+    Eight values lie above zero and seven below. The outermost probability is the reference implementation's
+    0.9677083, which is 1 - (1/30 + 1/32) / 2 cut to seven digits.
+
+    Args:
+        device: where the table is to be.
+
+    Returns:
+        float32 (16,), rising; the same tensor at every call.
+
+    Source: QLoRA, arXiv 2305.14314, section 3 and appendix E.
     """
     above = _normal_quantiles(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32, device="cpu")[:-1])
     below = -_normal_quantiles(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32, device="cpu")[:-1])
@@ -81,6 +89,13 @@ def code(device: torch.device | str = "cpu") -> Tensor:
 
 def _normal_quantiles(p: Tensor) -> Tensor:
     return torch.tensor([NormalDist().inv_cdf(x) for x in p.tolist()], dtype=torch.float32, device="cpu")
+
+
+@cache
+def byte_pairs(device: torch.device) -> Tensor:
+    """The two values of each byte of packed codes, float32 (256, 2)."""
+    byte = torch.arange(256, device="cpu")
+    return torch.stack((code()[byte >> 4], code()[byte & 15]), dim=1).to(device)
 
 
 @cache
@@ -111,18 +126,28 @@ def quantize(
     double_quant: bool = True,
     *,
     name: str | None = None,
-    absmax_rule: AbsmaxRule | None = None,
-    whole_blocks: WholeBlocks | None = None,
+    absmax_rule: Literal["table", "nearest"] | None = None,
+    whole_blocks: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> QuantizedTensor:
     """Quantize a floating-point tensor of any shape to NF4.
 
-    ``absmax_rule`` is how double quantization rounds to its 8-bit codes. bitsandbytes has two rules, and None takes
-    the one it uses on w's device: "nearest" code, or on a CPU "table", which first rounds to a grid of 65,536 points
-    and so picks another code than the nearest in about 0.2% of the blocks. ``whole_blocks`` does the work in the place
-    of quantize_whole_blocks, with the same result.
+    Args:
+        w: the tensor, (...), of any floating-point dtype.
+        block_size: elements that share an absmax, a power of two from 32 to 4096.
+        double_quant: quantize the absmax to 8 bits as well.
+        name: what errors call the tensor; by default its shape.
+        absmax_rule: how double quantization rounds to its 8-bit codes: to the "nearest", or by a "table", which first
+            rounds to a grid of 65,536 points and so picks another code in about 0.2% of the blocks. None takes what
+            bitsandbytes uses on w's device: "table" on a CPU, else "nearest".
+        whole_blocks: what to call in the place of `quantize_whole_blocks`, with the same result, such as a kernel.
 
-    Raises InputError, naming the tensor by ``name``, if w is not floating point, is empty, or has a NaN or an
-    infinity; and for a block size that is not a power of two from 32 to 4096.
+    Returns:
+        The packed codes and their statistics, on w's device.
+
+    Raises:
+        InputError: if w is not floating point, is empty, or has a NaN or an infinity, or for another block_size.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
     """
     name = name or f"a tensor of shape {tuple(w.shape)}"
     if block_size not in BLOCK_SIZES:
@@ -160,10 +185,7 @@ def quantize_whole_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_short_block(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of a last block that is not whole.
-
-    Divided, not multiplied by a reciprocal: so does bitsandbytes on a CPU, and the last bit shows it.
-    """
+    """The same for a short last block: divided, not multiplied by a reciprocal, as bitsandbytes does on a CPU."""
     tail = x.float()
     c = tail.abs().max().clamp(min=TINY)
     return encode(F.pad(tail / c, (0, len(tail) % 2))), c.view(1)
@@ -181,30 +203,28 @@ def encode(scaled: Tensor) -> Tensor:
     return torch.add(q[1::2], q[::2], alpha=16).int().byte()
 
 
-def _quantize_absmax(x: Tensor, rule: AbsmaxRule) -> tuple[Tensor, Tensor]:
+def _quantize_absmax(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """uint8 codes of the dynamic map, and the float32 absmax of each 256 of them; x (n_blocks,) is overwritten."""
-    n, size = x.numel(), NESTED_BLOCK_SIZE
-    blocks = F.pad(x, (0, -n % size)).view(-1, size)
+    n = x.numel()
+    blocks = F.pad(x, (0, -n % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=-1)
     if rule == "nearest":
-        blocks.mul_((1 / nested_absmax.clamp(min=TINY)).unsqueeze(-1))
-        codes = torch.bucketize(blocks, midpoints(dynamic_map(x.device)), out_int32=True).byte()
+        codes = _nearest_in_map(blocks.mul_((1 / nested_absmax.clamp(min=TINY)).unsqueeze(-1)))
     else:
         blocks.mul_((1 / nested_absmax).unsqueeze(-1)).clamp_(-1, 1).nan_to_num_(-1)  # 0 * inf: a block of zeros
-        codes = torch.index_select(_rounding_table(x.device), 0, _grid_index(blocks.view(-1)))
+        cell = blocks.view(-1).add_(1).mul_(0.5).mul_(65535).add_(0.5).int()  # of a uniform grid on [-1, 1]
+        codes = torch.index_select(_rounding_table(x.device), 0, cell)
     return codes.view(-1)[:n], nested_absmax
 
 
-def _grid_index(scaled: Tensor) -> Tensor:
-    """The cell, 0 to 65535, of values in [-1, 1] on a uniform grid: int((s + 1) / 2 * 65535 + 1/2)."""
-    return scaled.add_(1).mul_(0.5).mul_(65535).add_(0.5).int()
+def _nearest_in_map(x: Tensor) -> Tensor:
+    return torch.bucketize(x, midpoints(dynamic_map(x.device)), out_int32=True).byte()
 
 
 @cache
 def _rounding_table(device: torch.device) -> Tensor:
-    """The dynamic map's code nearest to each point of that grid, uint8 (65536,)."""
-    grid = 2 * torch.arange(65536, dtype=torch.float32, device=device) / 65535 - 1
-    return torch.bucketize(grid, midpoints(dynamic_map(device)), out_int32=True).byte()
+    """The code nearest to each point of the uniform grid, uint8 (65536,)."""
+    return _nearest_in_map(2 * torch.arange(65536, dtype=torch.float32, device=device) / 65535 - 1)
 
 
 def _first_not_finite(x: Tensor) -> str:
@@ -218,9 +238,15 @@ def _first_not_finite(x: Tensor) -> str:
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """The tensor back, (q.shape) in ``dtype`` (by default q.dtype): float32 code * absmax, rounded once.
+    """The tensor back: code * absmax in float32, rounded once.
 
-    Where ``out`` (contiguous, of q's shape) is given, it is filled and returned, and its dtype is the one.
+    Args:
+        q: the quantized tensor.
+        dtype: of the result; by default that of the tensor that was quantized.
+        out: a contiguous tensor of q's shape to fill, whose dtype is then the result's.
+
+    Returns:
+        The tensor, of q's shape; `out` where it is given.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.codes.device)
@@ -231,31 +257,14 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
     chunk = DEQUANTIZE_CHUNK if out.device.type == "cpu" else CHUNK_ELSEWHERE
     for start in range(0, flat.numel(), chunk):
         stop = min(start + chunk, flat.numel())
-        values = _decode(q.codes[start // 2 : -(-stop // 2)])[: stop - start]
+        codes = q.codes[start // 2 : -(-stop // 2)]
+        values = look_up_pairs(byte_pairs(codes.device), codes)[: stop - start]
         flat[start:stop] = _scale_blocks_(values, absmax[start // size : -(-stop // size)], size)
     return out
 
 
-@torch.library.custom_op("minilora::dequantize", mutates_args=())
-def _dequantize_in_a_graph(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
-    n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The n elements as one operator: tables and buffers do not belong into a traced graph."""
-    q = QuantizedTensor(codes, absmax, (n,), dtype, block_size, nested_absmax, offset, nested_block_size)
-    return dequantize(q)
-
-
-@_dequantize_in_a_graph.register_fake
-def _(
-    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
-    n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return codes.new_empty(n, dtype=dtype)
-
-
 def dequantize_absmax(q: QuantizedTensor) -> Tensor:
-    """The float32 absmax of every block, (n_blocks,): map[code] * nested_absmax + offset, or as it was kept."""
+    """The float32 absmax of every block, (n_blocks,): map[code] * nested_absmax + offset, or as it was stored."""
     if q.nested_absmax is None or q.offset is None:
         return q.absmax
     values = torch.index_select(dynamic_map(q.absmax.device), 0, q.absmax.int())
@@ -271,44 +280,7 @@ def _scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     return values
 
 
-def _decode(codes: Tensor) -> Tensor:
-    """The float32 values of packed codes, (2 * len(codes),), in a buffer that the next call overwrites.
-
-    One lookup a byte moves the 8 bytes of its two values. On a CPU as one complex64, by a gather, whose rows PyTorch
-    deals out to its threads: the bytes stand in as many rows as divide them evenly; index_select would run in one
-    thread. Elsewhere as a row of two, since not every device has complex numbers.
-    """
-    if codes.device.type != "cpu":
-        return torch.index_select(byte_pairs(codes.device), 0, codes.int()).view(-1)
-    n = codes.numel()
-    rows = gcd(n, LOOKUP_ROWS)
-    index = workspace("index", n, torch.int64, codes.device).copy_(codes).view(rows, -1)
-    pairs = workspace("pairs", n, torch.complex64, codes.device)
-    torch.gather(_complex_byte_pairs().expand(rows, 256), 1, index, out=pairs.view(rows, -1))
-    return pairs.view(torch.float32)
-
-
-@cache
-def byte_pairs(device: torch.device) -> Tensor:
-    """The two values of each byte, float32 (256, 2)."""
-    byte = torch.arange(256, device="cpu")
-    return torch.stack((code()[byte >> 4], code()[byte & 15]), dim=1).to(device)
-
-
-@cache
-def _complex_byte_pairs() -> Tensor:
-    """The same as one complex64 each, (256,), on a CPU."""
-    return torch.view_as_complex(byte_pairs(torch.device("cpu")))
-
-
-def make_tables(codes: Tensor) -> None:
-    """Make what dequantization looks up on the device of a tensor's codes, before the first call of it.
-
-    In a CUDA graph's capture that could not be done: nothing is copied to a GPU in there.
-    """
-    if not codes.is_meta and not is_traced(codes):
-        dynamic_map(codes.device)
-        byte_pairs(codes.device)
+# ------------------------------------------------------------------------------------------- torch.compile, capture
 
 
 def is_traced(codes: Tensor) -> bool:
@@ -316,24 +288,23 @@ def is_traced(codes: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(codes, FakeTensor)
 
 
-class _Workspaces(threading.local):
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+@torch.library.custom_op("minilora::dequantize", mutates_args=())
+def _dequantize_in_a_graph(
+    codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    n: int, block_size: int, nested_block_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The n elements as one operator, so that no table or buffer is part of the graph."""
+    return dequantize(QuantizedTensor(codes, absmax, (n,), dtype, block_size, nested_absmax, offset, nested_block_size))
 
 
-_workspaces = _Workspaces()
+@_dequantize_in_a_graph.register_fake
+def _(codes: Tensor, *others: Any) -> Tensor:
+    *_, n, _, _, dtype = others
+    return codes.new_empty(n, dtype=dtype)
 
 
-def workspace(role: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized flat tensor, (n,), for a value that is dead before this thread asks for the same role again.
-
-    On a CPU it is the same memory each time: the allocator hands megabytes back to the system as soon as they are
-    free, and faulting fresh pages in costs several times what the dequantization does. Elsewhere it is a new tensor.
-    """
-    if device.type != "cpu":
-        return torch.empty(n, dtype=dtype, device=device)
-    buffer = _workspaces.buffers.get((role, dtype))
-    if buffer is None or buffer.numel() < n:
-        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
-            buffer = _workspaces.buffers[role, dtype] = torch.empty(n, dtype=dtype, device=device)
-    return buffer[:n]
+def make_tables(codes: Tensor) -> None:
+    """Make dequantization's tables where codes are: in a CUDA graph's capture nothing could be copied to the GPU."""
+    if not codes.is_meta and not is_traced(codes):
+        dynamic_map(codes.device)
+        byte_pairs(codes.device)

@@ -1,4 +1,4 @@
-"""What a Triton kernel does with a 4-bit weight, and what PyTorch's own operations.
+"""Which operations on a 4-bit weight a Triton kernel does, and which PyTorch.
 
                   with kernels that have won                   else
     forward       fused kernel, bias and LoRA in it            W dequantized, then cuBLAS
@@ -6,10 +6,9 @@
     dequantize    one pass                                     PyTorch's operations
     quantize      one pass                                     PyTorch's operations
 
-On a CUDA or ROCm device with Triton a kernel is used once it has shown there that it is right and faster
-(minilora/nf4/kernel_trials.py), elsewhere none is. The environment variable MINILORA_KERNELS says otherwise: "off" uses
-none, "on" all wherever they can run, untried: on any GPU, and on a CPU in Triton's interpreter. "auto" is the default.
-It is read when a device is first used.
+With MINILORA_KERNELS=auto, the default, a kernel is used on a CUDA or ROCm device once its trials there have shown that
+it is right and faster (kernel_trials.py). "off" uses none; "on" uses all, untried, on any GPU and on a CPU in Triton's
+interpreter. The environment variable is read when a device is first used.
 """
 
 import logging
@@ -25,11 +24,12 @@ from torch import Tensor
 
 from minilora.errors import InputError
 from minilora.machine import cache_folder
-from minilora.nf4 import codec
+from minilora.nf4 import codec, scratch
 from minilora.nf4.codec import QuantizedTensor, blocks_lie_in_rows
 from minilora.nf4.kept_weights import kept_weight
 from minilora.nf4.kernel_device import GPU, Kind, Shape
 from minilora.nf4.kernel_trials import Trials
+from minilora.torch_helpers import inside_checkpoint
 
 MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
 logger = logging.getLogger("minilora")
@@ -54,14 +54,14 @@ def trials_folder() -> Path:
 def trials(device: torch.device) -> Trials | bool:
     """The trials that say which kernels are used on this device; or True: all, or False: none.
 
-    Raises InputError for a MINILORA_KERNELS that is no choice.
+    Raises InputError for an unknown value of MINILORA_KERNELS.
     """
     wish = os.environ.get("MINILORA_KERNELS") or "auto"
     if wish not in ("auto", "on", "off"):
         raise InputError(f"MINILORA_KERNELS is {wish!r}: it can be 'auto', 'on' or 'off', or not be set")
-    if wish == "off" or not has_triton() or find_spec("minilora.kernels") is None:  # run from source, not installed
+    if wish == "off" or (wish == "auto" and device.type != "cuda"):
         return False
-    if device.type != "cuda" and wish == "auto":
+    if not has_triton() or find_spec("minilora.kernels") is None:  # run from source, not installed
         return False
     try:
         from minilora.kernels.codes import INTERPRETED
@@ -72,7 +72,7 @@ def trials(device: torch.device) -> Trials | bool:
         return False
     if wish == "on":
         return device.type == "cuda" or INTERPRETED
-    if INTERPRETED or not torch.cuda.is_available():  # fake tensors can be on a GPU that there is not
+    if INTERPRETED or not torch.cuda.is_available():  # fake tensors can be on a missing GPU
         return False
     try:
         return Trials(GPU(device), trials_folder())
@@ -82,7 +82,7 @@ def trials(device: torch.device) -> Trials | bool:
 
 
 def uses_kernel(codes: Tensor, kind: Kind, shape: Shape, M: int = 1) -> bool:
-    """True if this kind of kernel is to be used for a weight of this shape on the device of codes, and M rows of x."""
+    """Whether this kind of kernel is used for a weight of this shape on the device of codes, and M rows of x."""
     if codec.is_traced(codes):
         return 0 < M <= most_rows(codes.device, *kind, shape)
     known = trials(codes.device)
@@ -142,7 +142,7 @@ def quantize_weight(
 
 
 def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """W, kept or made by a kernel or by PyTorch: the same bytes. To read once: the next call here may overwrite it."""
+    """W, kept or dequantized by a kernel or by PyTorch: the same bytes. The next call here may overwrite it."""
     if (kept := kept_weight(q, dtype)) is not None:
         return kept
     if dtype in FLOATS and uses_kernel(q.codes, kind_of("dequantize", q, dtype), q.shape):
@@ -151,4 +151,18 @@ def temporary_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return ops.nf4_dequantize(*ops.packed(q), dtype)
     if codec.is_traced(q.codes):
         return codec.dequantize(q, dtype)
-    return codec.dequantize(q, out=codec.workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))
+    return codec.dequantize(q, out=scratch.workspace("weight", prod(q.shape), dtype, q.codes.device).view(q.shape))
+
+
+def weight_to_save(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | QuantizedTensor:
+    """What autograd saves: q; inside a checkpoint W, so that the recomputation's W serves the backward pass too.
+
+    Not on a CPU, where faulting in the pages of a new W takes longer than dequantizing twice in scratch memory
+    (4096 x 4096 in bfloat16, one core: 41 ms against 2 x 15).
+    """
+    return temporary_weight(q, dtype) if inside_checkpoint() and not _in_scratch_memory(q) else q
+
+
+def _in_scratch_memory(q: QuantizedTensor) -> bool:
+    """Whether the next call of temporary_weight overwrites the result of this one."""
+    return q.codes.device.type == "cpu"

@@ -1,12 +1,12 @@
-"""Weights that stay whole for a while: where the same NF4 layers are used again and again, on a CPU.
+"""Dequantized weights kept for a while, where the same NF4 layers are used again and again on a CPU.
 
     of each layer     token or step 1             2           3           …
     without           dequantize, product         the same    the same
     with              dequantize, keep, product   product     product
 
-Up to some hundred rows a product with W in memory takes less than making W. The bytes of W are the same either way, and
-so is what is computed. The price is a copy of the model in the dtype of its products, for as long as the `with` lasts;
-what does not fit is dequantized as ever. On a GPU the kernels multiply with the packed weight itself.
+Up to some hundred rows a product with W takes less time than making W. What is computed is the same. The price is a
+copy of the model in the dtype of its products for as long as the `with` lasts; what does not fit is dequantized each
+time. On a GPU the kernels multiply with the packed weight itself.
 """
 
 import re
@@ -24,14 +24,12 @@ from minilora.machine import group_folders
 from minilora.nf4 import codec
 from minilora.nf4.codec import QuantizedTensor
 
-__all__ = ["keeping_weights", "kept_weight", "weights_that_fit"]
-
 
 class _Kept:
     """Of the whole process, since a generator may go on in another thread than the one it began in."""
 
     def __init__(self) -> None:
-        # The garbage collector may end an abandoned generator anywhere in this thread, also while the lock is taken.
+        # Re-entrant: the garbage collector may end an abandoned generator in this thread while the lock is taken.
         self.lock = RLock()
         self.users, self.room = 0, 0  # how many `with` are open; bytes that may yet be taken
         # By dtype, shape, address and version of each tensor of q: q, so that nothing else has these addresses, and W.
@@ -98,16 +96,16 @@ def kept_weight(q: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _free_memory() -> int:
-    """Bytes that can be taken without swapping, by the kernel's estimate; 0 where it makes none."""
+    """Bytes that can be taken without swapping, by Linux's estimate; 0 on other systems."""
     file = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s+(\d+) kB", file.read_text()) if file.exists() else None
     return min([int(found[1]) * 1024, *_left_to_container()]) if found else 0
 
 
 def _left_to_container() -> list[int]:
-    """Bytes up to the limit of the container that this runs in, of which /proc/meminfo knows nothing; [] without one.
+    """Bytes up to the limits of the control groups, such as a container's, of which /proc/meminfo knows nothing.
 
-    What the limit counts of files that were read is given up before a process is killed.
+    Cached files count towards a limit, and are dropped before a process is killed.
     """
     left = []
     for folder in group_folders("memory"):

@@ -1,4 +1,4 @@
-"""The GPU that kernels are tried on: what it is, how long a call takes on it, and the two ways to compare."""
+"""The GPU that kernels are tried on: its identity, the time of a call, and the kernel and PyTorch's way to compare."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(NamedTuple):
-    """What is right or wrong as one: a file of kernels/nf4, and what its kernel is compiled for."""
+    """What one verdict is about: a file of kernels/nf4, and what its kernel is compiled for."""
 
     kernel: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """Two ways to one result; and what is wrong with that of the first beside that of the second, "" if nothing."""
+    """Two ways to one result, and what is wrong with the first result beside the second, "" if nothing."""
 
     kernel: Callable[[], Any]
     pytorch: Callable[[], Any]
@@ -60,7 +60,7 @@ class GPU:
         }
 
     def is_recording(self) -> bool:
-        """True where work beside the caller's own would be recorded with it, or is forbidden."""
+        """True where a trial would be recorded as part of the caller's work, or is forbidden."""
         return (
             torch.cuda.is_current_stream_capturing()
             or torch.jit.is_tracing()
@@ -70,21 +70,18 @@ class GPU:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, on this device, what the caller has set for its own work does not count."""
+        """Inside, this device is the current one, and modes that the caller has set do not count."""
         kind = self.device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-            if kind == "cuda":
-                with torch.cuda.device(self.device):
-                    yield
-            else:
-                yield
+        current = torch.cuda.device(self.device if kind == "cuda" else -1)  # -1 changes nothing
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), current:
+            yield
 
     def synchronize(self) -> None:
         """Wait for all work; raises if a kernel has broken the device for this process."""
         torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Of one call, by the device's own clock. Weights come from its memory, as in a model, not from its cache."""
+        """The time of one call by the device's own clock, with a cold cache, as in a model."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         torch.empty(2 * cache, dtype=torch.uint8, device=self.device).zero_()
@@ -126,8 +123,8 @@ class GPU:
         x = randn(M, N if kind.kernel == "backward" else K)
 
         def fault(ours: Tensor, theirs: Tensor) -> str:
-            """On random numbers |y| is some |x| |w| / √K. A sixteenth of it is more than rounding makes, be it that of
-            TF32 or of sums in 16 bits, which the caller may have allowed PyTorch, and less than a wrong block does."""
+            """On random numbers |y| is some |x| |w| / √K. A sixteenth of it is more than the rounding of TF32 or of
+            sums in 16 bits, which the caller may have allowed PyTorch, and less than the error of a wrong block."""
             x_norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
             W_norm = torch.linalg.vector_norm(weight(), dim=int(kind.kernel != "backward"), dtype=torch.float32)
             rough = W_norm / (16 * x.shape[1] ** 0.5)
@@ -169,7 +166,5 @@ def _hash_of_source() -> str:
     """Of the files of minilora.kernels."""
     spec = find_spec("minilora.kernels")
     assert spec is not None and spec.origin is not None
-    source = hashlib.sha256()
-    for file in sorted(Path(spec.origin).parent.glob("*.py")):
-        source.update(file.read_bytes())
-    return source.hexdigest()[:16]
+    files = sorted(Path(spec.origin).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

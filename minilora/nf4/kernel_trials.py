@@ -1,16 +1,16 @@
-"""Kernels that prove themselves: on the GPU at hand each is shown to be right, and then to be faster.
+"""Trials of the kernels: on the GPU at hand each must be right, and then faster than PyTorch, before it is used.
 
-    first use of a kind     kernel, dtype, block size, double quantization: small random weights, compared with PyTorch
-                            (minilora.kernels.proof)
+    first use of a kind     kernel, dtype, block size, double quantization: compared with PyTorch on small random
+                            weights (minilora.kernels.proof)
     first use of a shape    of W, and of M rows of x, rounded up to a power of two: the kernel and PyTorch's way take
-                            turns, on random data, and the faster one is kept
+                            turns on random data, and the faster one is used
 
     M, rows of x      1 … M*            above M*               one M* for each kind and shape: with more rows a product
                       fused kernel      PyTorch's way          costs more, and the dequantization that it saves does not
 
-What wins at M wins with fewer rows, and what loses loses with more, so few M are tried. A kind that is wrong, raises or
-does not compile is named once, and PyTorch does its work. Nothing is tried while a CUDA graph is captured or something
-is traced: there, what is known holds.
+What wins at M wins with fewer rows, and what loses loses with more, so few M are tried. For a kind that is wrong,
+raises or does not compile there is one warning, and PyTorch does its work. While a CUDA graph is captured or something
+is traced nothing is tried, and what is known holds.
 """
 
 import logging
@@ -77,15 +77,14 @@ class Trials:
         fault = self.verdicts.kinds.get(str(kind))
         if fault and str(kind) not in self._named:
             self._named.add(str(kind))
-            self._decided |= {
-                key: False for key in self._decided if key[0] == kind
-            }  # another shape may have been right
+            # another shape may have been right
+            self._decided |= {key: False for key in self._decided if key[0] == kind}
             where = ", ".join(f"{part} {value}" for part, value in self.verdicts.device.items() if part != "source")
             logger.warning("PyTorch does the work of the NF4 kernel (%s), which failed on %s: %s", kind, where, fault)
         return known
 
     def _try(self, kind: Kind, shape: Shape, M: int) -> bool:
-        """What a trial says; False, and nothing is kept, where there is no memory or no turn for one."""
+        """What a trial says; False, without a verdict, where there is no memory or no turn for one."""
         by_kernel = kind.kernel in PRODUCTS and self.wins(kind._replace(kernel="dequantize"), shape)
         try:
             self.gpu.synchronize()  # what others have broken shows now
@@ -127,7 +126,7 @@ def shape_key(kind: Kind, shape: Shape) -> str:
 
 
 def race(gpu: GPU, contest: Contest) -> tuple[float, float]:
-    """Median microseconds of the kernel and of PyTorch's way, taking turns; both have run once before."""
+    """Median microseconds of the kernel and of PyTorch's way, in turns; both have run once before."""
     rounds: list[tuple[float, float]] = []
     while len(rounds) < ROUNDS and sum(map(sum, rounds)) < SECONDS:
         rounds.append((gpu.seconds(contest.kernel), gpu.seconds(contest.pytorch)))

@@ -1,12 +1,12 @@
-"""What trials of the kernels have found on a device, in the user's cache folder: a JSON file for each `device`.
+"""The verdicts of the kernels' trials, in the user's cache folder: a JSON file for each device.
 
-    device    GPU, driver, torch, Triton and a hash of the kernels' source: what another file says is not taken
+    device    GPU, driver, torch, Triton and a hash of the kernels' source: a file of another device is ignored
     kinds     kernel, dtype, … -> "" where the kernel is right, else what is wrong with it
-    times     the same, and the weight's shape -> rows of x -> microseconds of the kernel and of PyTorch's way
-    trying    the kind on trial, while it is. A process that a kernel kills leaves it behind.
+    times     the same, and the weight's shape -> rows of x -> microseconds of the kernel and of PyTorch
+    trying    the kind on trial, while it is: a process that a kernel kills leaves it in the file
 
-One process at a time is in a trial, and reads the file again when it gets there. So a `trying` that it finds has killed
-another process, and nothing that others have written is lost. A file that is no such file is written anew.
+One process at a time is in a trial, and reads the file first. So a `trying` that it finds has killed another process,
+and nothing that others have written is lost. A damaged file is written anew.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 LOCK_SECONDS = 60.0  # longer than compiling a kernel's variants takes
 logger = logging.getLogger("minilora")
@@ -36,11 +35,18 @@ class Verdicts:
 
     @contextmanager
     def trial(self, kind: str) -> Iterator[None]:
-        """Inside, `kinds` and `times` are what every process has found so far, and are kept with what is added to them.
+        """Inside, `kinds` and `times` are what every process has found so far, and what is added to them is kept.
 
-        Raises TimeoutError if other processes are in theirs for a minute.
+        Raises TimeoutError if other processes are in their trials for a minute.
         """
-        with self._alone():
+        with ExitStack() as stack:
+            try:
+                if self._is_kept:
+                    stack.enter_context(_locked(self.path.with_suffix(".lock")))
+            except TimeoutError:
+                raise
+            except (OSError, ImportError) as error:  # there is no lock to be had
+                self._keep_no_longer(error)
             if killer := self._read():
                 self.kinds[killer] = (
                     "a process ended while it was on trial; `minilora kernels --clear` lets it try again"
@@ -51,27 +57,17 @@ class Verdicts:
             finally:
                 self._write()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process is in here. Where there is no lock to be had nothing is kept."""
-        with ExitStack() as until_then:
-            try:
-                if self._is_kept:
-                    until_then.enter_context(_locked(self.path.with_suffix(".lock")))
-            except TimeoutError:
-                raise
-            except (OSError, ImportError) as error:
-                self._keep_no_longer(error)
-            yield
-
     def _read(self) -> str | None:
-        """Take what the file says beside what is known, and return its `trying`."""
+        """Add what the file says to what is known, and return its `trying`."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8")) if self._is_kept else {}
             if found["device"] != self.device:
                 return None
             kinds = {str(kind): str(fault) for kind, fault in found["kinds"].items()}
-            times = {shape: {int(M): _pair(pair) for M, pair in rows.items()} for shape, rows in found["times"].items()}
+            times = {
+                shape: {int(M): (float(kernel), float(pytorch)) for M, (kernel, pytorch) in rows.items()}
+                for shape, rows in found["times"].items()
+            }
             trying = found["trying"]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
@@ -92,15 +88,14 @@ class Verdicts:
             self._keep_no_longer(error)
 
     def _keep_no_longer(self, error: Exception) -> None:
-        if self._is_kept:
-            self._is_kept = False
-            logger.warning("every process will have to try the NF4 kernels anew: %s", error)
+        self._is_kept = False
+        logger.warning("every process will have to try the NF4 kernels anew: %s", error)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Inside, this process has the lock, unless it dies. Raises TimeoutError, or OSError where there are no locks."""
-    import fcntl  # Windows has none; nor has it Triton
+    import fcntl  # not on Windows
 
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_SECONDS
@@ -117,8 +112,3 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked process has the file open
-
-
-def _pair(found: Any) -> tuple[float, float]:
-    kernel, pytorch = found
-    return float(kernel), float(pytorch)

@@ -1,16 +1,16 @@
-"""Rounding a weight to NF4 so that the layer's output changes least, instead of each weight by itself.
+"""Rounding to NF4 that changes a layer's output least, instead of each weight to its nearest value.
 
-The absmax of the blocks stand; what is chosen is the 4-bit code of each weight. With X the inputs of the layer and
-H = Σ x xᵀ their second moments, the error E = Q − W of the rounded weight costs ‖X Eᵀ‖² = tr(E H Eᵀ). Inputs of a
-language model lie near a few directions, so that errors of many weights can be made to cancel.
+The absmax are given; the 4-bit codes are chosen. With X the inputs of the layer and H = Σ x xᵀ their second moments,
+the error E = Q − W costs ‖X Eᵀ‖² = tr(E H Eᵀ). A language model's inputs are near a few directions, so that the errors
+of many weights can cancel.
 
-1. GPTQ: round the inputs' weights one after the other, and let those not yet rounded make up for the error:
+1. GPTQ: round the weights of one input after the other, and let those not yet rounded compensate for the error:
 
        q_j = nearest(w_j)       e = (w_j − q_j) / U_jj       w_k ← w_k − e U_jk  for k > j       UᵀU = H⁻¹
 
-   the inputs with the most power first (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
+   the inputs with the largest H_jj first (Frantar et al. 2022, arXiv 2210.17323, algorithm 1).
 
-2. Coordinate descent: round each again, knowing the errors of all others; the cost never rises:
+2. Coordinate descent: round each again, given the errors of all others; the cost never rises:
 
        q_j = nearest(w_j − Σ_{k≠j} e_k H_kj / H_jj)          (Behdin et al. 2023, arXiv 2309.01885, section 3)
 """
@@ -31,8 +31,7 @@ SWEEPS = 3  # of coordinate descent; on SmolLM2-135M ten lower the cost by less 
 def round_to_nf4(W: Tensor, grid: QuantizedTensor, H: Tensor) -> QuantizedTensor:
     """W (out, in) in NF4 with the block size and absmax of `grid`, the codes chosen for inputs of second moments H.
 
-    W: float32; H: (in, in) float32, of any scale, positive semidefinite and not zero. The cost is tr(E H̃ Eᵀ) with
-    H̃ = H + 0.01·mean(diag H)·I, so that directions in which the calibration inputs do not lie keep a say.
+    W: float32; H: (in, in) float32, of any scale, positive semidefinite and not zero.
     """
     order = H.diagonal().argsort(descending=True)
     H = damped(H)[order][:, order]
@@ -46,7 +45,7 @@ def round_to_nf4(W: Tensor, grid: QuantizedTensor, H: Tensor) -> QuantizedTensor
 
 
 def damped(H: Tensor) -> Tensor:
-    """H̃ = H + 0.01·mean(diag H)·I."""
+    """H̃ = H + 0.01·mean(diag H)·I, so that directions without calibration inputs count too."""
     return H + DAMPING * H.diagonal().mean() * torch.eye(len(H), device=H.device)
 
 
@@ -79,7 +78,7 @@ def gptq(w: Tensor, c: Tensor, H: Tensor) -> Tensor:
 
 
 def descend(q: Tensor, w: Tensor, c: Tensor, H: Tensor) -> Tensor:
-    """q (in, out), a rounding of w, after three sweeps that give each input in turn the best value beside the rest."""
+    """q (in, out), a rounding of w, after sweeps that give each input in turn the best value beside the rest."""
     e = q - w
     for _ in range(SWEEPS):
         for start in range(0, len(w), COLUMNS):

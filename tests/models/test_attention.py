@@ -1,4 +1,4 @@
-"""Both ways to compute attention against the formula in float64, position by position; which keys a query sees."""
+"""The implementations of attention against the formula in float64, position by position; which keys a query sees."""
 
 import math
 from itertools import pairwise
@@ -60,7 +60,7 @@ def test_attention_is_the_softmax_over_what_is_visible(
     q = torch.randn(B, H, T, D, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, B, K, past + T, D, dtype=torch.float64, generator=generator)
     padding = None if rows is None else torch.tensor(rows)
-    keys = visible_keys(padding, None, past, T, window, q.dtype, q.device)
+    keys = visible_keys(padding, None, past, T, window, q)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LONGEST_WRITTEN_OUT", 1024 if written_out else 0)
         result = attend(q, k, v, keys)
@@ -90,7 +90,7 @@ def test_a_prefix_that_lies_apart_is_attended_to_as_if_every_row_had_it(
     k, v = torch.randn(2, B, K, S + 2, D, dtype=torch.float64, generator=generator)[:, :, :, :S]
     prefix = torch.randn(2, 1, K, shared, D, dtype=torch.float64, generator=generator)
     rows = [[1] * (shared + S), [1] * shared + [0] * own + [1] * T, [1] * (shared + S)]
-    keys = visible_keys(torch.tensor(rows), None, shared + own, T, window, q.dtype, q.device)
+    keys = visible_keys(torch.tensor(rows), None, shared + own, T, window, q)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "LONGEST_WRITTEN_OUT", 1024 if written_out else 0)
         result = attend(q, k, v, keys, (prefix[0], prefix[1]))
@@ -121,20 +121,20 @@ def test_no_mask_is_made_where_a_rule_says_what_is_seen(
     rows: list[list[int]] | None, past: int, T: int, window: int | None, fast: bool
 ) -> None:
     padding = None if rows is None else torch.tensor(rows)
-    keys = visible_keys(padding, None, past, T, window, torch.float32, torch.device("cpu"))
+    keys = visible_keys(padding, None, past, T, window, torch.empty(0))
     assert (keys is None or isinstance(keys, CausalRows)) == fast
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask has 3 columns for 2 cached and 4 new tokens"):
-        visible_keys(torch.ones(1, 3), None, 2, 4, None, torch.float32, torch.device("cpu"))
+        visible_keys(torch.ones(1, 3), None, 2, 4, None, torch.empty(0))
 
 
 ROWS = (7, 1, 12, 4)
 
 
 def rows_of_heads(dtype: torch.dtype = torch.float64, device: str = "cpu", D: int = 8) -> list[Tensor]:
-    """q, k, v and a gradient for them, of rows end to end."""
+    """q, k, v and a gradient for them, of packed sequences."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, sum(ROWS), heads, D) for heads in (4, 2, 2, 4)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes]
@@ -179,7 +179,7 @@ def test_all_rows_are_described_as_pytorchs_varlen_attn_wants_them(window: int |
     torch.testing.assert_close(ours, tiled_causal_attention(q, k, v, ROWS, window), rtol=0, atol=1e-12)
 
 
-def test_where_rows_end_may_be_kept_for_the_way_back_after_an_evaluation() -> None:
+def test_where_rows_end_may_be_saved_for_backward_after_an_evaluation() -> None:
     attention._ends.cache_clear()
     with torch.inference_mode():
         attention._ends((2, 3), torch.device("cpu"))

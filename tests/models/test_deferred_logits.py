@@ -1,4 +1,4 @@
-"""Logits that nobody has asked for, and what happens when somebody does."""
+"""Deferred logits: not computed without need, and what happens when an operation asks for them."""
 
 import pytest
 import torch

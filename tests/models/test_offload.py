@@ -1,4 +1,4 @@
-"""Activations in CPU memory: the same gradients to the last bit, and less memory where there is a GPU."""
+"""Activation offloading to CPU memory: the same gradients to the last bit, and less memory where there is a GPU."""
 
 import gc
 import weakref
@@ -122,5 +122,5 @@ def test_on_a_gpu_the_gradients_are_the_same_and_the_peak_is_lower():
     assert_equal_gradients(found[True], found[False])
     longest = max(len(row.input_ids) for row in rows)
     residual = len(rows) * longest * wide["hidden_size"] * 2  # bytes of one block's input
-    # of 16 inputs two stay, of the last block and one on its way; half of the rest is room for the allocator's rounding
+    # of 16 inputs two stay, of the last block and one being copied; half of the rest is for the allocator's rounding
     assert peaks[False] - peaks[True] > 7 * residual

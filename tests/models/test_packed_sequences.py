@@ -1,4 +1,4 @@
-"""Rows end to end: loss and gradients of padded rows and of transformers' single ones; no token sees another row.
+"""Packed sequences: loss and gradients of padded rows and of transformers' single ones; no token sees another row.
 
 A transformers model finds the rows by itself; which models do so is tried on models that do, and on some that do not.
 """
@@ -26,8 +26,8 @@ from minilora.adapters.lora import LoRAConfig
 from minilora.data.batches import batches, collate, pack
 from minilora.data.examples import Example
 from minilora.models import packed_sequences
+from minilora.models.kv_cache import KVCache
 from minilora.models.packed_sequences import can_pack, keeps_rows_apart
-from minilora.models.transformer import KVCache
 from minilora.models.transformers_attention import attention_row_by_row
 from minilora.training.loss import label_tokens, summed_loss
 
@@ -138,7 +138,7 @@ def _watched_embeddings(model: nn.Module) -> list[Tensor]:
         ({"lengths": (5, 3), "cache": KVCache(tiny_model().config, 1, 8)}, "neither an attention_mask nor a cache"),
     ],
 )
-def test_rows_end_to_end_alone(arguments: dict[str, Any], message: str) -> None:
+def test_packed_sequences_alone(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model()(torch.ones(1, 8, dtype=torch.int64), **arguments)
 

@@ -1,4 +1,4 @@
-"""minilora/models/shared_input.py: together or one by one, the outputs, the gradients and the hooks are the same."""
+"""minilora/models/shared_input.py: together or one by one, outputs, gradients and hooks are the same."""
 
 import copy
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from minilora.models.swiglu import swiglu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_output_and_gradients_are_those_of_the_steps_and_two_tensors_are_kept(dtype: torch.dtype) -> None:
+def test_output_and_gradients_are_those_of_the_steps_and_two_tensors_are_saved(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     gate, up = (3 * torch.randn(4, 7, 9).to(dtype) for _ in range(2))
     upstream = torch.randn(4, 7, 9).to(dtype)

@@ -43,16 +43,16 @@ def heads(B: int, T: int, *numbers: int, D: int = 4, dtype: torch.dtype = torch.
     B=st.integers(1, 2),
     number=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     tile=st.integers(1, 6),
-    kept_keys=st.sampled_from([0, 5, 99]),
+    saved_keys=st.sampled_from([0, 5, 99]),
 )
 def test_values_and_gradients(
-    lengths: list[int], window: int | None, B: int, number: tuple[int, int], tile: int, kept_keys: int
+    lengths: list[int], window: int | None, B: int, number: tuple[int, int], tile: int, saved_keys: int
 ) -> None:
     (H, K), T = number, sum(lengths)
     q, k, v, g = heads(B, T, H, K, K, H)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled_attention, "TILE", tile)
-        patch.setattr(tiled_attention, "KEPT_KEYS", kept_keys)
+        patch.setattr(tiled_attention, "SAVED_KEYS", saved_keys)
         y = tiled_causal_attention(q, k, v, lengths, window)
         gradients = torch.autograd.grad(y, (q, k, v), g)
     expected = by_hand(q, k, v, lengths, window)

@@ -1,4 +1,4 @@
-"""Attention row by row in the place of transformers' own: the masks it knows, what it computes and what it does not."""
+"""Attention to packed sequences one by one, in place of transformers' own: the masks it knows, what it computes."""
 
 from types import SimpleNamespace
 from typing import Any

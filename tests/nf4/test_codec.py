@@ -1,11 +1,9 @@
-"""minilora/codec.py against bitsandbytes' CPU code, byte for byte, and against float64."""
+"""minilora/nf4/codec.py against bitsandbytes' CPU code, byte for byte, and against float64."""
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from threading import Barrier
 
 import pytest
 import torch
@@ -214,39 +212,6 @@ def test_error_is_at_most_half_the_widest_gap(n, seed):
     half_gap = max(b - a for a, b in pairwise(nf4.code().tolist())) / 2
     bound = half_gap * q.absmax.repeat_interleave(64)[:n]
     assert ((nf4.dequantize(q) - w).abs() <= bound * (1 + 1e-6)).all()  # 1e-6: a few float32 roundings
-
-
-def test_results_do_not_share_the_scratch_memory():
-    a, b = nf4.quantize(torch.randn(64, 64)), nf4.quantize(torch.randn(64, 64))
-    first = nf4.dequantize(a)
-    before = first.clone()
-    nf4.dequantize(b)
-    assert torch.equal(first, before)
-
-
-def test_threads_do_not_share_the_scratch_memory():
-    both_at_work = Barrier(2, timeout=60)
-
-    def own_memory(_):
-        address = codec.workspace("pairs", 64, torch.int64, torch.device("cpu")).data_ptr()
-        both_at_work.wait()
-        return address
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(own_memory, range(2))
-    assert first != second
-
-
-def test_scratch_memory_born_in_inference_mode_serves_outside_it():
-    q = nf4.quantize(torch.randn(64, 64))
-
-    def both():
-        with torch.inference_mode():
-            inside = nf4.dequantize(q)
-        return torch.equal(inside, nf4.dequantize(q))
-
-    with ThreadPoolExecutor(1) as fresh_thread:
-        assert fresh_thread.submit(both).result()
 
 
 MEASURE = """

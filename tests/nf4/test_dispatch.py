@@ -19,7 +19,7 @@ from minilora.adapters.attach import add_adapter
 from minilora.adapters.lora import LoRAConfig
 from minilora.errors import InputError
 from minilora.models.shared_input import project
-from minilora.nf4 import codec, dispatch
+from minilora.nf4 import codec, dispatch, scratch
 from minilora.nf4 import linear as linear4bit
 from minilora.nf4.dispatch import fused_product, most_rows, temporary_weight, trials
 from minilora.nf4.kernel_device import Kind
@@ -201,7 +201,7 @@ def test_what_the_kernel_dequantizes_takes_no_second_buffer(
     chosen(monkeypatch, tmp_path, lambda kernel, M: kernel == "dequantize")
     layer, x = NF4Linear.from_linear(nn.Linear(64, 48, device=device)), torch.randn(3, 64, device=device)
     y = x @ layer.dequantize().T + layer.bias
-    monkeypatch.setattr(codec, "workspace", lambda role, *size: pytest.fail(f"a buffer for the {role}"))
+    monkeypatch.setattr(scratch, "workspace", lambda role, *size: pytest.fail(f"a buffer for the {role}"))
     torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)  # float32 sums of 64 products
 
 
@@ -251,7 +251,7 @@ def test_a_layer_that_has_arrived_finds_its_tables(arrive: str) -> None:
 @pytest.mark.parametrize("used_before", [True, False])
 def test_a_fake_layer_leaves_nothing_fake(used_before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a table nor a buffer; and takes none that a real one has left."""
-    monkeypatch.setattr(codec, "_workspaces", codec._Workspaces())
+    monkeypatch.setattr(scratch, "_workspaces", scratch._Workspaces())
     for table in (nf4.code, nf4.dynamic_map, codec.byte_pairs):
         table.cache_clear()
     layer, x = NF4Linear.from_linear(nn.Linear(64, 4)), torch.randn(2, 64)

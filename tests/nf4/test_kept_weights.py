@@ -1,4 +1,4 @@
-"""Weights that stay whole for a while: the same bytes, made once, and no more memory than there is."""
+"""Dequantized weights kept for a while: the same bytes, made once, and within the free memory."""
 
 import dataclasses
 import gc
@@ -197,7 +197,7 @@ def test_what_will_fit_is_what_is_kept(monkeypatch):
     with keeping_weights(share=0.5):
         assert weights_that_fit(weights[:2]) == (1, 64 * 64 * 4)
         assert [kept_weight(*weight) is not None for weight in weights[:2]] == [True, False]
-        assert weights_that_fit(weights[:2]) == (1, 64 * 64 * 4), "also when it is there already"
+        assert weights_that_fit(weights[:2]) == (1, 64 * 64 * 4), "also when it is kept already"
     with keeping_weights(share=1.0):
         assert weights_that_fit(weights[:2]) == (2, 4 * (64 * 64 + 64 * 128))
         assert all(kept_weight(*weight) is not None for weight in weights)

@@ -1,4 +1,4 @@
-"""The file of what trials have found: damaged, of another device, locked, or where nothing can be written."""
+"""The file of the verdicts: damaged, of another device, locked, or where nothing can be written."""
 
 import fcntl
 import json
