@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from minilora.adapters import adapter_names, disable_adapters, evaluating
-from minilora.data import Example, Row, Rows, encode_rows, given_rows
+from minilora.data import IGNORE, Example, Row, Rows, collate, encode_rows, given_rows
 from minilora.errors import InputError
 from minilora.evaluation.generate import (
     encode_prompt,
@@ -29,7 +29,7 @@ from minilora.evaluation.generate import (
 from minilora.models import Transformer, require_own_model
 from minilora.progress import progress_bar
 from minilora.text import Message, Tokenizer
-from minilora.training import label_tokens, loss_of_chosen
+from minilora.training import label_tokens, loss_of_labels
 
 __all__ = ["Comparison", "Difference", "Prediction", "Scores", "compare", "evaluate", "exact_match"]
 
@@ -180,7 +180,7 @@ def mean_nll(
     """Mean of −log p(label | the tokens before it) in nats; what all examples begin with is computed once."""
     if not label_tokens(examples):
         raise InputError("no row has a token that the loss could be taken of")
-    first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != -100)
+    first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != IGNORE)
     with evaluating(model), progress_bar(progress, len(examples), "rows") as advance:
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
@@ -188,18 +188,13 @@ def mean_nll(
         total = 0.0
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
         for batch in micro_batches(order, [len(e.input_ids) - prefix.length for e in examples], batch_size):
-            T = len(examples[batch[0]].input_ids) - prefix.length
-            input_ids = torch.zeros(len(batch), T, dtype=torch.int64)
-            labels = torch.full((len(batch), T + 1), -100)
-            for i, example in enumerate(examples[j] for j in batch):
-                rest = len(example.input_ids) - prefix.length
-                input_ids[i, :rest] = torch.tensor(example.input_ids[prefix.length :])
-                labels[i, :rest] = torch.tensor(example.labels[prefix.length :])
-            predicts = labels[:, 1:] != -100  # position t predicts the label of t + 1
-            cache = expanded(model, prefix, len(batch), prefix.length + T) if prefix.length else None
+            rests = [(e.input_ids[prefix.length :], e.labels[prefix.length :]) for e in (examples[i] for i in batch)]
+            input_ids, labels, _ = collate([Example(*rest) for rest in rests], pad_token_id=0)
+            max_length = prefix.length + input_ids.shape[1]
+            cache = expanded(model, prefix, len(batch), max_length) if prefix.length else None
             # Padding is on the right, where the causal mask hides it from every real token.
             inputs = {"input_ids": input_ids.to(device), "cache": cache}
-            total += loss_of_chosen(model, predicts.to(device), labels[:, 1:][predicts].to(device), **inputs).item()
+            total += loss_of_labels(model, labels.to(device), **inputs).item()
             advance(len(batch))
     return total / label_tokens(examples)
 
