@@ -239,7 +239,7 @@ def test_many_rows_at_once_are_the_rows_one_by_one() -> None:
 
 
 def test_an_example_has_a_label_for_each_token() -> None:
-    """End to end, the labels of one row too many would be the next row's."""
+    """In packed sequences, the labels of one row too many would be the next row's."""
     with pytest.raises(InputError, match="rows:3 has 2 labels for 3 tokens: give one for each"):
         Example([5, 6, 7], [-100, 6], "rows:3")
 

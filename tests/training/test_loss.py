@@ -1,4 +1,4 @@
-"""The loss against F.cross_entropy on whole logits, and against transformers' own."""
+"""The loss against F.cross_entropy on the logits of all positions, and against transformers' own."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def hidden_and_targets(dtype=torch.float32):
 
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("head", HEADS)
-def test_through_any_head_it_is_that_of_its_whole_logits(head):
+def test_through_any_head_it_is_that_of_all_its_logits(head):
     torch.manual_seed(0)
     head = HEADS[head]()
     hidden, targets = hidden_and_targets()
@@ -192,7 +192,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_whole_logits_never_exist(monkeypatch, tied):
+def test_the_logits_of_all_positions_never_exist(monkeypatch, tied):
     monkeypatch.setattr(loss_module, "ROWS_AT_ONCE", 4)
     model = tiny_model().requires_grad_(False)
     if not tied:
@@ -265,7 +265,7 @@ def test_equal_to_transformers_and_through_a_transformers_model(tied):
 
 
 def whole_loss(logits, batch):
-    """Of the whole logits, by torch."""
+    """Of the logits of all positions, by torch."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
 
 

@@ -29,7 +29,7 @@ from minilora.training.loss import summed_loss
 
 
 def whole_loss(logits, batch):
-    """Of the whole logits, by torch."""
+    """Of the logits of all positions, by torch."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
 
 
