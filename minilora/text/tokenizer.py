@@ -3,19 +3,17 @@
 It is built by who reads a file: of a Hugging Face folder text/tokenizer_files.py, of GGUF formats/gguf/tokenizer.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from minilora.errors import InputError
 from minilora.text import chat_template
 from minilora.text.chat_template import Message, Span
-
-if TYPE_CHECKING:
-    import tokenizers
 
 
 def require_own_tokenizer(tokenizer: object) -> None:
@@ -53,8 +51,6 @@ class Tokenizer:
         add_bos_token: bool | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        from tokenizers.processors import TemplateProcessing
-
         self.backend = backend
         self.named_tokens = dict(named_tokens)
         self.chat_templates = dict(chat_templates or {})
