@@ -195,18 +195,17 @@ def mean_nll(
     with evaluating(model), progress_bar(progress, len(examples), "rows") as advance:
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
-        device = prefix.keys[0].device
-        total = 0.0
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-        for batch in micro_batches(order, [len(e.input_ids) - prefix.length for e in examples], batch_size):
-            rests = [(e.input_ids[prefix.length :], e.labels[prefix.length :]) for e in (examples[i] for i in batch)]
-            input_ids, labels, _ = collate([Example(*rest) for rest in rests], pad_token_id=0)
-            max_length = prefix.length + input_ids.shape[1]
-            cache = expanded(model, prefix, len(batch), max_length) if prefix.length else None
+        device, start, total = prefix.keys[0].device, prefix.length, 0.0
+        rests = [Example(e.input_ids[start:], e.labels[start:]) for e in examples]
+        rests.sort(key=lambda rest: -len(rest.input_ids))
+        for batch in micro_batches([len(rest.input_ids) for rest in rests], batch_size):
+            input_ids, labels, _ = collate(rests[batch], pad_token_id=0)
+            rows, T = input_ids.shape
+            cache = expanded(model, prefix, rows, start + T) if start else None
             # Padding is on the right, where the causal mask hides it from every real token.
             inputs = {"input_ids": input_ids.to(device), "cache": cache}
             total += loss_of_labels(model, labels.to(device), **inputs).item()
-            advance(len(batch))
+            advance(rows)
     return total / label_tokens(examples)
 
 

@@ -323,28 +323,28 @@ def _prefill(
     visible[:, past : past + longest] = place < torch.tensor(lengths)[:, None]
     cache = expanded(model, prefix, len(rows), visible.shape[1])
     logits = []
-    for batch in micro_batches(range(len(rows)), lengths):
-        T = lengths[batch[0]]
-        input_ids = torch.tensor([[*prompts[rows[i]][past:], *[0] * (T - lengths[i])] for i in batch])
-        last = place[:T] == torch.tensor([lengths[i] - 1 for i in batch])[:, None]
-        part, of_batch = copy(cache), slice(batch[0], batch[-1] + 1)  # the batch's rows of the cache, in its memory
-        part.keys, part.values = [k[of_batch] for k in cache.keys], [v[of_batch] for v in cache.values]
+    for batch in micro_batches(lengths):
+        T = lengths[batch.start]
+        padded = [[*prompts[row][past:], *[0] * T][:T] for row in rows[batch]]
+        last = place[:T] == torch.tensor(lengths[batch])[:, None] - 1
+        part = copy(cache)  # the batch's rows of the cache, in its memory
+        part.keys, part.values = [k[batch] for k in cache.keys], [v[batch] for v in cache.values]
         inputs = {"cache": part, "logits_at": last.to(device)}
-        logits.append(forward([rows[i] for i in batch], input_ids.to(device), **inputs))
-        read(sum(lengths[i] for i in batch))
+        logits.append(forward(rows[batch], torch.tensor(padded, device=device), **inputs))
+        read(sum(lengths[batch]))
     cache.length = past + longest
     positions = torch.tensor([past + length for length in lengths])
     state = _State(rows, [True] * len(rows), cache, visible.to(device), positions.to(device))
     return state, torch.cat(logits)
 
 
-def micro_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int | None = None) -> Iterator[list[int]]:
-    """Cut `order`, the longest first, so that a forward pass takes `TOKENS_AT_ONCE`, padding included."""
+def micro_batches(lengths: list[int], batch_size: int | None = None) -> Iterator[slice]:
+    """Cut rows, the longest first, so that a forward pass takes `TOKENS_AT_ONCE`, padding included."""
     start = 0
-    while start < len(order):
-        rows = max(1, TOKENS_AT_ONCE // lengths[order[start]])
+    while start < len(lengths):
+        rows = max(1, TOKENS_AT_ONCE // lengths[start])
         end = start + min(rows, batch_size or rows)
-        yield list(order[start:end])
+        yield slice(start, end)
         start = end
 
 
