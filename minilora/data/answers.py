@@ -25,13 +25,9 @@ UNCERTAIN = (
 def render_with_answers(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> tuple[str, list[Span]]:
     """Render a conversation; return the text and the character spans to be learned, in order.
 
-    Args:
-        row: a conversation; the answers among its first `row.context` messages are left out.
-        turn_ends: the texts of the tokens that end a turn.
-
-    Raises:
-        InputError: the template refuses the conversation, leaves out an answer or the tools, or changes messages so
-            that the answers cannot be told apart.
+    Not learned are answers among its first `row.context` messages; `turn_ends` are the texts of tokens that end a turn.
+    Raises InputError where the template refuses the conversation, leaves out an answer or the tools, or changes
+    messages so that the answers cannot be told apart.
     """
     messages = row.messages or []
     text, marked = tokenizer.render_chat(messages, tools=row.tools)

@@ -68,9 +68,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     included and after BOS where the tokenizer wants one. A sequence's first token is never learned: nothing is there
     to predict it from.
 
-    Raises:
-        InputError: the tokenizer is another library's; there is no chat template, or it refuses rows or does not show
-            where their answers are: how many, and for the first few where they come from and what is wrong.
+    Raises InputError for another library's tokenizer, and where there is no chat template, or it refuses rows or does
+    not show where their answers are: how many, and for the first few where they come from and what is wrong.
     """
     require_own_tokenizer(tokenizer)
     eos_ids = tokenizer.eos_token_ids

@@ -64,7 +64,7 @@ Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
 def load_rows(path: str | Path) -> list[Row]:
     """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
 
-    Each row is recognised by its keys: `messages` or `conversations` (a conversation, in OpenAI's or ShareGPT's form);
+    A row is recognised by its keys: `messages` or `conversations` (OpenAI's or ShareGPT's form of a conversation);
     `instruction` and `output` (Alpaca); `prompt` and `completion`; or `text`.
 
     Args:
@@ -91,19 +91,14 @@ def load_rows(path: str | Path) -> list[Row]:
 
 
 def as_rows(values: Iterable[Any]) -> list[Row]:
-    """The same from dicts in memory; their sources are "row 1", "row 2", ...
-
-    Raises:
-        InputError: rows are malformed: how many, and for the first few the number and what is wrong.
-    """
+    """The same from dicts in memory; their sources are "row 1", "row 2", ... InputError as `load_rows`."""
     return collect((f"row {number}", value) for number, value in enumerate(values, start=1))
 
 
 def given_rows(rows: Rows, what: str) -> list[Row]:
     """The rows of whatever a caller gave; `what` they are, such as "training", is named in errors.
 
-    Raises:
-        InputError: there are none, they are not all of a kind, or as `load_rows` and `as_rows` do.
+    Raises InputError where there are none, they are not all of a kind, or as `load_rows` does.
     """
     if isinstance(rows, str | Path):
         return load_rows(rows)
@@ -188,11 +183,7 @@ def _parse(text: str) -> Any:
 
 
 def as_row(value: Any, source: str = "") -> Row:
-    """Recognise one row by its keys.
-
-    Raises:
-        InputError: the value is an InputError itself, has none of the known keys, or is malformed.
-    """
+    """Recognise one row by its keys; raise InputError where it has none of them, is malformed, or is an InputError."""
     if isinstance(value, InputError):
         raise value
     if not isinstance(value, dict):
