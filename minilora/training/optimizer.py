@@ -90,7 +90,7 @@ def _bitsandbytes_class(name: str, device: torch.device) -> Callable[..., torch.
     return PagedAdamW8bit if paged else AdamW8bit  # type: ignore[no-any-return]
 
 
-# --- optimizer state, in a checkpoint ----------------------------------------------------------------------------------
+# --- optimizer state, in a checkpoint ---------------------------------------------------------------------------------
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
