@@ -138,7 +138,7 @@ def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, 
 
     Args:
         example: a `Row`, a dict of one of the formats of `load_rows`, or an `Example` made of one.
-        tokenizer: the model's, of minilora's class.
+        tokenizer: the model's, as `load` gives it.
         color: False puts what is learned in ⟦ ⟧; None, if standard output is a terminal and NO_COLOR is not set.
 
     Returns:

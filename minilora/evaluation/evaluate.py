@@ -110,8 +110,8 @@ def evaluate(
     """Answer every row's conversation greedily up to its last message, and score the answers and the loss.
 
     Args:
-        model: minilora's own; its active adapters take part.
-        tokenizer: the model's, of minilora's class.
+        model: minilora's `Transformer`, as `load` gives it; its active adapters take part.
+        tokenizer: the model's, as `load` gives it.
         rows: held-out conversations: the path of a .json or .jsonl file, or a sequence of dicts or of `Row`s.
         metric: `metric(text, row)` scores the model's answer to a row with a bool or a number, or a dict of them by
             name; by default, whether it is the row's last message.
@@ -228,8 +228,8 @@ def compare(
     The base model is this one with its adapters switched off. The differences are paired, and tested.
 
     Args:
-        model: minilora's own, with an adapter.
-        tokenizer: the model's, of minilora's class.
+        model: minilora's `Transformer`, as `load` gives it, with an adapter.
+        tokenizer: the model's, as `load` gives it.
         rows: held-out conversations, as in `evaluate`.
         few_shot_rows: the examples, from the training rows, never from `rows`; None leaves that score out.
         metric: as in `evaluate`.

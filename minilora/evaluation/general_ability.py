@@ -58,8 +58,8 @@ def general_ability(
     It reads and writes some 2,500 tokens: seconds on a CPU. Call it before and after a fine-tuning.
 
     Args:
-        model: minilora's own.
-        tokenizer: the model's, of minilora's class.
+        model: minilora's `Transformer`, as `load` gives it.
+        tokenizer: the model's, as `load` gives it.
         progress: label of the progress bars; None shows none.
 
     Returns:

@@ -71,8 +71,8 @@ def generate(
     dequantized once a call, not at every token, where that copy fits in memory.
 
     Args:
-        model: minilora's own.
-        tokenizer: the model's, of minilora's class.
+        model: minilora's `Transformer`, as `load` gives it.
+        tokenizer: the model's, as `load` gives it.
         messages: a conversation, which is a list of messages and goes through the chat template; a str, which is
             continued as it stands; or a list of either.
         max_new_tokens: tokens of an answer at most; it also ends where the model's positions do.

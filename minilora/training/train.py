@@ -51,8 +51,8 @@ def train(
     the step is split into passes. The adapter is made the only active one, and its parameters float32.
 
     Args:
-        model: minilora's own, or a model of transformers; with an adapter, which is all that may be trainable in it.
-        tokenizer: the model's, of minilora's class.
+        model: minilora's `Transformer` or a model of transformers; only adapters may be trainable in it.
+        tokenizer: the model's, as `load` gives it, or `minilora.text.read_tokenizer`.
         rows: what to learn: the path of a .json or .jsonl file, or a sequence of dicts, `Row`s or `Example`s.
         config: the settings, each with a default.
         eval_rows: held-out rows, in the same forms, for `eval_every` and for the held-out loss at the end.
