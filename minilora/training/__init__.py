@@ -1,8 +1,10 @@
 """The training loop, and what stands beside it.
 
-Read train.py first: the loop in one function; then loss.py. config.py has the settings, optimizer.py and schedule.py
-the steps, checkpoint.py (with fingerprint.py and random_states.py) what makes a run resume exactly, log.py what is told
-meanwhile, and result.py what in the end. lora_plus.py and lora_fa.py are variants of the optimizer.
+Read train.py first: the loop in one function; then loss.py. config.py has the settings; rows.py, mode.py and
+optimizer.py make rows, model and optimizer ready, schedule.py has the learning rate. checkpoint.py (with fingerprint.py
+and random_states.py) makes a run resume exactly; log.py is what it tells meanwhile, result.py in the end. Rare cases
+are in transformers_loss.py, loss_scale.py (float16) and interrupt.py (Ctrl-C); lora_plus.py and lora_fa.py are variants
+of the optimizer.
 """
 
 from minilora.training import lora_plus

@@ -265,10 +265,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, tensors
 
 
+@torch.no_grad()
 def _copy_parameters(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameter.{name}"])
 
 
 def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
