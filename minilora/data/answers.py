@@ -6,8 +6,6 @@ An answer is what the template marks with `{% generation %}`. Without marks it b
 and ends with the token that ends a turn. Where that is not certain we refuse: a wrong label mask is silent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -27,13 +25,9 @@ UNCERTAIN = (
 def render_with_answers(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> tuple[str, list[Span]]:
     """Render a conversation; return the text and the character spans to be learned, in order.
 
-    Args:
-        row: a conversation; the answers among its first `row.context` messages are left out.
-        turn_ends: the texts of the tokens that end a turn.
-
-    Raises:
-        InputError: the template refuses the conversation, leaves out an answer or the tools, or changes messages so
-            that the answers cannot be told apart.
+    Not learned are answers among its first `row.context` messages; `turn_ends` are the texts of tokens that end a turn.
+    Raises InputError where the template refuses the conversation, leaves out an answer or the tools, or changes
+    messages so that the answers cannot be told apart.
     """
     messages = row.messages or []
     text, marked = tokenizer.render_chat(messages, tools=row.tools)
@@ -61,37 +55,29 @@ def _span(i: int, text: str, row: Row, tokenizer: Tokenizer, turn_ends: Sequence
     prompt, _ = tokenizer.render_chat(messages[:i], add_generation_prompt=True, tools=row.tools)
     through = text if i == len(messages) - 1 else tokenizer.render_chat(messages[: i + 1], tools=row.tools)[0]
     if text.startswith(prompt) and text.startswith(through) and len(prompt) < len(through):
-        return len(prompt), _end_of_turn(through, turn_ends)
+        # but for the white space that a template writes after the token that ends a turn
+        stripped = through.rstrip()
+        return len(prompt), len(stripped if stripped.endswith(tuple(turn_ends)) else through)
     # The template writes an earlier answer, or a generation prompt, other than it stands in the whole: Qwen3 drops
     # the thoughts of earlier answers, for one.
     start, end = _replaceable(i, text, row, tokenizer)
-    if text.startswith(prompt) and len(prompt) <= start:
-        start = len(prompt)
-    for turn_end in turn_ends:
-        if text.startswith(turn_end, end):
-            return start, end + len(turn_end)
-    return start, end
-
-
-def _end_of_turn(text: str, turn_ends: Sequence[str]) -> int:
-    """The length of a text without the white space that a template writes after the token that ends a turn."""
-    stripped = text.rstrip()
-    return len(stripped) if stripped.endswith(tuple(turn_ends)) else len(text)
+    if text.startswith(prompt):
+        start = min(start, len(prompt))
+    turn_end = next((each for each in turn_ends if text.startswith(each, end)), "")
+    return start, end + len(turn_end)
 
 
 def _replaceable(i: int, text: str, row: Row, tokenizer: Tokenizer) -> Span:
     """The characters that change when answer i is replaced by something else, and no others."""
     messages = row.messages or []
-    changed: list[Message] = [*messages]
-    changed[i] = {"role": "assistant", "content": MARKER}
-    other, _ = tokenizer.render_chat(changed, tools=row.tools)
+    marker: Message = {"role": "assistant", "content": MARKER}
+    other, _ = tokenizer.render_chat([*messages[:i], marker, *messages[i + 1 :]], tools=row.tools)
     start = _common_prefix(text, other)
     end = len(text) - _common_prefix(text[start:][::-1], other[start:][::-1])
     # Everyone else's words must be on their side of the answer, or the template moved something.
-    before, after = text[:start], text[end:]
     for j, message in enumerate(messages):
-        words = (message.get("content") or "").strip()
-        if message["role"] in ("system", "user") and words not in (before if j < i else after):
+        words, side = (message.get("content") or "").strip(), text[:start] if j < i else text[end:]
+        if message["role"] in ("system", "user") and words not in side:
             raise InputError(UNCERTAIN)
     return start, end
 

@@ -1,10 +1,11 @@
-"""Examples put together for one pass of a model: padded, or packed end to end; and an epoch's order of them."""
+"""Examples put together for one pass of a model: padded, or packed; and an epoch's order of them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minilora.data.examples import IGNORE, Example
 
@@ -21,18 +22,17 @@ class Batch(NamedTuple):
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Pad examples on the right to the longest of them; a padded place has the label -100."""
-    shape = len(examples), max(len(example.input_ids) for example in examples)
-    batch = Batch(torch.full(shape, pad_token_id), torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64))
-    for i, example in enumerate(examples):
-        length = len(example.input_ids)
-        batch.input_ids[i, :length] = torch.tensor(example.input_ids)
-        batch.labels[i, :length] = torch.tensor(example.labels)
-        batch.attention_mask[i, :length] = 1
-    return batch
+    input_ids = [torch.tensor(example.input_ids, dtype=torch.int64) for example in examples]
+    labels = [torch.tensor(example.labels, dtype=torch.int64) for example in examples]
+    return Batch(
+        pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+    )
 
 
 class PackedBatch(NamedTuple):
-    """Examples laid end to end, without padding: int64 tensors (1, tokens), and the number of tokens of each."""
+    """Packed sequences, without padding: int64 tensors (1, tokens), and the number of tokens of each."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -40,7 +40,7 @@ class PackedBatch(NamedTuple):
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Lay examples end to end; the first token of each has the label -100: what stands before it is another row."""
+    """Pack examples into one sequence; the first token of each has the label -100: it follows another row's last."""
     input_ids = [id for example in examples for id in example.input_ids]
     labels = [IGNORE if i == 0 else label for example in examples for i, label in enumerate(example.labels)]
     lengths = tuple(len(example.input_ids) for example in examples)

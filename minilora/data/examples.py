@@ -1,4 +1,4 @@
-"""Rows to token ids, labels and batches: the loss is on what the assistant says, and nowhere else.
+"""Rows to token ids and labels: the loss is on what the assistant says, and nowhere else.
 
     text        <|im_start|>  user  \\n  Hi  <|im_end|>  \\n  <|im_start|>  assistant  \\n  Hello  !     <|im_end|>  \\n
     labels      -100          -100  ...                                              -100  Hello  !     <|im_end|>  -100
@@ -7,8 +7,6 @@ A conversation is rendered and tokenized as a whole, as it is when a model is us
 follows from the characters they cover. So the mask goes by position: it is right where padding and EOS are the same
 token, and where an answer quotes a special token.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -23,14 +21,6 @@ from minilora.data.rows import Row, as_rows, each
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.text import Span, Tokenizer, require_own_tokenizer
-
-__all__ = [
-    "Encoded",
-    "Example",
-    "Skipped",
-    "encode_rows",
-    "show_example",
-]
 
 IGNORE = -100  # the label that PyTorch's cross_entropy skips
 CHUNK = 256  # rows tokenized at a time
@@ -78,12 +68,12 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
     included and after BOS where the tokenizer wants one. A sequence's first token is never learned: nothing is there
     to predict it from.
 
-    Raises:
-        InputError: the tokenizer is another library's; there is no chat template, or it refuses rows or does not show
-            where their answers are: how many, and for the first few where they come from and what is wrong.
+    Raises InputError for another library's tokenizer, and where there is no chat template, or it refuses rows or does
+    not show where their answers are: how many, and for the first few where they come from and what is wrong.
     """
     require_own_tokenizer(tokenizer)
-    turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids)
+    eos_ids = tokenizer.eos_token_ids
+    turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in eos_ids)
     rendered = each(
         with_progress(rows, len(rows), "Rendering", "rows"),
         lambda row: row.source,
@@ -94,15 +84,21 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
         for start in range(0, len(rows), CHUNK)
         for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
     )
-    labeller = _Labeller(tokenizer, turn_ends)
     encoded = Encoded([], [])
     encodings = with_progress(encoded_texts, len(rows), "Tokenizing", "rows")
-    for row, one, encoding in zip(rows, rendered, encodings, strict=True):
-        ids, labels = labeller(one, *encoding)
+    for row, one, (ids, offsets) in zip(rows, rendered, encodings, strict=True):
+        labels, last = _labels(one, ids, offsets, eos_ids)
+        # A template may mark the line's end after the token that ends the turn, too.
+        if last < 0 or not one.text[: offsets[last][1]].rstrip().endswith(turn_ends):
+            eos = [tokenizer.eos_token_id]
+            ids, labels = ids[: last + 1] + eos, labels[: last + 1] + eos
+        bos = tokenizer.bos_token_id
+        if one.bos and bos is not None and ids[:1] != [bos]:
+            ids, labels = [bos, *ids], [bos, *labels]
         if max_length is not None and len(ids) > max_length:
             encoded.skipped.append(Skipped(row.source, f"{len(ids)} tokens, max_length is {max_length}"))
         else:
-            encoded.examples.append(Example(ids, labels, row.source))
+            encoded.examples.append(Example(ids, [IGNORE, *labels[1:]], row.source))
     return encoded
 
 
@@ -124,37 +120,32 @@ def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> _Render
     return _Rendered(text, answers, bos=False)
 
 
-class _Labeller:
-    def __init__(self, tokenizer: Tokenizer, turn_ends: tuple[str, ...]) -> None:
-        self.turn_ends = turn_ends
-        self.bos_id = tokenizer.bos_token_id
-        self.eos_id = tokenizer.eos_token_id
-        self.eos_ids = frozenset(tokenizer.eos_token_ids)
-
-    def __call__(self, row: _Rendered, ids: list[int], offsets: list[Span]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a rendered row, from its tokens and the characters that each covers."""
-        starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-        labels = [IGNORE] * len(ids)
-        last = -1
-        for start, end in row.answers:
-            first, stop = bisect_right(ends, start), bisect_left(starts, end)  # the tokens that overlap the answer
-            if stop < len(ids) and starts[stop] == end and ids[stop] in self.eos_ids:
-                stop += 1  # some templates leave the token that ends the turn outside {% generation %}
-            labels[first:stop] = ids[first:stop]
-            last = stop - 1
-        # A template may mark the line's end after the token that ends the turn, too.
-        if last < 0 or not row.text[: ends[last]].rstrip().endswith(self.turn_ends):
-            ids, labels = [*ids[: last + 1], self.eos_id], [*labels[: last + 1], self.eos_id]
-        if row.bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids, labels = [self.bos_id, *ids], [self.bos_id, *labels]
-        return ids, [IGNORE, *labels[1:]]
+def _labels(row: _Rendered, ids: list[int], offsets: list[Span], eos_ids: list[int]) -> tuple[list[int], int]:
+    """The labels of a rendered row, from the characters that each token covers; and the last labelled token, or -1."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    labels = [IGNORE] * len(ids)
+    stop = 0
+    for start, end in row.answers:
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)  # the tokens that overlap the answer
+        if stop < len(ids) and starts[stop] == end and ids[stop] in eos_ids:
+            stop += 1  # some templates leave the token that ends the turn outside {% generation %}
+        labels[first:stop] = ids[first:stop]
+    return labels, stop - 1
 
 
 def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, color: bool | None = None) -> str:
-    """A row, or an example made of one, as text with special tokens: what is learned in green, what is only read dim.
+    """A row as text with its special tokens: what is learned in green, what is only read dim.
 
-    Without colour, what is learned stands in ⟦ ⟧. There is colour if `color` says so; by default, if standard output
-    is a terminal and NO_COLOR is not set.
+    Args:
+        example: a `Row`, a dict of one of the formats of `load_rows`, or an `Example` made of one.
+        tokenizer: the model's, as `load` gives it.
+        color: False puts what is learned in ⟦ ⟧; None, if standard output is a terminal and NO_COLOR is not set.
+
+    Returns:
+        The text, with escape sequences if there is colour.
+
+    Raises:
+        InputError: the row cannot be used, as `train` would find it.
     """
     if not isinstance(example, Example):
         rows = [example] if isinstance(example, Row) else as_rows([example])
@@ -168,8 +159,6 @@ def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, 
         # Some tokenizers spell a token differently at the start of a text: so decode from the start, and cut.
         text = tokenizer.decode(example.input_ids[:count], skip_special_tokens=False)
         piece, shown = text[len(shown) :].replace("\x1b", "␛"), text
-        if color:
-            pieces.append(f"{GREEN if learned else DIM}{piece}{RESET}")
-        else:
-            pieces.append(f"⟦{piece}⟧" if learned else piece)
+        before, after = (GREEN if learned else DIM, RESET) if color else ("⟦", "⟧") if learned else ("", "")
+        pieces.append(before + piece + after)
     return "".join(pieces)

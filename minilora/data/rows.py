@@ -10,8 +10,6 @@ Whichever of these comes first in this list decides. Every malformed row is an e
 a row that silently disappears, or is learned as something else, is found out too late.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -66,6 +64,15 @@ Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
 def load_rows(path: str | Path) -> list[Row]:
     """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
 
+    A row is recognised by its keys: `messages` or `conversations` (OpenAI's or ShareGPT's form of a conversation);
+    `instruction` and `output` (Alpaca); `prompt` and `completion`; or `text`.
+
+    Args:
+        path: the file, in UTF-8.
+
+    Returns:
+        The rows in the file's order.
+
     Raises:
         InputError: the file cannot be read or holds no rows, or rows are malformed: how many, and for the first few
             the file, the line and what is wrong.
@@ -84,26 +91,21 @@ def load_rows(path: str | Path) -> list[Row]:
 
 
 def as_rows(values: Iterable[Any]) -> list[Row]:
-    """The same from dicts in memory; their sources are "row 1", "row 2", ...
-
-    Raises:
-        InputError: rows are malformed: how many, and for the first few the number and what is wrong.
-    """
+    """The same from dicts in memory; their sources are "row 1", "row 2", ... InputError as `load_rows`."""
     return collect((f"row {number}", value) for number, value in enumerate(values, start=1))
 
 
 def given_rows(rows: Rows, what: str) -> list[Row]:
     """The rows of whatever a caller gave; `what` they are, such as "training", is named in errors.
 
-    Raises:
-        InputError: there are none, they are not all of a kind, or as `load_rows` and `as_rows` do.
+    Raises InputError where there are none, they are not all of a kind, or as `load_rows` does.
     """
     if isinstance(rows, str | Path):
         return load_rows(rows)
     given: list[Any] = list(rows) if isinstance(rows, Iterable) else [rows]
+    kinds = {type(row) for row in given}
     if not given:
         raise InputError(f"there are no {what} rows")
-    kinds = {type(row) for row in given}
     if kinds == {Row}:
         return given
     if kinds == {dict}:
@@ -170,12 +172,10 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg} at column {error.colno}"
-        cause: Exception = error
-    except RecursionError as error:
-        reason, cause = "not usable JSON: nested too deeply", error
-    refusal = InputError(reason)
-    refusal.__cause__ = cause
+        refusal = InputError(f"not valid JSON: {error.msg} at column {error.colno}")
+        refusal.__cause__ = error
+    except RecursionError:
+        refusal = InputError("not usable JSON: nested too deeply")
     return refusal
 
 
@@ -183,23 +183,19 @@ def _parse(text: str) -> Any:
 
 
 def as_row(value: Any, source: str = "") -> Row:
-    """Recognise one row by its keys.
-
-    Raises:
-        InputError: the value is an InputError itself, has none of the known keys, or is malformed.
-    """
+    """Recognise one row by its keys; raise InputError where it has none of them, is malformed, or is an InputError."""
     if isinstance(value, InputError):
         raise value
     if not isinstance(value, dict):
         raise InputError(f"a row is a JSON object, not {_kind(value)}")
     _check_characters(value)
-    if "messages" in value or "conversations" in value:
-        messages = _messages(value, "messages" if "messages" in value else "conversations")
+    kind = next((key for key in ("messages", "conversations", "instruction") if key in value), None)
+    if kind is not None:
+        messages = _alpaca(value) if kind == "instruction" else _messages(value, kind)
         if value.get("system"):
             messages.insert(0, {"role": "system", "content": value["system"]})
-        return Row(_checked(messages), tools=_tools(value.get("tools")), source=source, meta=value)
-    if "instruction" in value:
-        return Row(_checked(_alpaca(value)), source=source, meta=value)
+        tools = None if kind == "instruction" else _tools(value.get("tools"))
+        return Row(_checked(messages), tools=tools, source=source, meta=value)
     if "prompt" in value:
         return _completion(value, source)
     if "text" in value:
@@ -219,14 +215,9 @@ def _alpaca(value: dict[str, Any]) -> list[Message]:
     for turn in value.get("history") or []:
         if not (isinstance(turn, list) and len(turn) == 2):
             raise InputError("history is a list of [instruction, output] pairs")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages += [
-        {"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction},
-        {"role": "assistant", "content": _string(value.get("output"), "output")},
-    ]
-    if value.get("system"):
-        messages.insert(0, {"role": "system", "content": value["system"]})
-    return messages
+        messages += _turn(*turn)
+    question = f"{instruction}\n\n{given}" if given else instruction
+    return messages + _turn(question, _string(value.get("output"), "output"))
 
 
 def _completion(value: dict[str, Any], source: str) -> Row:
@@ -237,11 +228,12 @@ def _completion(value: dict[str, Any], source: str) -> Row:
             raise InputError("the completion is empty")
         tools = _tools(value.get("tools"))
         return Row(_checked([*context, *rest]), tools=tools, context=len(context), source=source, meta=value)
-    messages = [
-        {"role": "user", "content": _string(prompt, "prompt")},
-        {"role": "assistant", "content": _string(completion, "completion")},
-    ]
+    messages = _turn(_string(prompt, "prompt"), _string(completion, "completion"))
     return Row(_checked(messages), pair=True, source=source, meta=value)
+
+
+def _turn(question: Any, answer: Any) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _messages(value: dict[str, Any], key: str) -> list[Message]:

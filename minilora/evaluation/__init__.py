@@ -3,7 +3,7 @@
 Read generate.py first, then evaluate.py. sampling.py chooses tokens; general_ability.py tries what was not trained.
 """
 
-from minilora.evaluation.evaluate import Scores, answer_of, compare, difference, evaluate, mean_nll
+from minilora.evaluation.evaluate import Scores, answer_of, compare, difference, evaluate, held_out_loss, mean_nll
 from minilora.evaluation.general_ability import general_ability
 from minilora.evaluation.generate import generate, generate_tokens, stream
 
@@ -16,6 +16,7 @@ __all__ = [
     "general_ability",
     "generate",
     "generate_tokens",
+    "held_out_loss",
     "mean_nll",
     "stream",
 ]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from minilora.adapters import adapter_names, disable_adapters, evaluating
-from minilora.data import Example, Row, Rows, encode_rows, given_rows
+from minilora.data import IGNORE, Example, Row, Rows, collate, encode_rows, given_rows
 from minilora.errors import InputError
 from minilora.evaluation.generate import (
     encode_prompt,
@@ -29,9 +29,7 @@ from minilora.evaluation.generate import (
 from minilora.models import Transformer, require_own_model
 from minilora.progress import progress_bar
 from minilora.text import Message, Tokenizer
-from minilora.training import label_tokens, loss_of_chosen
-
-__all__ = ["Comparison", "Difference", "Prediction", "Scores", "compare", "evaluate", "exact_match"]
+from minilora.training import label_tokens, loss_of_labels
 
 Score = bool | float
 Metric = Callable[[str, Row], Score | dict[str, Score]]  # (the model's answer, the row) -> one score, or several
@@ -111,10 +109,24 @@ def evaluate(
 ) -> Scores:
     """Answer every row's conversation greedily up to its last message, and score the answers and the loss.
 
-    `rows` are a path, dicts or `Row`s, as for `train`; so are `few_shot` rows, which come before each row's
-    conversation as earlier turns. `metric(text, row)` gives a bool or a number, or a dict of them by name. `system`
-    stands in place of the rows' own system message. `progress` labels the progress bar, None shows none.
-    Raises `InputError` for a row without an answer or longer than the model takes, and for a model of transformers.
+    Args:
+        model: minilora's `Transformer`, as `load` gives it; its active adapters take part.
+        tokenizer: the model's, as `load` gives it.
+        rows: held-out conversations: the path of a .json or .jsonl file, or a sequence of dicts or of `Row`s.
+        metric: `metric(text, row)` scores the model's answer to a row with a bool or a number, or a dict of them by
+            name; by default, whether it is the row's last message.
+        max_new_tokens: tokens of an answer at most.
+        batch_size: rows at a time; by default as many as a cache of 1 GiB holds, and 128 at most.
+        system: stands in place of the rows' own system message.
+        few_shot: rows whose turns come before those of each row's conversation.
+        progress: label of the progress bar; None shows none.
+
+    Returns:
+        The mean of each score with its 95% interval, the loss (nats a labelled token), and every prediction.
+
+    Raises:
+        InputError: a row has no answer to compare with, or is longer than the model takes; the metric gives something
+            else; the model or the tokenizer is another library's.
     """
     require_own_model(model, "score what it generates itself")
     rows = _conversations(rows, "held-out")
@@ -136,8 +148,8 @@ def evaluate(
     )
     predictions = []
     for row, answer, ids in zip(rows, expected, tokens, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        predictions.append(Prediction(_question(row), answer, text, _scored(metric, text, row), row.source))
+        text, question = tokenizer.decode(ids), _messages(row)[-2].get("content") or ""
+        predictions.append(Prediction(question, answer, text, _scored(metric, text, row), row.source))
     names = list(predictions[0].scores)
     if other := next((each for each in predictions if each.scores.keys() != set(names)), None):
         raise InputError(f"{other.source}: the metric scored {list(other.scores)}, and {names} of the first row")
@@ -160,7 +172,6 @@ def held_out_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) of a labelled token over all rows, dropout off.
 
-    `progress` labels the progress bar, None shows none.
     Raises `InputError` for a row longer than the model's `max_position_embeddings`.
     """
     encoded = encode_rows(given_rows(rows, "held-out"), tokenizer, model.config.max_position_embeddings)
@@ -180,27 +191,21 @@ def mean_nll(
     """Mean of −log p(label | the tokens before it) in nats; what all examples begin with is computed once."""
     if not label_tokens(examples):
         raise InputError("no row has a token that the loss could be taken of")
-    first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != -100)
+    first_label = min(i for e in examples for i, label in enumerate(e.labels) if i > 0 and label != IGNORE)
     with evaluating(model), progress_bar(progress, len(examples), "rows") as advance:
         # The token before the first label predicts it, and so must not be part of the prefix.
         prefix = shared_prefix(model, [e.input_ids for e in examples], longest=first_label - 1)
-        device = prefix.keys[0].device
-        total = 0.0
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids))
-        for batch in micro_batches(order, [len(e.input_ids) - prefix.length for e in examples], batch_size):
-            T = len(examples[batch[0]].input_ids) - prefix.length
-            input_ids = torch.zeros(len(batch), T, dtype=torch.int64)
-            labels = torch.full((len(batch), T + 1), -100)
-            for i, example in enumerate(examples[j] for j in batch):
-                rest = len(example.input_ids) - prefix.length
-                input_ids[i, :rest] = torch.tensor(example.input_ids[prefix.length :])
-                labels[i, :rest] = torch.tensor(example.labels[prefix.length :])
-            predicts = labels[:, 1:] != -100  # position t predicts the label of t + 1
-            cache = expanded(model, prefix, len(batch), prefix.length + T) if prefix.length else None
+        device, start, total = prefix.keys[0].device, prefix.length, 0.0
+        rests = [Example(e.input_ids[start:], e.labels[start:]) for e in examples]
+        rests.sort(key=lambda rest: -len(rest.input_ids))
+        for batch in micro_batches([len(rest.input_ids) for rest in rests], batch_size):
+            input_ids, labels, _ = collate(rests[batch], pad_token_id=0)
+            rows, T = input_ids.shape
+            cache = expanded(model, prefix, rows, start + T) if start else None
             # Padding is on the right, where the causal mask hides it from every real token.
             inputs = {"input_ids": input_ids.to(device), "cache": cache}
-            total += loss_of_chosen(model, predicts.to(device), labels[:, 1:][predicts].to(device), **inputs).item()
-            advance(len(batch))
+            total += loss_of_labels(model, labels.to(device), **inputs).item()
+            advance(rows)
     return total / label_tokens(examples)
 
 
@@ -218,9 +223,27 @@ def compare(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Comparison:
-    """Score base, base with `few_shot_rows` in its prompt, and tuned, and test the paired differences.
+    """Score the base model, the base with examples in its prompt, and the tuned model on the same rows.
 
-    The examples must come from training rows, never from `rows`. Raises `InputError` if the model has no adapter.
+    The base model is this one with its adapters switched off. The differences are paired, and tested.
+
+    Args:
+        model: minilora's `Transformer`, as `load` gives it, with an adapter.
+        tokenizer: the model's, as `load` gives it.
+        rows: held-out conversations, as in `evaluate`.
+        few_shot_rows: the examples, from the training rows, never from `rows`; None leaves that score out.
+        metric: as in `evaluate`.
+        max_new_tokens: tokens of an answer at most.
+        batch_size: rows at a time, as in `evaluate`.
+        progress: whether a progress bar is shown for each score.
+
+    Returns:
+        The scores of each, and tuned minus each of the others with the p value of the difference.
+
+    Raises:
+        InputError: the model has no adapter, or as `evaluate` does.
+
+    Source: McNemar 1947, Psychometrika 12: the exact test of paired proportions.
     """
     if not adapter_names(model):
         raise InputError("the model has no adapter to compare with its base: add or load one first")
@@ -262,7 +285,7 @@ def with_examples(row: Row, examples: Sequence[Row]) -> Row:
 
 
 def _system_and_turns(row: Row) -> tuple[list[Message], list[Message]]:
-    messages = row.messages or []
+    messages = _messages(row)
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     return messages[:first], messages[first:]
 
@@ -272,28 +295,29 @@ def _system_and_turns(row: Row) -> tuple[list[Message], list[Message]]:
 
 def answer_of(row: Row) -> str:
     """The row's own answer: its last message. Raises `InputError` where it is a tool call without text."""
-    answer = cast(list, row.messages)[-1].get("content")
+    answer = _messages(row)[-1].get("content")
     if answer is None:
         raise InputError(f"{row.source}: its answer has no text to compare with; write the call as text")
     return answer
 
 
+def _messages(row: Row) -> list[Message]:
+    if row.messages is None:
+        raise InputError(
+            f"{row.source}: a plain text has no answer to compare; minilora.evaluation.held_out_loss scores it"
+        )
+    return row.messages
+
+
 def _conversations(rows: Rows, what: str) -> list[Row]:
     given = given_rows(rows, what)
     for row in given:
-        if row.messages is None:
-            raise InputError(
-                f"{row.source}: a plain text has no answer to compare; minilora.evaluate.held_out_loss scores it"
-            )
+        _messages(row)
     return given
 
 
-def _question(row: Row) -> str:
-    return cast(list, row.messages)[-2].get("content") or ""
-
-
 def _prompt_tokens(tokenizer: Tokenizer, row: Row) -> list[int]:
-    messages = cast(list, row.messages)
+    messages = _messages(row)
     if row.pair and tokenizer.chat_template is None:
         return encode_prompt(tokenizer, messages[0]["content"])
     return encode_prompt(tokenizer, messages[:-1], row.tools)

@@ -19,8 +19,6 @@ from minilora.evaluation.generate import generate
 from minilora.models import Transformer
 from minilora.text import Tokenizer
 
-__all__ = ["Answer", "GeneralAbility", "general_ability", "is_right", "passages", "questions"]
-
 MAX_NEW_TOKENS = 16
 
 
@@ -55,18 +53,24 @@ class GeneralAbility:
 def general_ability(
     model: Transformer, tokenizer: Tokenizer, progress: str | None = "general ability"
 ) -> GeneralAbility:
-    """Score the model as it is, active adapters included; some 2,500 prompt and text tokens, seconds on a CPU.
+    """Score the model as it is on general English and 40 short questions, active adapters included.
 
-    `progress` labels the progress bar, None shows none.
+    It reads and writes some 2,500 tokens: seconds on a CPU. Call it before and after a fine-tuning.
+
+    Args:
+        model: minilora's `Transformer`, as `load` gives it.
+        tokenizer: the model's, as `load` gives it.
+        progress: label of the progress bars; None shows none.
+
+    Returns:
+        The perplexity, the share of right answers with its 95% interval, and the answers.
     """
     asked = questions()
     conversations = [[{"role": "user", "content": question}] for question, _ in asked]
     label = progress and f"{progress}, questions"
     texts = generate(model, tokenizer, conversations, max_new_tokens=MAX_NEW_TOKENS, progress=label)
-    answers = [
-        Answer(question, accepted, text, is_right(text, accepted))
-        for (question, accepted), text in zip(asked, texts, strict=True)
-    ]
+    pairs = zip(asked, texts, strict=True)
+    answers = [Answer(question, accepted, text, is_right(text, accepted)) for (question, accepted), text in pairs]
     right = [answer.right for answer in answers]
     return GeneralAbility(
         perplexity=perplexity(model, tokenizer, passages(), progress and f"{progress}, perplexity"),
@@ -99,11 +103,13 @@ def normalized(text: str) -> str:
 
 def passages() -> list[str]:
     """General English: eight passages on as many subjects."""
-    text = files("minilora.evaluation").joinpath("data_files/general_english.txt").read_text(encoding="utf-8")
-    return text.strip().split("\n\n")
+    return _data_file("general_english.txt").strip().split("\n\n")
 
 
 def questions() -> list[tuple[str, list[str]]]:
     """The 40 questions, each with its accepted answers."""
-    text = files("minilora.evaluation").joinpath("data_files/general_questions.json").read_text(encoding="utf-8")
-    return [(entry["question"], entry["answers"]) for entry in json.loads(text)]
+    return [(entry["question"], entry["answers"]) for entry in json.loads(_data_file("general_questions.json"))]
+
+
+def _data_file(name: str) -> str:
+    return files("minilora.evaluation").joinpath("data_files", name).read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ length, and rows that have ended leave the batch.
 Each row may have an adapter of its own; keys and values depend on it, so that no prefix is shared then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from typing import Any, cast, overload
 
 import torch
@@ -28,14 +28,12 @@ from minilora.nf4 import keeping_weights
 from minilora.progress import progress_bar
 from minilora.text import Tokenizer, require_own_tokenizer
 
-__all__ = ["generate", "generate_tokens", "stream"]
-
 Conversation = list[dict[str, str]]
 Step = list[tuple[int, int]]  # (row, token) of every row that got one
 
-TOKENS_AT_ONCE = 2048  # in a forward over prompts: enough for a matrix product's full speed
+TOKENS_AT_ONCE = 2048  # in a forward pass over prompts: enough for a matrix product's full speed
 LARGEST_BATCH, CACHE_BYTES = 128, 2**30  # a batch's rows where the caller names no batch_size
-WORTH_SHARING = 64  # prompt tokens saved; below that a forward for the prefix alone costs more than it saves
+WORTH_SHARING = 64  # prompt tokens saved; below that a forward pass for the prefix alone costs more than it saves
 WORTH_DROPPING = 0.75  # compact the batch once this share of it, or less, is still being written
 
 
@@ -67,14 +65,33 @@ def generate(
     progress: str | None = None,
     adapter_names: Sequence[str] | None = None,
 ) -> str | list[str]:
-    """Answer one conversation, or continue one text: a str for one, a list of them for a list, in the given order.
+    """Answer a conversation or continue a text, or many of them.
 
-    A conversation is a list of messages and goes through the chat template; a str is continued as it stands.
-    `progress` labels a progress bar, shown once the call has taken some seconds.
-    `adapter_names` names for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
-    On a CPU each NF4 weight is dequantized once a call, not at every token, where that copy fits in memory.
-    Raises `InputError` for an empty prompt, or one that fills `max_position_embeddings`, for adapter names that are
-    not the model's or not one for each prompt, and for a model of transformers.
+    Prompts are put into batches by length, and what they all begin with is computed once. On a CPU each NF4 weight is
+    dequantized once a call, not at every token, where that copy fits in memory.
+
+    Args:
+        model: minilora's `Transformer`, as `load` gives it.
+        tokenizer: the model's, as `load` gives it.
+        messages: a conversation, which is a list of messages and goes through the chat template; a str, which is
+            continued as it stands; or a list of either.
+        max_new_tokens: tokens of an answer at most; it also ends where the model's positions do.
+        temperature: what the logits are divided by before a token is drawn; 0 takes the likeliest.
+        top_k: keep the k likeliest tokens; None keeps all.
+        top_p: keep the fewest tokens that together have this probability; None keeps all.
+        seed: draws the same tokens again, whatever the batch size; None takes torch's global generator.
+        batch_size: prompts at a time; by default as many as a cache of 1 GiB holds, and 128 at most.
+        progress: label of a progress bar, shown once the call has taken some seconds; None shows none.
+        adapter_names: for each prompt the adapter that answers it, "__base__" for none; by default the active ones.
+
+    Returns:
+        The answer as a str for one prompt; for a list of them the answers in the given order.
+
+    Raises:
+        InputError: a prompt is empty or fills `max_position_embeddings`; a setting is out of range; the adapter names
+            are not the model's, or not one for each prompt; the model or the tokenizer is another library's.
+
+    Source: nucleus sampling (top_p): Holtzman et al., arXiv 1904.09751, section 3.1.
     """
     require_own_model(model, "with transformers, call model.generate(input_ids)")
     if not isinstance(messages, str | list | tuple):
@@ -109,6 +126,7 @@ def stream(
 
     A character that takes several tokens comes out once it is whole.
     """
+    _check_sizes(max_new_tokens, 1)
     prompt = encode_prompt(tokenizer, messages)
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokens: list[int] = []
@@ -130,8 +148,7 @@ def encode_prompt(
     """The tokens that an answer follows: the text as it stands, or the chat template up to the assistant's turn."""
     require_own_tokenizer(tokenizer)
     if isinstance(prompt, str):
-        bos = [tokenizer.bos_token_id] if tokenizer.add_bos_token and tokenizer.bos_token_id is not None else []
-        return bos + tokenizer.encode(prompt)
+        return tokenizer.encode(prompt, add_special_tokens=True)
     return tokenizer.encode(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tools=tools))
 
 
@@ -147,7 +164,7 @@ def generate_tokens(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
-    eos_token_ids: Sequence[int] | set[int] = (),
+    eos_token_ids: Collection[int] = (),
     sampling: Sampling = GREEDY,
     batch_size: int | None = None,
     progress: str | None = None,
@@ -179,7 +196,7 @@ def _decode(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_token_ids: Sequence[int] | set[int],
+    eos_token_ids: Collection[int],
     sampling: Sampling,
     batch_size: int | None,
     adapter_names: Sequence[str] | None = None,
@@ -189,16 +206,24 @@ def _decode(
 
     `read` is told how many tokens of the prompts have been read since the last time.
     """
-    _check_sizes(max_new_tokens, batch_size)
     if adapter_names is not None and len(adapter_names) != len(prompts):
         raise InputError(f"adapter_names has {len(adapter_names)} names for {len(prompts)} prompts: give one for each")
     limits = [_room(model, i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     uniforms = draw_uniforms(sampling, len(prompts), max_new_tokens)
-    with evaluating(model), keeping_weights(), _naming_rows(model, adapter_names) as name_rows:
+    naming = nullcontext() if adapter_names is None else adapters_for_rows(model, adapter_names)
+    with evaluating(model), keeping_weights(), naming as row_names:
+
+        def forward(rows: list[int], *inputs: Any, **more: Any) -> Tensor:
+            """The model's forward pass over these prompts, each through the adapter named for it."""
+            if row_names is not None and adapter_names is not None:
+                row_names.use([adapter_names[row] for row in rows])
+            return model(*inputs, **more)
+
         prefix = shared_prefix(model, prompts, longest=None if adapter_names is None else 0)
         read(prefix.length * len(prompts))
         for rows in _batches(model, prompts, limits, batch_size, prefix.length):
-            state, logits = _prefill(model, prefix, prompts, rows, max(limits[row] for row in rows), name_rows, read)
+            new_tokens = max(limits[row] for row in rows)
+            state, logits = _prefill(model, forward, prefix, prompts, rows, new_tokens, read)
             for n in range(max_new_tokens):
                 chosen = choose(logits, sampling, uniforms[state.rows, n] if uniforms is not None else None)
                 tokens = chosen.tolist()
@@ -211,18 +236,9 @@ def _decode(
                     break
                 if sum(state.live) <= WORTH_DROPPING * len(state.live):
                     chosen = state.drop_finished(chosen)
-                name_rows(state.rows)
-                logits = state.forward(model, chosen)
-
-
-@contextmanager
-def _naming_rows(model: Transformer, adapter_names: Sequence[str] | None) -> Iterator[Callable[[list[int]], None]]:
-    """A function that says which prompts the next batch holds, so that each goes through the adapter named for it."""
-    if adapter_names is None:  # all go through the active ones
-        yield lambda rows: None
-        return
-    with adapters_for_rows(model, adapter_names) as row_names:
-        yield lambda rows: row_names.use([adapter_names[row] for row in rows])
+                visible = state.visible[:, : state.cache.length + 1]
+                logits = forward(state.rows, chosen[:, None], visible, state.positions[:, None], state.cache)[:, 0]
+                state.positions = state.positions + 1
 
 
 def _check_sizes(max_new_tokens: int, batch_size: int | None) -> None:
@@ -253,7 +269,9 @@ def _batches(
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
-    size = batch_size or max(1, min(LARGEST_BATCH, CACHE_BYTES // ((longest - shared) * _cache_bytes(model))))
+    of_a_token = _new_cache(model, 1, 1)
+    row_bytes = (longest - shared) * sum(tensor.nbytes for tensor in [*of_a_token.keys, *of_a_token.values])
+    size = batch_size or max(1, min(LARGEST_BATCH, CACHE_BYTES // row_bytes))
     one_length = any(window is not None and window < longest for window in model.config.sliding_windows)
     for _, group in groupby(order, key=lambda i: len(prompts[i]) if one_length else 0):
         rows = list(group)
@@ -270,13 +288,6 @@ class _State:
     visible: Tensor  # (B, max_length) int64: 0 where the cache holds padding
     positions: Tensor  # (B,) of the next token
 
-    def forward(self, model: Transformer, tokens: Tensor) -> Tensor:
-        """One token a row in, the logits (B, V) of the next one out."""
-        visible = self.visible[:, : self.cache.length + 1]
-        logits = model(tokens[:, None], visible, self.positions[:, None], self.cache)
-        self.positions = self.positions + 1
-        return cast(Tensor, logits)[:, 0]
-
     def drop_finished(self, tokens: Tensor) -> Tensor:
         """Take the finished rows out of the batch, and out of `tokens` (B,)."""
         keep = torch.tensor([i for i, live in enumerate(self.live) if live], device=tokens.device)
@@ -291,11 +302,11 @@ class _State:
 
 def _prefill(
     model: Transformer,
+    forward: Callable[..., Tensor],
     prefix: KVCache,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     new_tokens: int,
-    name_rows: Callable[[list[int]], None],
     read: Callable[[int], None],
 ) -> tuple[_State, Tensor]:
     """Read the rows' prompts behind the prefix; the logits (B, V) are those of each row's first new token.
@@ -312,27 +323,28 @@ def _prefill(
     visible[:, past : past + longest] = place < torch.tensor(lengths)[:, None]
     cache = expanded(model, prefix, len(rows), visible.shape[1])
     logits = []
-    for batch in micro_batches(range(len(rows)), lengths):
-        T = lengths[batch[0]]
-        input_ids = torch.tensor([[*prompts[rows[i]][past:], *[0] * (T - lengths[i])] for i in batch])
-        last = place[:T] == torch.tensor([lengths[i] - 1 for i in batch])[:, None]
-        part = _rows_of(cache, slice(batch[0], batch[-1] + 1))
-        name_rows([rows[i] for i in batch])
-        logits.append(model(input_ids.to(device), cache=part, logits_at=last.to(device)))
-        read(sum(lengths[i] for i in batch))
+    for batch in micro_batches(lengths):
+        T = lengths[batch.start]
+        padded = [[*prompts[row][past:], *[0] * T][:T] for row in rows[batch]]
+        last = place[:T] == torch.tensor(lengths[batch])[:, None] - 1
+        part = copy(cache)  # the batch's rows of the cache, in its memory
+        part.keys, part.values = [k[batch] for k in cache.keys], [v[batch] for v in cache.values]
+        inputs = {"cache": part, "logits_at": last.to(device)}
+        logits.append(forward(rows[batch], torch.tensor(padded, device=device), **inputs))
+        read(sum(lengths[batch]))
     cache.length = past + longest
     positions = torch.tensor([past + length for length in lengths])
     state = _State(rows, [True] * len(rows), cache, visible.to(device), positions.to(device))
     return state, torch.cat(logits)
 
 
-def micro_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int | None = None) -> Iterator[list[int]]:
-    """Cut `order`, which has the longest first, so that a forward takes `TOKENS_AT_ONCE`, padding included."""
+def micro_batches(lengths: list[int], batch_size: int | None = None) -> Iterator[slice]:
+    """Cut rows, the longest first, so that a forward pass takes `TOKENS_AT_ONCE`, padding included."""
     start = 0
-    while start < len(order):
-        rows = max(1, TOKENS_AT_ONCE // lengths[order[start]])
+    while start < len(lengths):
+        rows = max(1, TOKENS_AT_ONCE // lengths[start])
         end = start + min(rows, batch_size or rows)
-        yield list(order[start:end])
+        yield slice(start, end)
         start = end
 
 
@@ -340,16 +352,16 @@ def micro_batches(order: Sequence[int], lengths: Sequence[int], batch_size: int 
 
 
 def shared_prefix(model: Transformer, prompts: Sequence[Sequence[int]], longest: int | None = None) -> KVCache:
-    """A cache of one row with the tokens that all prompts begin with; empty where sharing would not pay.
+    """A cache of one row with the tokens that all prompts begin with, at most `longest`; empty where that does not pay.
 
-    It leaves every prompt at least one token, and takes at most `longest`.
+    It leaves every prompt at least one token.
     """
-    length = min([len(p) - 1 for p in prompts] + ([] if longest is None else [longest]), default=0)
-    for prompt in prompts:
-        length = next((i for i in range(length) if prompt[i] != prompts[0][i]), length)
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    limits = [len(prompt) - 1 for prompt in prompts] + ([] if longest is None else [longest])
+    length = min([len(list(alike)), *limits])
     if length * (len(prompts) - 1) < WORTH_SHARING:
         length = 0
-    prefix = new_cache(model, 1, length)
+    prefix = _new_cache(model, 1, length)
     if length:
         device = prefix.keys[0].device
         no_logits = torch.zeros(1, length, dtype=torch.bool, device=device)
@@ -360,8 +372,8 @@ def shared_prefix(model: Transformer, prompts: Sequence[Sequence[int]], longest:
 def expanded(model: Transformer, prefix: KVCache, batch_size: int, max_length: int) -> KVCache:
     """A cache of `batch_size` rows for `max_length` tokens, each row beginning with the prefix."""
     if prefix.keys[0].is_cpu:
-        return new_cache(model, batch_size, max_length, shared=prefix)
-    cache = new_cache(model, batch_size, max_length)
+        return _new_cache(model, batch_size, max_length, shared=prefix)
+    cache = _new_cache(model, batch_size, max_length)
     for layer in range(len(cache.keys)):
         cache.keys[layer][:, :, : prefix.length] = prefix.keys[layer]
         cache.values[layer][:, :, : prefix.length] = prefix.values[layer]
@@ -369,20 +381,7 @@ def expanded(model: Transformer, prefix: KVCache, batch_size: int, max_length: i
     return cache
 
 
-def _rows_of(cache: KVCache, rows: slice) -> KVCache:
-    """Some rows of a cache, in its memory."""
-    part = copy(cache)
-    part.keys, part.values = [k[rows] for k in cache.keys], [v[rows] for v in cache.values]
-    return part
-
-
-def _cache_bytes(model: Transformer) -> int:
-    """What a token's keys and values take."""
-    one = new_cache(model, 1, 1)
-    return sum(tensor.nbytes for tensor in [*one.keys, *one.values])
-
-
-def new_cache(model: Transformer, batch_size: int, max_length: int, shared: KVCache | None = None) -> KVCache:
+def _new_cache(model: Transformer, batch_size: int, max_length: int, shared: KVCache | None = None) -> KVCache:
     """An empty cache in the dtype and on the device of the model's activations."""
     weight = model.model.embed_tokens.weight
     return KVCache(model.config, batch_size, max_length, weight.dtype, weight.device, shared)

@@ -8,8 +8,6 @@ from torch import Tensor
 from minilora.devices import device_for_float64
 from minilora.errors import InputError
 
-__all__ = ["GREEDY", "Sampling", "choose", "draw_uniforms", "probabilities"]
-
 
 @dataclass(frozen=True)
 class Sampling:

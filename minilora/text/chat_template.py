@@ -4,20 +4,21 @@ It comes from a stranger's file, so it runs in Jinja2's immutable sandbox, sees 
 just the helpers that templates rely on: those of transformers' `apply_chat_template`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
 from datetime import datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from minilora.errors import InputError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -45,17 +46,9 @@ def render(
         InputError: the template does not parse, refuses the conversation (its own words are in the message) or
             fails on it; or a message, a tool or a variable is not made of JSON values.
     """
-    from jinja2 import TemplateError
-
     template = _compile(source)
-    values = _plain(
-        variables
-        | {
-            "messages": [_completed(message) for message in messages],
-            "tools": tools,
-            "documents": variables.get("documents"),
-        }
-    )
+    given = {"messages": [_completed(message) for message in messages], "tools": tools}
+    values = _plain({"documents": None, **variables, **given})
     try:
         marked = template.render(**values, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
@@ -108,74 +101,68 @@ def _one_line(error: Exception) -> str:
 
 @cache
 def _compile(source: str) -> Template:
-    from jinja2 import TemplateError, TemplateSyntaxError
-
     try:
-        return _environment().from_string(source)
+        return ENVIRONMENT.from_string(source)
     except TemplateSyntaxError as error:
         raise InputError(f"the chat template does not parse, line {error.lineno}: {_one_line(error)}") from error
     except TemplateError as error:
         raise InputError(f"the chat template does not compile: {_one_line(error)}") from error
 
 
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, LoopControlExtension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the assistant says, in a scope of its own."""
 
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}`: what the assistant says, in a scope of its own."""
+    tags = {"generation"}  # noqa: RUF012 (Jinja2 declares it so)
 
-        tags = {"generation"}  # noqa: RUF012 (Jinja2 declares it so)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+        return nodes.Scope([begin, *body, end]).set_lineno(line)
 
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
-            return nodes.Scope([begin, *body, end]).set_lineno(line)
 
-    class SafeNamespace(Namespace):
-        """`namespace()` without underscore names: Python looks some of those up behind the sandbox's back."""
+class _SafeNamespace(Namespace):
+    """`namespace()` without underscore names: Python looks some of those up behind the sandbox's back."""
 
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise SecurityError(f"a chat template may not set the attribute {name!r}")
-            super().__setitem__(name, value)
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a chat template may not set the attribute {name!r}")
+        super().__setitem__(name, value)
 
-    def namespace(*args: Any, **kwargs: Any) -> Namespace:
-        space = SafeNamespace()
-        for name, value in dict(*args, **kwargs).items():
-            space[name] = value
-        return space
 
-    def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)  # the class itself would hand out dict.update, which changes its argument
+def _namespace(*args: Any, **kwargs: Any) -> Namespace:
+    space = _SafeNamespace()
+    for name, value in dict(*args, **kwargs).items():
+        space[name] = value
+    return space
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(str(message))
 
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)  # the class itself would hand out dict.update, which changes its argument
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja2's own filter writes < as \u003c, for HTML's sake; a model should read the text itself.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=strftime_now, namespace=namespace, dict=make_dict
-    )
-    return environment
+def _raise_exception(message: str) -> None:
+    raise TemplateError(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja2's own filter writes < as \u003c, for HTML's sake; a model should read the text itself.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+)
+ENVIRONMENT.filters["tojson"] = _tojson
+ENVIRONMENT.globals.update(
+    raise_exception=_raise_exception,
+    strftime_now=lambda format: datetime.now().strftime(format),
+    namespace=_namespace,
+    dict=_make_dict,
+)

@@ -3,19 +3,16 @@
 It is built by who reads a file: of a Hugging Face folder text/tokenizer_files.py, of GGUF formats/gguf/tokenizer.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from minilora.errors import InputError
 from minilora.text import chat_template
 from minilora.text.chat_template import Message, Span
-
-if TYPE_CHECKING:
-    import tokenizers
 
 
 def require_own_tokenizer(tokenizer: object) -> None:
@@ -53,8 +50,6 @@ class Tokenizer:
         add_bos_token: bool | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        from tokenizers.processors import TemplateProcessing
-
         self.backend = backend
         self.named_tokens = dict(named_tokens)
         self.chat_templates = dict(chat_templates or {})
@@ -94,15 +89,11 @@ class Tokenizer:
             return ids
         return [bos, *ids]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids and, for each, the (start, end) characters of the text that it covers.
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """For each text, encoded on all cores, the token ids, and the (start, end) characters that each token covers.
 
         The tokens that together spell one character all carry that character's span.
         """
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        """`encode_with_offsets` of many texts, on all cores."""
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
@@ -147,11 +138,6 @@ class Tokenizer:
             raise InputError(f"the token {token!r} is not in the tokenizer's vocabulary")
         return id
 
-    @cached_property
-    def added_token_ids(self) -> frozenset[int]:
-        """The ids of the tokens that are found in a text before the vocabulary applies; the special ones are here."""
-        return frozenset(self.backend.get_added_tokens_decoder())
-
     @property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends an answer: EOS, those of generation_config.json, and the chat template's turn end."""
@@ -167,7 +153,10 @@ class Tokenizer:
             return []
         _, found, after = text.rpartition(answer)
         first = self.encode(after.lstrip())[:1]
-        return first if found and self.added_token_ids.issuperset(first) else []
+        added = (
+            self.backend.get_added_tokens_decoder()
+        )  # found in a text before the vocabulary applies; special ones too
+        return first if found and added.keys() >= set(first) else []
 
     # Conversations
 

@@ -10,13 +10,13 @@
 A folder is written under a temporary name and renamed: a crash or a full disk leaves the earlier checkpoints good.
 """
 
-import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,10 +28,8 @@ from torch import Tensor, nn
 from minilora.adapters import TrainedCopy, adapters_named
 from minilora.errors import InputError
 from minilora.formats import save_adapter
-from minilora.training.checksums import check_tensors, checksums
 from minilora.training.config import TrainConfig
 from minilora.training.fingerprint import differences
-from minilora.training.loss_scale import GROWTH_INTERVAL
 from minilora.training.optimizer import optimizer_state, restore_optimizer
 from minilora.training.random_states import (
     check_random_states,
@@ -41,20 +39,9 @@ from minilora.training.random_states import (
     torch_random_states,
 )
 
-__all__ = [
-    "Checkpoint",
-    "Progress",
-    "checkpoint_to_resume",
-    "latest_checkpoint",
-    "read_checkpoint",
-    "restore",
-    "restore_parameters",
-    "save_adapter_atomically",
-    "save_checkpoint",
-]
-
 Parameters = Mapping[str, nn.Parameter]
 TENSORS, STATE = "trainer_state.safetensors", "trainer_state.json"
+GROWTH_INTERVAL = 2000  # steps after which the loss scale of float16 is doubled
 
 
 @dataclass
@@ -96,23 +83,23 @@ class Progress:
             self.evaluations_since_best += 1
         return is_best
 
+    def is_out_of_patience(self, config: TrainConfig) -> bool:
+        patience = config.early_stopping_patience
+        return patience is not None and self.evaluations_since_best >= patience
+
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step:06d}"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """All checkpoints of a run, the oldest step first."""
-    return sorted((path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """All checkpoints of a run, the lowest step first."""
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return [output_dir / f"checkpoint-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
-    return max(checkpoints(output_dir), key=_step, default=None)
+    return next(reversed(checkpoints(output_dir)), None)
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
@@ -149,10 +136,12 @@ def save_checkpoint(
     path = checkpoint_path(output_dir, progress.step)
     tensors = {f"parameter.{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"optimizer.{key}": value for key, value in optimizer_state(optimizer, parameters).items()}
-    tensors |= {f"buffer.{key}": buffer for key, buffer in _adapter_buffers(model, adapter).items()}
+    for layer, of_layer in adapters_named(model, adapter).items():  # what it keeps beside its parameters
+        buffers = of_layer.named_buffers(recurse=isinstance(of_layer, TrainedCopy))
+        tensors |= {f"buffer.{layer}.{name}": buffer for name, buffer in buffers}
     tensors |= torch_random_states()
     state = {
-        "progress": dataclasses.asdict(progress),
+        "progress": asdict(progress),
         "run": dict(run),
         "random": python_random_states(),
         "tensors": checksums(tensors),
@@ -169,6 +158,42 @@ def save_checkpoint(
         if old not in (best, path):
             shutil.rmtree(old)
     return path
+
+
+def save_adapter_atomically(path: Path, model: nn.Module, adapter: str) -> None:
+    """Write the adapter's PEFT folder under a temporary name, then rename it to `path`."""
+    _replace_folder(path, lambda folder: save_adapter(model, folder, adapter))
+
+
+def _replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary folder), then put that folder in the place of `path`; InputError if it cannot be written."""
+    temporary, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for leftover in (temporary, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())  # a full disk shows here at the latest, before the rename
+        if path.exists():  # a folder that is not empty cannot be renamed over
+            path.replace(previous)
+        temporary.replace(path)
+    except (OSError, SafetensorError, InputError) as error:
+        raise InputError(f"cannot write {path}: {error}; what was saved before is as it was") from None
+    finally:
+        if previous.exists() and not path.exists():
+            previous.replace(path)
+        for leftover in (temporary, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=sorted)  # a set, such as PEFT's target_modules, in one order
+
+
+# --- back again -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,52 +265,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, tensors
 
 
-def save_adapter_atomically(path: Path, model: nn.Module, adapter: str) -> None:
-    """Write the adapter's PEFT folder under a temporary name, then rename it to `path`."""
-    _replace_folder(path, lambda folder: save_adapter(model, folder, adapter))
-
-
-def _replace_folder(path: Path, write: Any) -> None:
-    """Call write(temporary folder), then put that folder in the place of `path`; InputError if it cannot be written."""
-    temporary, previous = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())  # a full disk shows here at the latest, before the rename
-        if path.exists():  # a folder that is not empty cannot be renamed over
-            path.replace(previous)
-        temporary.replace(path)
-    except (OSError, SafetensorError, InputError) as error:
-        raise InputError(f"cannot write {path}: {error}; what was saved before is as it was") from None
-    finally:
-        if previous.exists() and not path.exists():
-            previous.replace(path)
-        for leftover in (temporary, previous):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, default=sorted)  # a set, such as PEFT's target_modules, in one order
-
-
+@torch.no_grad()
 def _copy_parameters(tensors: Mapping[str, Tensor], parameters: Parameters) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-
-
-def _adapter_buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What each layer's adapter itself keeps beside its parameters, by <path of the layer>.<name>."""
-    return {
-        f"{path}.{name}": buffer
-        for path, of_layer in adapters_named(model, adapter).items()
-        for name, buffer in of_layer.named_buffers(recurse=isinstance(of_layer, TrainedCopy))
-    }
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[f"parameter.{name}"])
 
 
 def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapter: str) -> None:
@@ -298,3 +281,33 @@ def _set_adapter_buffers(tensors: Mapping[str, Tensor], model: nn.Module, adapte
         for name in of_layer._buffers:
             saved = tensors.get(f"buffer.{path}.{name}")
             setattr(of_layer, name, None if saved is None else saved.to(next(of_layer.parameters()).device))
+
+
+# --- checksums: a damaged file is told before anything of it is used --------------------------------------------------
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Dtype, shape and CRC-32 of the bytes of each, as JSON: "random.cpu": ["uint8", [5056], 2212294583]."""
+    found = {}
+    for name, tensor in tensors.items():
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        found[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), zlib.crc32(content)]
+    return found
+
+
+def check_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, list[Any]], file: str) -> None:
+    """Raise InputError naming the first tensor that is not what was saved: missing, one too many, of another kind."""
+    found = checksums(tensors)
+    for name in sorted(found.keys() | saved.keys()):
+        if name not in found:
+            problem = "is missing"
+        elif name not in saved:
+            problem = "was not saved there"
+        elif found[name][:2] != saved[name][:2]:
+            (dtype, shape), (saved_dtype, saved_shape) = found[name][:2], saved[name][:2]
+            problem = f"is {dtype} {shape}, and was saved as {saved_dtype} {saved_shape}"
+        elif found[name] != saved[name]:
+            problem = "does not have the values that were saved"
+        else:
+            continue
+        raise InputError(f"{file} is damaged: {name} {problem}")

@@ -2,34 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from minilora.errors import InputError
 
-__all__ = ["TrainConfig"]
-
-_OPTIONAL = ("loraplus_lr_ratio", "max_steps", "max_grad_norm", "eval_every", "early_stopping_patience", "save_every")
-_POSITIVE = (
-    "learning_rate",
-    "epochs",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eps",
-    "max_length",
-    "keep_last",
-    *_OPTIONAL,
-)
-_AT_LEAST_ZERO = ("warmup_steps", "weight_decay")
-_SWITCHES = (
-    "lora_fa",
-    "keep_weights",
-    "gradient_checkpointing",
-    "offload_activations",
-    "packing",
-    "group_by_length",
-    "progress",
-    "tensorboard",
-)
+_NUMBERS = (int, float, int | None, float | None)
+_AT_LEAST_ZERO = ("warmup_steps", "weight_decay")  # every other number but the seed is above 0
 _RESUME_MAY_CHANGE = (
     "output_dir",
     "keep_weights",
@@ -43,13 +21,13 @@ _RESUME_MAY_CHANGE = (
 )
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; every field is a flag of the command line and a key of a recipe."""
+    """How to train; every field is a flag of the command line and a key of a recipe.
+
+    Raises:
+        InputError: a value is of the wrong kind or out of range, or two settings do not go together.
+    """
 
     output_dir: str = "minilora-output"
     """Folder for checkpoints, the log and the final adapter."""
@@ -78,17 +56,17 @@ class TrainConfig:
     loraplus_lr_ratio: float | None = None
     """LoRA+: B's learning rate is this times that of A; 16 is usual."""
     lora_fa: bool = False
-    """LoRA-FA: A stays as it was drawn, B's gradient makes up for it; fewer activations are kept."""
+    """LoRA-FA: A stays as it was drawn, B's gradient makes up for it; fewer activations are saved."""
     max_grad_norm: float | None = 1.0
     """Scale the gradient down to this norm where it is longer."""
     keep_weights: bool = True
     """On a CPU, dequantize each NF4 weight once for all steps: as many as fit in a quarter of the free memory."""
     gradient_checkpointing: bool = False
-    """Compute activations a second time in the backward pass instead of keeping them: less memory, a third slower."""
+    """Compute activations again in the backward pass instead of saving them: less memory, a third slower."""
     offload_activations: bool = False
-    """With gradient_checkpointing, on a GPU: what that still keeps waits in CPU memory. For minilora's own models."""
+    """With gradient_checkpointing, on a GPU: what that still saves waits in CPU memory. For minilora's own models."""
     packing: bool = True
-    """Lay a pass's rows end to end, unpadded, each read by itself; transformers' models with sdpa, flash or flex."""
+    """Pack a pass's rows into one sequence, each read by itself; transformers' models with sdpa, flash or flex."""
     group_by_length: bool = True
     """Where rows are padded, put those of similar length into the same step: less padding."""
     max_length: int = 1024
@@ -113,32 +91,29 @@ class TrainConfig:
     """Also log to this Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE + _AT_LEAST_ZERO:
-            value, least = getattr(self, name), "at least 0" if name in _AT_LEAST_ZERO else "above 0"
-            if value is None and name in _OPTIONAL:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"{name} must be a number {least}, not {value!r}")
-            if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):
-                raise InputError(f"{name} must be {least}, not {value}")
-            if value == math.inf:
-                raise InputError(f"{name} must be finite")
         for field in fields(self):
-            if field.type in (int, int | None) and isinstance(value := getattr(self, field.name), float):
-                raise InputError(f"{field.name} must be a whole number, not {value}")
-        for name in _SWITCHES:  # a text "False" would count as true
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if not (isinstance(self.betas, tuple | list) and len(self.betas) == 2 and all(map(_is_rate, self.betas))):
+            name, value = field.name, getattr(self, field.name)
+            if field.type in _NUMBERS and name != "seed" and not (value is None and field.type not in (int, float)):
+                least = "at least 0" if name in _AT_LEAST_ZERO else "above 0"
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise InputError(f"{name} must be a number {least}, not {value!r}")
+                if not (value > 0 or (value == 0 and name in _AT_LEAST_ZERO)):  # NaN is neither
+                    raise InputError(f"{name} must be {least}, not {value}")
+                if value == math.inf:
+                    raise InputError(f"{name} must be finite")
+                if field.type in (int, int | None) and isinstance(value, float):
+                    raise InputError(f"{name} must be a whole number, not {value}")
+            if field.type is bool and not isinstance(value, bool):  # a text "False" would count as true
+                raise InputError(f"{name} must be True or False, not {value!r}")
+            if get_origin(field.type) is Literal and value not in (choices := get_args(field.type)):
+                raise InputError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+        two = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not two or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers of at least 0 and below 1, not {self.betas!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:  # NumPy's limit
             raise InputError(f"seed must be a whole number from 0 to 2**32 - 1, not {self.seed!r}")
         if not self.output_dir:
             raise InputError("output_dir is empty: name a folder")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise InputError(f"schedule must be cosine, linear or constant, not {self.schedule!r}")
-        if self.optimizer not in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
-            raise InputError(f"optimizer must be adamw, adamw_8bit or paged_adamw_8bit, not {self.optimizer!r}")
         if self.offload_activations and not self.gradient_checkpointing:
             raise InputError("offload_activations moves what gradient_checkpointing keeps: set that too")
         if self.lora_fa and self.optimizer != "adamw":

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from minilora.adapters import adapters_named
 from minilora.data import Example
 
-__all__ = ["differences", "fingerprint"]
-
 
 def fingerprint(
     model: nn.Module,
@@ -43,16 +41,13 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(saved[group].keys() | now[group].keys())
         if saved[group].get(name) != now[group].get(name)
     ]
-    for name in ("training rows", "held-out rows", "base model"):
-        if saved[name] != now[name]:
-            found.append(f"the {name} are not the same" if name.endswith("rows") else f"the {name} is another")
+    found += [f"the {rows} are not the same" for rows in ("training rows", "held-out rows") if saved[rows] != now[rows]]
+    if saved["base model"] != now["base model"]:
+        found.append("the base model is another")
     was, shapes = saved["trained parameters"], now["trained parameters"]
     if changed := [name for name in sorted(was.keys() | shapes.keys()) if was.get(name) != shapes.get(name)]:
-        name = changed[0]
-        found.append(
-            f"{len(changed)} trained parameters differ, such as {name}:"
-            f" {was.get(name, 'not trained')} before, {shapes.get(name, 'not trained')} now"
-        )
+        before, after = (each.get(changed[0], "not trained") for each in (was, shapes))
+        found.append(f"{len(changed)} trained parameters differ, such as {changed[0]}: {before} before, {after} now")
     return found
 
 

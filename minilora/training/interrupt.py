@@ -7,8 +7,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopRequest", "TrainingInterrupted"]
-
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the step was finished and saved in `checkpoint`; the message says how to resume."""

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,6 @@ from minilora.errors import InputError
 from minilora.nf4 import NF4Linear, weights_that_fit
 from minilora.progress import Stage, silent
 from minilora.training.config import TrainConfig
-
-__all__ = ["Record", "Sink", "memory_mb", "open_log", "read_log"]
 
 Record = dict[str, Any]
 
@@ -41,29 +39,45 @@ class Sink(Protocol):
 def open_log(
     config: TrainConfig, first_step: int, total_steps: int, model: nn.Module
 ) -> Iterator[Callable[[Record], None]]:
-    """Gives a function that writes a record to every sink; what the model computes with is in log.jsonl already.
+    """A function that writes a record to every sink; what the model computes with is in log.jsonl already.
 
     Raises InputError if one's package is missing, or output_dir cannot be written to.
     """
+    folder, about = Path(config.output_dir), computes_with(model)
     sinks: list[Sink] = []
 
-    def write(record: Record) -> None:
-        for sink in sinks:
-            sink.write(record)
+    with ExitStack() as stack:  # what is open when another sink fails is closed
 
-    try:
-        for sink in _opened(config, first_step, total_steps):
-            sinks.append(sink)
-            if isinstance(sink, JsonLines):
-                about = computes_with(model)
-                sink.write({"step": first_step - 1, **about})
-                if config.progress and about["kept_weights"]:
-                    print(_kept_line(about), file=sys.stderr, flush=True)
-        with nullcontext() if config.progress else silent():
-            yield write
-    finally:
-        for sink in sinks:
-            sink.close()
+        def add(sink: Sink) -> None:
+            sinks.append(stack.enter_context(closing(sink)))
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.tensorboard:
+                add(TensorBoard(folder / "tensorboard", first_step))
+            if config.wandb_project:
+                add(WeightsAndBiases(config.wandb_project, folder, asdict(config)))
+            add(JsonLines(folder / "log.jsonl", first_step))
+            sinks[-1].write({"step": first_step - 1, **about})
+        except OSError as error:
+            raise InputError(f"output_dir {folder} cannot be written to: {error.strerror or error}") from None
+        if not config.progress:
+            stack.enter_context(silent())
+        elif about["kept_weights"]:
+            print(
+                f"{about['kept_weights']} of {about['nf4_weights']} NF4 weights stay dequantized between steps, in "
+                f"{about['kept_weights_mb']:.0f} MiB: keep_weights=False trains slower without them",
+                file=sys.stderr,
+                flush=True,
+            )
+        if config.progress:
+            add(ProgressSink(first_step, total_steps))
+
+        def write(record: Record) -> None:
+            for sink in sinks:
+                sink.write(record)
+
+        yield write
 
 
 def computes_with(model: nn.Module) -> Record:
@@ -84,29 +98,6 @@ def computes_with(model: nn.Module) -> Record:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-
-
-def _kept_line(about: Record) -> str:
-    return (
-        f"{about['kept_weights']} of {about['nf4_weights']} NF4 weights stay dequantized between steps, in "
-        f"{about['kept_weights_mb']:.0f} MiB: keep_weights=False trains slower without them"
-    )
-
-
-def _opened(config: TrainConfig, first_step: int, total_steps: int) -> Iterator[Sink]:
-    """The run's sinks one by one: those that are open when another one fails are to be closed."""
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if config.tensorboard:
-            yield TensorBoard(folder / "tensorboard", first_step)
-        if config.wandb_project:
-            yield WeightsAndBiases(config.wandb_project, folder, asdict(config))
-        yield JsonLines(folder / "log.jsonl", first_step)
-    except OSError as error:
-        raise InputError(f"output_dir {folder} cannot be written to: {error.strerror or error}") from None
-    if config.progress:
-        yield ProgressSink(first_step, total_steps)
 
 
 class JsonLines:
@@ -138,18 +129,16 @@ def read_log(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
+    records = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the last newline ends the last line
-    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError:
+    for number, line in enumerate(lines, start=1):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise InputError(f"{where} is no record of a training log: remove the line")
-    return record
+        with suppress(ValueError):
+            record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"{path}:{number} is no record of a training log: remove the line")
+        records.append(record)
+    return records
 
 
 class TensorBoard:
@@ -213,24 +202,19 @@ class ProgressSink:
 class Smoothed:
     """Exponential moving averages of loss and tokens/s, unbiased from the first step (Adam's correction)."""
 
-    def __init__(self, decay: float = 0.9) -> None:
-        self.decay = decay
-        self.weight = self.loss = self.tokens = self.seconds = 0.0
+    def __init__(self) -> None:
+        self.means = [0.0] * 4
 
     def status(self, record: Record) -> str:
         """Take a training step's record in; what to show of it."""
-        step_seconds = record["tokens"] / record["tokens_per_s"]
-        for name, value in (
-            ("weight", 1.0),
-            ("loss", record["loss"]),
-            ("tokens", record["tokens"]),
-            ("seconds", step_seconds),
-        ):
-            setattr(self, name, self.decay * getattr(self, name) + (1 - self.decay) * value)
+        tokens = record["tokens"]
+        values = 1.0, record["loss"], tokens, tokens / record["tokens_per_s"]
+        self.means = [0.9 * mean + 0.1 * value for mean, value in zip(self.means, values, strict=True)]
+        weight, loss, tokens, seconds = self.means
         memory = (record["gpu_mb"] if "gpu_mb" in record else record["rss_mb"]) / 1024
         return (
-            f"loss {self.loss / self.weight:.4f} · lr {record['learning_rate']:.1e}"
-            f" · {self.tokens / self.seconds:,.0f} tokens/s · {memory:.1f} GB"
+            f"loss {loss / weight:.4f} · lr {record['learning_rate']:.1e}"
+            f" · {tokens / seconds:,.0f} tokens/s · {memory:.1f} GB"
         )
 
 
@@ -243,12 +227,10 @@ def memory_mb(device: torch.device) -> dict[str, float]:
 
 
 def _resident_bytes() -> int:
-    statm = Path("/proc/self/statm")
-    if statm.exists():
+    if (statm := Path("/proc/self/statm")).exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, which has no /proc
-    return int(peak)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the peak, in bytes on macOS, which has no /proc

@@ -1,4 +1,4 @@
-"""LoRA-FA: A stays as it was drawn, and only B learns; the layer keeps A x (r numbers a token) instead of x.
+"""LoRA-FA: A stays as it was drawn, and only B learns; the layer saves A x (r numbers a token) for backward, not x.
 
     g_W = ∂L/∂W (out, in)             what training W itself would follow
     g_B = s · g_W Aᵀ                  what B gets; it moves W by s·g_B A = s² g_W Aᵀ A
@@ -23,8 +23,15 @@ from minilora.errors import InputError
 class LoRAFA(torch.optim.AdamW):
     """AdamW over one adapter of a model whose A it freezes, with the gradient of every B projected before each step.
 
-    The other arguments are AdamW's. Raises InputError where the model has no such adapter, where it is not a LoRA, or
-    sits on an embedding, whose A starts at zero.
+    Args:
+        model: a model with the adapter.
+        name: the adapter's name; it must be a LoRA.
+        settings: AdamW's other arguments, such as `lr` and `weight_decay`.
+
+    Raises:
+        InputError: the model has no such adapter, or it is not a LoRA, or sits on an embedding, whose A starts at zero.
+
+    Source: Zhang et al. 2023, arXiv 2308.03303, section 3.
     """
 
     def __init__(self, model: nn.Module, name: str = "default", **settings: Any) -> None:
@@ -36,10 +43,8 @@ class LoRAFA(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Project the gradients of all B, then step as AdamW does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for lora in self.loras:
             if lora.lora_B.grad is not None:
                 lora.lora_B.grad.copy_(projected(lora))

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy at the labelled tokens, and nowhere else; the whole logits never exist.
+"""The loss: cross-entropy at the labelled tokens, and nowhere else; the logits of all positions never exist at once.
 
     position        0      1      2      3
     input_ids     <user>  hi   <asst>  hello  <eos>
@@ -11,35 +11,26 @@ And it runs on a few of these at a time: with a vocabulary of 49152, the logits 
     z_i = head(h_i)                                    logits (V,) of one position, head(h) = W h as a rule
     L = Σ_i (log Σ_v exp z_iv − z_i,target)            cross-entropy
     ∂L/∂z_i = softmax(z_i) − onehot(target)            known as soon as z_i is, so that z_i can go
-    ∂L/∂h_i = Wᵀ ∂L/∂z_i                               (hidden,): all that is kept for the way back, ...
+    ∂L/∂h_i = Wᵀ ∂L/∂z_i                               (hidden,): all that is saved for backward, ...
     ∂L/∂W = Σ_i ∂L/∂z_i h_iᵀ                           ... with this, if the head trains
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.adapters import Adapter, evaluating
-from minilora.data import Batch, Example, PackedBatch, collate, pack
+from minilora.data import IGNORE, Batch, Example, PackedBatch, collate, pack
 from minilora.errors import InputError
-from minilora.models import DeferredLogits, Transformer, deferring_logits, row_positions
+from minilora.models import Transformer
 from minilora.progress import with_progress
 from minilora.torch_helpers import is_plainly_called
+from minilora.training.transformers_loss import hidden_and_head
 from minilora.variants.calibration import as_mapping
-
-__all__ = [
-    "held_out_loss",
-    "label_tokens",
-    "linear_cross_entropy",
-    "loss_of_chosen",
-    "summed_cross_entropy",
-    "summed_loss",
-]
 
 # Positions through the head: enough for a matrix product's full speed. (On a core, with 2048 positions of 576 numbers
 # and a vocabulary of 49152, in bfloat16: 0.70 of the time with all logits, with 128 positions at once 0.73, 512 0.81.)
@@ -48,9 +39,12 @@ ROWS_AT_ONCE = 256
 CACHE_ELEMENTS = 2**20
 
 
+# --- of a batch -------------------------------------------------------------------------------------------------------
+
+
 def label_tokens(examples: Sequence[Example]) -> int:
     """Count the labelled tokens that something predicts: all but a label on the very first token."""
-    return sum(label != -100 for example in examples for label in example.labels[1:])
+    return sum(label != IGNORE for example in examples for label in example.labels[1:])
 
 
 def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
@@ -60,98 +54,47 @@ def summed_loss(model: nn.Module, batch: Batch | PackedBatch) -> Tensor:
     """
     device = next(model.parameters()).device
     labels = batch.labels.to(device)
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != -100
-    targets = labels[:, 1:][predicts[:, :-1]]
-    inputs = _inputs(model, batch, device)
-    if isinstance(model, Transformer):
-        return loss_of_chosen(model, predicts, targets, **inputs)
-    return _loss_of_another_model(model, predicts, targets, inputs)
+    if not isinstance(model, Transformer):
+        chosen, targets = _predicting(labels)
+        hidden, head = hidden_and_head(model, batch, chosen)
+        return linear_cross_entropy(hidden, head, targets)
+    input_ids = batch.input_ids.to(device)
+    if isinstance(batch, PackedBatch):
+        return loss_of_labels(model, labels, input_ids=input_ids, lengths=batch.lengths)
+    return loss_of_labels(model, labels, input_ids=input_ids, attention_mask=batch.attention_mask.to(device))
 
 
-def loss_of_chosen(model: Transformer, chosen: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
-    """Σ_i −log p(targets_i) at the chosen positions, a bool mask (B, T); `inputs` are those of the model's forward."""
-    if type(model).forward is Transformer.forward and _runs_as_written(model) and is_plainly_called(model):
+def loss_of_labels(model: Transformer, labels: Tensor, **inputs: Any) -> Tensor:
+    """The same for labels (B, T) and the inputs of the model's forward pass, all on its device."""
+    chosen, targets = _predicting(labels)
+    compiled = model._compiled_call_impl is not None
+    if type(model).forward is Transformer.forward and not compiled and is_plainly_called(model):
         return linear_cross_entropy(model(**inputs, logits_at=chosen, head=False), model.lm_head, targets)
     # More happens in a call of the model: a hook, what accelerate or a subclass has put there, a compiled graph.
     return summed_cross_entropy(model(**inputs, logits_at=chosen), targets)
 
 
-def _loss_of_another_model(model: nn.Module, chosen: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """The same of a transformers model, or one like it; what else it does to its logits, it does to these."""
-    head = _plain_head(model)
-    if head is not None and _takes_logits_to_keep(model):
-        columns = chosen.any(0).nonzero()[:, 0]
-        inputs, chosen = inputs | {"logits_to_keep": columns}, chosen[:, columns]
-    with nullcontext() if head is None else deferring_logits(head):
-        output = model(**inputs)
-    if not hasattr(output, "logits"):
-        raise InputError(f"this {type(model).__name__} gives no logits when it is called: give the model inside it")
-    logits = output.logits
-    if head is None or not isinstance(logits, DeferredLogits) or logits.computed is not None:
-        return summed_cross_entropy(logits[chosen], targets)
-    return linear_cross_entropy(logits.hidden[chosen], head, targets)
-
-
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model computes its logits at chosen positions alone, and nobody but the loss looks at them."""
-    of_transformers = type(model).__module__.startswith("transformers.")  # elsewhere the name may mean something else
-    seen_by_others = bool(model._forward_hooks) or not _runs_as_written(model)
-    return of_transformers and not seen_by_others and "logits_to_keep" in signature(model.forward).parameters
-
-
-def _plain_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the model's logits, where it can tell, and whose calls do nothing but that, row by row."""
-    if not _runs_as_written(model) or not hasattr(type(model), "get_output_embeddings"):
-        return None
-    head = cast(Any, model).get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        return None
-    plain = all(is_plainly_called(each) and getattr(each, "row_names", None) is None for each in head.modules())
-    return head if plain else None
-
-
-def _runs_as_written(model: nn.Module) -> bool:
-    """False for a compiled model, and one whose forward accelerate or its user has replaced."""
-    return "forward" not in model.__dict__ and model._compiled_call_impl is None
-
-
-def _inputs(model: nn.Module, batch: Batch | PackedBatch, device: torch.device) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
-    if isinstance(batch, Batch):
-        return inputs | {"attention_mask": batch.attention_mask.to(device)}
-    if isinstance(model, Transformer):
-        return inputs | {"lengths": batch.lengths}
-    # transformers tells rows end to end by positions that start again, where there is neither a mask nor a cache
-    return inputs | {"position_ids": row_positions(batch.lengths).to(device), "use_cache": False}
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8, packing: bool = False
-) -> float:
-    """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient.
-
-    `packing` lays the rows of a transformers model end to end; those of minilora's own always are.
-    Raises InputError where no token has a label, and inside `adapters_for_rows`: the rows are taken by length.
-    """
-    if not label_tokens(examples):
-        raise InputError("no row has a token that the loss could be taken of")
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch, if any
-    total = 0.0
-    with evaluating(model):
-        starts = range(0, len(by_length), batch_size)
-        for i in with_progress(starts, len(starts), "held-out loss", "batches"):
-            rows = by_length[i : i + batch_size]
-            batch = pack(rows) if packing or isinstance(model, Transformer) else collate(rows, pad_token_id)
-            total += summed_loss(model, batch).item()
-    return total / label_tokens(examples)
+def _predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions whose next token has a label, as a bool mask (B, T), and these labels (n,)."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    chosen = following != IGNORE
+    return chosen, following[chosen]
 
 
 def language_model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy (nats) of the labelled tokens of a batch, by minilora's Transformer or a transformers model.
+    """Mean cross-entropy of the labelled tokens of a batch: the loss that what looks at data takes by default.
 
-    Raises InputError for a batch that is neither token ids nor a mapping with input_ids, or a model without a loss.
+    Args:
+        model: minilora's `Transformer`, or a model of transformers, whose own loss it then is.
+        batch: token ids (B, T), int64, each of which is a label too; or a mapping of tensors by name: `input_ids`
+            (B, T) and, if there are any, `attention_mask` (B, T; 0 on padding), `labels` (B, T; -100 for none) and
+            whatever else a model of transformers takes. Labels are not shifted: position t predicts label t + 1.
+
+    Returns:
+        A scalar in nats, float32, that has a gradient.
+
+    Raises:
+        InputError: the batch is of neither kind, or the model gives no loss.
     """
     values = as_mapping(batch)
     if "input_ids" not in values:
@@ -163,14 +106,39 @@ def language_model_loss(model: nn.Module, batch: Any) -> Tensor:
     values = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
     ids = values["input_ids"]
     mask = values.get("attention_mask", torch.ones_like(ids))
-    values.setdefault("labels", ids.masked_fill(mask == 0, -100))
+    labels = values.setdefault("labels", ids.masked_fill(mask == 0, IGNORE))
     if isinstance(model, Transformer):
-        n = (values["labels"][:, 1:] != -100).sum()
-        return summed_loss(model, Batch(ids, values["labels"], mask)) / n
+        return summed_loss(model, Batch(ids, labels, mask)) / (labels[:, 1:] != IGNORE).sum()
     loss = getattr(model(**values), "loss", None)
     if loss is None:
         raise InputError(f"{type(model).__name__} returns no loss: give forward=function(model, batch) that does")
     return loss
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8, packing: bool = False
+) -> float:
+    """Mean cross-entropy (nats) of a labelled token over all the examples, dropout off, no gradient.
+
+    `packing` packs the rows of a transformers model; those of minilora's own always are.
+    Raises InputError where no token has a label, and inside `adapters_for_rows`: the rows are taken by length.
+    """
+    n = label_tokens(examples)
+    if n == 0:
+        raise InputError("no row has a token that the loss could be taken of")
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding in a batch, if any
+    starts = range(0, len(by_length), batch_size)
+    total = 0.0
+    with evaluating(model):
+        for i in with_progress(starts, len(starts), "held-out loss", "batches"):
+            rows = by_length[i : i + batch_size]
+            batch = pack(rows) if packing or isinstance(model, Transformer) else collate(rows, pad_token_id)
+            total += summed_loss(model, batch).item()
+    return total / n
+
+
+# --- of hidden states and the head ------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
@@ -180,27 +148,18 @@ def linear_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Te
     by itself: a linear layer, tied or not, in 4 bits, with an adapter. Returns a scalar, whose gradient is computed
     along with it, for `hidden` and what trains in the head; ∂L/∂z is rounded once, to the logits' dtype.
     """
-    trained = [parameter for parameter in _parameters(head) if parameter.requires_grad]
+    adapters = [module for module in head.modules() if isinstance(module, Adapter)]
+    parameters = [*head.parameters(), *(p for adapter in adapters for p in adapter.borrowed_parameters())]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     # A hook may add to the graph, and counts on one backward: so then there is one call of the head, and one backward.
     if not all(map(is_plainly_called, head.modules())) or any(p._backward_hooks for p in trained):
         return summed_cross_entropy(head(hidden), targets)
-    return _summed(head, hidden, targets, trained)
+    return _SummedLoss.apply(head, targets, torch.is_grad_enabled(), hidden, *trained)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same of logits (n, V) that are there already."""
-    return _summed(nn.Identity(), logits, targets, [])
-
-
-def _parameters(head: nn.Module) -> list[nn.Parameter]:
-    """The head's own, and those that an adapter on it borrows from another layer's."""
-    adapters = (module for module in head.modules() if isinstance(module, Adapter))
-    return [*head.parameters(), *(parameter for adapter in adapters for parameter in adapter.borrowed_parameters())]
-
-
-def _summed(head: nn.Module, hidden: Tensor, targets: Tensor, trained: list[nn.Parameter]) -> Tensor:
-    loss: Tensor = _SummedLoss.apply(head, targets, torch.is_grad_enabled(), hidden, *trained)
-    return loss
+    """The same of logits (n, V)."""
+    return _SummedLoss.apply(nn.Identity(), targets, torch.is_grad_enabled(), logits)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -226,8 +185,7 @@ class _SummedLoss(torch.autograd.Function):
             gradients = list(torch.autograd.grad(logits, inputs, d_logits, allow_unused=True))
             if d_hidden is not None:
                 d_hidden[rows] = gradients.pop()
-            for i, gradient in enumerate(gradients):
-                d_trained[i] = _added(d_trained[i], gradient)
+            d_trained = [_added(total, gradient) for total, gradient in zip(d_trained, gradients, strict=True)]
         if not has_gradient:  # adapters that are switched off, on the head alone
             ctx.mark_non_differentiable(loss)
         ctx.save_for_backward(d_hidden, *d_trained)

@@ -6,40 +6,41 @@ float16 has no number between 0 and 6e-8, and gradients of activations are often
 
 is computed from k L, and the float32 gradients of the parameters are divided by k before anything looks at them. With
 a k too large they are infinite or NaN: k is halved and the same step is made again, so that no rows are lost. After
-GROWTH_INTERVAL steps without that it is doubled. bfloat16 and float32 have the exponents for k = 1.
+2000 steps without that it is doubled (`Progress.add_step`). bfloat16 and float32 have the exponents for k = 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from minilora.nf4 import NF4Linear
-
-__all__ = ["FIRST_SCALE", "GROWTH_INTERVAL", "gradients_are_finite", "needs_loss_scale", "unscale_"]
+from minilora.training.checkpoint import Progress
 
 FIRST_SCALE = 2.0**16
-GROWTH_INTERVAL = 2000  # steps
 
 
 def needs_loss_scale(model: nn.Module) -> bool:
     """True if some of the model's products are in float16."""
     return any(
-        (module.compute_dtype if isinstance(module, NF4Linear) else None) == torch.float16
+        (isinstance(module, NF4Linear) and module.compute_dtype == torch.float16)
         or any(parameter.dtype == torch.float16 for parameter in module.parameters(recurse=False))
         for module in model.modules()
     )
 
 
-def unscale_(parameters: Iterable[nn.Parameter], scale: float) -> None:
-    """Divide the gradients by the scale, in place."""
-    if scale != 1 and (gradients := _gradients(parameters)):
-        torch._foreach_mul_(gradients, 1 / scale)
+def overflowed(parameters: Collection[nn.Parameter], losses: list[Tensor], progress: Progress) -> bool:
+    """Divide the gradients by the scale; where they have overflowed, drop them, halve the scale and say so.
 
-
-def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(bool(gradient.isfinite().all()) for gradient in _gradients(parameters))
-
-
-def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    Not where a loss itself is infinite or NaN: no scale mends that.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if progress.loss_scale == 1 or not gradients:
+        return False
+    torch._foreach_mul_(gradients, 1 / progress.loss_scale)
+    if all(gradient.isfinite().all() for gradient in gradients) or not torch.stack(losses).isfinite().all():
+        return False
+    progress.lower_loss_scale()
+    for parameter in parameters:
+        parameter.grad = None
+    return True

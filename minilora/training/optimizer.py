@@ -1,4 +1,4 @@
-"""What updates the adapter: its parameters in float32, AdamW in one of its kinds, and the learning rate of each step.
+"""What updates the adapter: its parameters in float32, and AdamW in one of its kinds.
 
     m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²                          the moments of the gradient
     p ← p − η λ p − η m̂ / (√v̂ + ε)                                               m̂, v̂: divided by 1 − βᵗ
@@ -8,6 +8,7 @@ Loshchilov & Hutter, arXiv 1711.05101, algorithm 2. bitsandbytes keeps m and v i
 to the CPU where the GPU's is short (Dettmers et al., arXiv 2305.14314, section 3).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,15 +20,6 @@ from minilora.errors import InputError
 from minilora.training.config import TrainConfig
 from minilora.training.lora_fa import LoRAFA, loras_to_freeze
 from minilora.training.lora_plus import parameter_groups
-
-__all__ = [
-    "check_optimizer",
-    "make_masters",
-    "make_optimizer",
-    "optimizer_state",
-    "parameters_to_train",
-    "restore_optimizer",
-]
 
 # One kernel for the whole update, in a third of the time: for SmolLM2's 420 matrices of r = 16, 5 ms on a core for 15.
 FUSED_ON = ("cpu", "cuda")
@@ -69,20 +61,18 @@ def make_optimizer(model: nn.Module, adapter: str, config: TrainConfig) -> torch
     """
     parameters = [p for p in adapter_parameters(model, adapter).values() if p.requires_grad]
     device = parameters[0].device
+    lr, ratio = config.learning_rate, config.loraplus_lr_ratio
     settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    rates: dict[str, Any] = {"lr": config.learning_rate}
-    groups: list[Any] = [{"params": parameters, **rates}]
-    if config.loraplus_lr_ratio is not None:
-        rates["lr_ratio"] = config.loraplus_lr_ratio
-        groups = parameter_groups(model, adapter, weight_decay=config.weight_decay, **rates)
+    groups: list[Any] = [{"params": parameters, "lr": lr}]
+    if ratio is not None:
+        groups = parameter_groups(model, adapter, lr=lr, lr_ratio=ratio, weight_decay=config.weight_decay)
     optimizer: torch.optim.Optimizer
     if config.optimizer != "adamw":
         optimizer = _bitsandbytes_class(config.optimizer, device)(groups, **settings)
+    elif config.lora_fa:
+        optimizer = LoRAFA(model, adapter, lr=lr, fused=device.type in FUSED_ON, **settings)
     else:
-        settings["fused"] = device.type in FUSED_ON
-        optimizer = (
-            LoRAFA(model, adapter, **rates, **settings) if config.lora_fa else torch.optim.AdamW(groups, **settings)
-        )
+        optimizer = torch.optim.AdamW(groups, fused=device.type in FUSED_ON, **settings)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     optimizer.zero_grad()  # whatever a backward pass before left there
@@ -100,7 +90,7 @@ def _bitsandbytes_class(name: str, device: torch.device) -> Callable[..., torch.
     return PagedAdamW8bit if paged else AdamW8bit  # type: ignore[no-any-return]
 
 
-# --- its state, in a checkpoint ---------------------------------------------------------------------------------------
+# --- optimizer state, in a checkpoint ---------------------------------------------------------------------------------
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -108,9 +98,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
-            if key.startswith(
-                "qmap"
-            ):  # what the 8-bit codes stand for: one tensor for all, which no file may hold twice
+            if key.startswith("qmap"):  # of the 8-bit codes: one tensor for all, which no file may hold twice
                 value = value.clone()
             tensors[f"{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
@@ -120,13 +108,12 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
     """Put back what `optimizer_state` gave, bit for bit and on the parameters' devices; the settings stay."""
-    by_name: dict[str, dict[str, Tensor | int]] = {name: {} for name in parameters}
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = {parameter: i for i, parameter in enumerate(in_order)}
+    state: dict[int, dict[str, Tensor | int]] = defaultdict(dict)
     for path, value in saved.items():
         key, _, name = path.partition(".")
-        by_name[name][key] = int(value) if value.dtype == torch.int64 else value
-    names = {parameter: name for name, parameter in parameters.items()}
-    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {i: by_name[names[parameter]] for i, parameter in enumerate(in_order)}
+        state[indices[parameters[name]]][key] = int(value) if value.dtype == torch.int64 else value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if getattr(optimizer, "is_paged", False):  # bitsandbytes' load_state_dict gives ordinary memory
         for parameter, of_parameter in optimizer.state.items():

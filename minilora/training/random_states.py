@@ -1,7 +1,7 @@
 """The random states of Python, NumPy and torch: seeded, taken and put back, so that runs repeat and resume."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -10,15 +10,6 @@ import torch
 from torch import Tensor
 
 from minilora.errors import InputError
-
-__all__ = [
-    "check_random_states",
-    "python_random_states",
-    "seed_everything",
-    "set_python_random_states",
-    "set_torch_random_states",
-    "torch_random_states",
-]
 
 
 def seed_everything(seed: int) -> None:
@@ -58,29 +49,28 @@ def python_random_states() -> dict[str, Any]:
 
 def set_python_random_states(states: Mapping[str, Any]) -> None:
     """Go on where `python_random_states` was called."""
-    random.setstate(_of_python(states))
-    np.random.set_state(_of_numpy(states))
+    _set_python(random, states)
+    _set_numpy(np.random, states)
+
+
+def _set_python(generator: Any, states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    generator.setstate((version, tuple(internal), gauss))
+
+
+def _set_numpy(generator: Any, states: Mapping[str, Any]) -> None:
+    keys, position, has_gauss, gauss = states["numpy"]
+    generator.set_state(("MT19937", keys, position, has_gauss, gauss))
 
 
 def check_random_states(states: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError where these are not what the other functions gave; they are tried on other generators."""
-    trials: dict[str, Callable[[], Any]] = {
-        "Python": lambda: random.Random().setstate(_of_python(states)),
-        "NumPy": lambda: np.random.RandomState().set_state(_of_numpy(states)),
-        "torch": lambda: torch.Generator().set_state(tensors["random.cpu"]),
-    }
-    for name, trial in trials.items():
+    for name, trial in (
+        ("Python", lambda: _set_python(random.Random(), states)),
+        ("NumPy", lambda: _set_numpy(np.random.RandomState(), states)),
+        ("torch", lambda: torch.Generator().set_state(tensors["random.cpu"])),
+    ):
         try:
             trial()
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise InputError(f"the random state of {name} is damaged: {type(error).__name__}: {error}") from None
-
-
-def _of_python(states: Mapping[str, Any]) -> tuple[Any, ...]:
-    version, internal, gauss = states["python"]
-    return version, tuple(internal), gauss
-
-
-def _of_numpy(states: Mapping[str, Any]) -> tuple[Any, ...]:
-    keys, position, has_gauss, gauss = states["numpy"]
-    return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 from torch import nn
@@ -10,13 +11,27 @@ from torch import nn
 from minilora.adapters import input_embedding
 from minilora.data import IGNORE, Example, Rows, Skipped, encode_rows, given_rows
 from minilora.errors import InputError
+from minilora.progress import silent
 from minilora.text import Tokenizer
+from minilora.training.config import TrainConfig
 from minilora.training.loss import label_tokens
-
-__all__ = ["TrainingRows", "refuse_unreadable", "usable_examples"]
 
 TrainingRows = Rows | Sequence[Example]
 logger = logging.getLogger("minilora")
+
+
+def examples_of(
+    rows: TrainingRows, eval_rows: TrainingRows | None, tokenizer: Tokenizer, config: TrainConfig
+) -> tuple[list[Example], list[Example], list[Skipped]]:
+    """The examples to train on, the held-out ones, and what of both cannot be used; InputError as `usable_examples`."""
+    with nullcontext() if config.progress else silent():
+        examples, skipped = usable_examples(rows, tokenizer, config.max_length)
+        if eval_rows is None:
+            if config.eval_every:
+                raise InputError("eval_every needs eval_rows")
+            return examples, [], skipped
+        eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config.max_length, "held-out")
+    return examples, eval_examples, skipped + eval_skipped
 
 
 def usable_examples(
@@ -26,13 +41,17 @@ def usable_examples(
 
     Raises InputError where none is left, or where the rows are not all of a kind; `what` they are is named there.
     """
-    examples, skipped = _examples(rows, tokenizer, max_length, what)
-    usable = []
+    usable: list[Example] = []
+    skipped: list[Skipped] = []
+    if isinstance(rows, Sequence) and rows and all(isinstance(row, Example) for row in rows):
+        examples = cast(Sequence[Example], rows)
+    else:
+        encoded = encode_rows(given_rows(cast(Rows, rows), what), tokenizer, max_length)
+        examples, skipped = encoded.examples, encoded.skipped
     for example in examples:
-        if len(example.input_ids) > max_length:
-            skipped.append(
-                Skipped(example.source, f"{len(example.input_ids)} tokens, more than max_length={max_length}")
-            )
+        length = len(example.input_ids)
+        if length > max_length:
+            skipped.append(Skipped(example.source, f"{length} tokens, more than max_length={max_length}"))
         elif label_tokens([example]) == 0:
             skipped.append(Skipped(example.source, "no token to learn: the loss is taken on assistant messages"))
         else:
@@ -62,12 +81,3 @@ def refuse_unreadable(model: nn.Module, examples: Sequence[Example]) -> None:
         tokens = {*example.input_ids, *example.labels} - {IGNORE}
         if unknown := [token for token in (min(tokens), max(tokens)) if not 0 <= token < known]:
             raise InputError(f"{where} has token {unknown[0]}, the model knows {known}: the tokenizer is another's")
-
-
-def _examples(
-    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str
-) -> tuple[Sequence[Example], list[Skipped]]:
-    if isinstance(rows, Sequence) and rows and all(isinstance(row, Example) for row in rows):
-        return cast(Sequence[Example], rows), []
-    encoded = encode_rows(given_rows(cast(Rows, rows), what), tokenizer, max_length)
-    return encoded.examples, list(encoded.skipped)
