@@ -1,18 +1,18 @@
 """Three training steps of a tiny model, by the installed wheel alone."""
 
+import minilora.kernels
 import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 import minilora as ml
-import minilora.kernels
 from minilora.models import ModelConfig, Transformer
 from minilora.text import Tokenizer
 
 for package in (ml, minilora.kernels):
     assert "site-packages" in str(package.__file__), package.__file__
 
-words = "<unk> <eos> the light is red green stop go".split()
+words = ["<unk>", "<eos>", "the", "light", "is", "red", "green", "stop", "go"]
 backend = Backend(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
 backend.pre_tokenizer = pre_tokenizers.Whitespace()
 tokenizer = Tokenizer(backend, {"eos_token": "<eos>"})

@@ -1,7 +1,7 @@
 """Text to token ids and back: the tokenizer, its files, and the chat template.
 
 Read tokenizer.py first. tokenizer_files.py reads and writes a Hugging Face folder (the reader of a GGUF file is in
-formats/gguf/); chat_template.py renders Jinja templates in a sandbox.
+formats/gguf/); chat_template.py renders a conversation, by a Jinja template in sandbox.py.
 """
 
 from minilora.text import chat_template

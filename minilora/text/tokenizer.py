@@ -3,16 +3,18 @@
 It is built by who reads a file: of a Hugging Face folder text/tokenizer_files.py, of GGUF formats/gguf/tokenizer.py.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import tokenizers
-from tokenizers.processors import TemplateProcessing
+from typing import TYPE_CHECKING, Any
 
 from minilora.errors import InputError
 from minilora.text import chat_template
 from minilora.text.chat_template import Message, Span
+
+if TYPE_CHECKING:
+    import tokenizers  # imported where it is used: `import minilora` alone does not need it
 
 
 def require_own_tokenizer(tokenizer: object) -> None:
@@ -50,6 +52,8 @@ class Tokenizer:
         add_bos_token: bool | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        from tokenizers.processors import TemplateProcessing
+
         self.backend = backend
         self.named_tokens = dict(named_tokens)
         self.chat_templates = dict(chat_templates or {})
@@ -153,9 +157,7 @@ class Tokenizer:
             return []
         _, found, after = text.rpartition(answer)
         first = self.encode(after.lstrip())[:1]
-        added = (
-            self.backend.get_added_tokens_decoder()
-        )  # found in a text before the vocabulary applies; special ones too
+        added = self.backend.get_added_tokens_decoder()  # found in a text before the vocabulary applies
         return first if found and added.keys() >= set(first) else []
 
     # Conversations

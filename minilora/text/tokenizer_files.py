@@ -1,14 +1,17 @@
 """A tokenizer as a Hugging Face folder: reading it and writing it."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from minilora.errors import InputError
 from minilora.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -47,6 +50,8 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the backend raises Exception itself
@@ -76,10 +81,12 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Some older folders list an added token in tokenizer_config.json and not in tokenizer.json."""
+    from tokenizers import AddedToken
+
     for id, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         if backend.token_to_id(token["content"]) is None:
             options = {key: value for key, value in token.items() if key not in ("content", "__type")}
-            backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
+            backend.add_tokens([AddedToken(token["content"], **options)])
             if backend.token_to_id(token["content"]) != int(id):
                 raise InputError(
                     f"tokenizer_config.json gives {token['content']!r} the id {id}, which the vocabulary does not allow"
