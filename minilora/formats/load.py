@@ -8,7 +8,7 @@ At no time is the full-precision model whole in memory: beyond what is kept, one
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from minilora.auto_dtype import auto_dtype, say_once, slower_than_float32
 from minilora.errors import InputError
-from minilora.formats.gguf import read_gguf_tokenizer
-from minilora.formats.save_pretrained import save_pretrained
+from minilora.formats.fetch import MODELS, model_file
+from minilora.formats.gguf import GGUFCheckpoint, read_gguf_tokenizer
+from minilora.formats.hub import snapshot
+from minilora.formats.safetensors import SafetensorsCheckpoint
 from minilora.models import ModelConfig, Transformer
 from minilora.nf4 import NF4Linear, QuantizedTensor, dequantize, quantize_weight
 from minilora.progress import with_progress
-from minilora.text import read_tokenizer
+from minilora.text import Tokenizer, read_tokenizer
 
-if TYPE_CHECKING:
-    from minilora.text import Tokenizer
-
-__all__ = ["load", "save_pretrained"]
-
-FLOATING_POINT = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_POINT}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 WORTH_A_WARNING = 2.0  # times float32's time
 
 
@@ -54,43 +50,46 @@ def load(
     block_size: int = 64,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
-) -> tuple[Transformer, "Tokenizer"]:
+) -> tuple[Transformer, Tokenizer]:
     """Load a model, frozen and in evaluation mode, and its tokenizer.
 
-    `name_or_path`: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
-    "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
-    (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
-    a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`. "auto" is the
-    fastest that suits the device (`minilora.auto_dtype`): bfloat16; on processors without instructions for it float32,
-    on such GPUs float16. What it came to is said once. Saved again, the model gets the checkpoint's own.
-    Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported, and for a
-    dtype or a device that cannot be used.
-    """
+    The dtype that "auto" came to is said once, on stderr.
 
+    Args:
+        name_or_path: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
+            "HuggingFaceTB/SmolLM2-360M-Instruct".
+        quantize: "nf4" makes the linear layers inside the blocks NF4Linear; a weight that the checkpoint already has
+            in NF4 keeps its own block_size and absmax. None keeps all layers dense.
+        double_quant: Whether the absmax values are quantized too, as in `nf4.quantize`.
+        block_size: Weights per absmax, as in `nf4.quantize`.
+        dtype: Of all that is not in NF4, and what NF4Linear computes in: "bfloat16", "float32", "float16", "float64" or
+            the torch.dtype. "auto" is the fastest that suits the device: bfloat16; on processors without instructions
+            for it float32, on such GPUs float16. `save_pretrained` writes the checkpoint's own dtype all the same.
+        device: Where the model is put.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        InputError: for a checkpoint that is missing, damaged or not supported, naming file and tensor, and for a dtype
+            or a device that cannot be used.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+    """
     if quantize not in ("nf4", None):
         raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
-    dtype = FLOATS.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and dtype not in FLOATS.values():
-        raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(FLOATS)}")
+    dtype_name = str(dtype).removeprefix("torch.")
+    if dtype_name not in ("auto", *DTYPES):
+        raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(DTYPES)}")
     device = usable(device)
     path = locate(name_or_path)
+    checkpoint: Checkpoint
     if path.is_dir():
-        from minilora.formats.safetensors import SafetensorsCheckpoint
-
-        checkpoint: Checkpoint = SafetensorsCheckpoint(path)
-        tokenizer = read_tokenizer(path)
+        checkpoint, tokenizer = SafetensorsCheckpoint(path), read_tokenizer(path)
     else:
-        from minilora.formats.gguf import GGUFCheckpoint
-
         checkpoint = GGUFCheckpoint(path)
         tokenizer = read_gguf_tokenizer(checkpoint.file.metadata)
-    if not isinstance(dtype, torch.dtype):
-        choice = auto_dtype(device)
-        dtype = choice.dtype
-        say_once(f"the model computes in {choice}")
-    elif device.type == "cpu" and dtype.itemsize == 2 and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
-        name = str(dtype).removeprefix("torch.")
-        say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
+    dtype = _compute_dtype(dtype_name, device)
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
 
 
@@ -105,8 +104,6 @@ def usable(device: torch.device | str) -> torch.device:
 
 def locate(name_or_path: str | Path, files: list[str] | None = None) -> Path:
     """The folder or GGUF file that is meant, fetched if need be; from the Hub only `files`, if some are named."""
-    from minilora.formats.fetch import MODELS, model_file
-
     path, name = Path(name_or_path), str(name_or_path)
     if name in MODELS:
         return model_file(name)
@@ -114,14 +111,24 @@ def locate(name_or_path: str | Path, files: list[str] | None = None) -> Path:
         return path
     if path.is_file():
         raise InputError(f"{path} is neither a .gguf file nor a Hugging Face folder; for a folder, name the folder")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] not in "./":
-        from minilora.formats.hub import snapshot
-
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] != ".":
         return snapshot(name, files)
     raise InputError(
         f"{name}: no such folder or file; give a folder, a .gguf file, a Hub id owner/name, "
         f"or a name known here: {', '.join(MODELS)}"
     )
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, for which "auto" leaves the choice to `auto_dtype`; warns of one that is slow here."""
+    if name == "auto":
+        choice = auto_dtype(device)
+        say_once(f"the model computes in {choice}")
+        return choice.dtype
+    dtype = DTYPES[name]
+    if device.type == "cpu" and dtype.itemsize == 2 and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
+        say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
+    return dtype
 
 
 def assemble(
@@ -204,5 +211,5 @@ def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: t
 
 
 def _check_floating_point(value: Tensor, where: str) -> None:
-    if value.dtype not in FLOATING_POINT:
+    if value.dtype not in DTYPES.values():
         raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")
