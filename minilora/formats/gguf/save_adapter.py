@@ -9,25 +9,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 from torch import Tensor, nn
 
 from minilora.adapters import EmbeddingKind, LoRA, adapters_named
 from minilora.errors import InputError
-from minilora.formats.gguf.save_model import ARCHITECTURES, checked_path, in_gguf_order
-from minilora.formats.gguf.weights import gguf_name
+from minilora.formats.gguf.save_model import checked_path
+from minilora.formats.gguf.weights import ARCHITECTURES, gguf_name, in_gguf_order
 from minilora.formats.gguf.writer import write_gguf
 from minilora.models import ModelConfig, Transformer, require_own_model
 
 
 def save_adapter_gguf(model: Transformer, file: str | Path, name: str = "default") -> None:
-    """Write one LoRA, in float32, for `llama-server --model base.gguf --lora file`.
+    """Write one LoRA as a GGUF file, in float32, for `llama-server --model base.gguf --lora file`.
 
     The base file is that of the model which the LoRA was trained on: `save_gguf` inside `disable_adapters`. PiSSA,
     OLoRA and the like become the plain LoRA of twice the rank that they equal; what differs from the file's one scale,
     such as rsLoRA or another alpha for a layer, is multiplied into B.
-    Raises InputError, naming the layer, for what this format cannot hold: another variant than LoRA, DoRA included, an
-    adapter on an embedding or a tied head, biases, trained copies and token rows, a base that LoftQ made; merged into
-    the model, `save_gguf` writes any of them. And for a model of transformers.
+
+    Args:
+        model: The model that the adapter is on.
+        file: Where to write; its name ends in .gguf.
+        name: Which adapter.
+
+    Raises:
+        InputError: naming the layer, for what this format cannot hold: another variant than LoRA, DoRA included, an
+            adapter on an embedding or a tied head, biases, trained copies and token rows, a base that LoftQ made;
+            merged into the model, `save_gguf` writes any of them. And for a model of transformers.
     """
     require_own_model(model, "with transformers, save_adapter(model, folder), then llama.cpp's convert_lora_to_gguf.py")
     file = checked_path(file)
@@ -58,8 +66,6 @@ def _plain(path: str, adapter: nn.Module, config: ModelConfig) -> LoRA:
 
 
 def _metadata(name: str, alpha: float) -> dict[str, Any]:
-    import gguf
-
     general = gguf.Keys.General
     return {
         general.TYPE: gguf.GGUFType.ADAPTER,
@@ -80,4 +86,4 @@ def _tensors(config: ModelConfig, loras: dict[str, LoRA], alpha: float) -> Itera
         # s·BA = alpha / r · (s r / alpha) B A: for a LoRA without exceptions the factor is 1
         B = (lora.scaling * lora.r / alpha) * B
         yield f"{weight}.lora_a", A
-        yield f"{weight}.lora_b", in_gguf_order(config, path, B)
+        yield f"{weight}.lora_b", in_gguf_order(config, f"{path}.weight", B)
