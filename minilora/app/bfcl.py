@@ -43,8 +43,8 @@ def load_bfcl() -> dict[str, list[Row]]:
     """
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
-    for category in CATEGORIES:
-        for question, answer in zip(_lines(f"BFCL_v4_{category}.json"), _lines(_answers(category)), strict=True):
+    for name in (f"BFCL_v4_{category}.json" for category in CATEGORIES):
+        for question, answer in zip(_lines(name), _lines(f"possible_answer/{name}"), strict=True):
             row = to_row(question, answer["ground_truth"][0])
             request = _request(question).strip().lower()
             if request not in seen and accepts(row.meta, answer_of(row)):
@@ -55,10 +55,6 @@ def load_bfcl() -> dict[str, list[Row]]:
 
 def _request(question: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in question["question"][0])
-
-
-def _answers(category: str) -> str:
-    return f"possible_answer/BFCL_v4_{category}.json"
 
 
 def _lines(name: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from minilora.adapters import LoRAConfig, add_adapter, trainable_parameters
 from minilora.app.bfcl import load_bfcl, score
@@ -87,8 +88,6 @@ def run_demo(config: DemoConfig) -> Report:
 
 
 def _run(config: DemoConfig) -> Report:
-    from rich.console import Console
-
     console, clock = Console(), Clock()
     folder = Path(config.train.output_dir)
     checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
@@ -156,8 +155,6 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        from rich.console import Console
-
         Console(stderr=True).print(f"[bold]▸ {name}[/bold]")
         started = time.perf_counter()
         yield
@@ -170,8 +167,6 @@ class Clock:
 
 def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows: dict[str, list[Row]]) -> None:
     """Say how long it will take, and where that is long how to have a shorter demo; all of it on stderr."""
-    from rich.console import Console
-
     console = Console(stderr=True, highlight=False)
     examples = encode_rows(rows["train"], tokenizer, config.train.max_length).examples
     speeds = measured_speeds(model, config.lora, examples, config.train.batch_size, config.test_rows)
@@ -192,14 +187,16 @@ def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows:
 
 def work(config: DemoConfig, examples: list[Example]) -> Work:
     """What the demo has to do, its training rows being these; the parts that take seconds are left out."""
-    length, epochs = mean_length(examples), config.train.epochs
-    steps = config.train.max_steps or math.ceil(epochs * math.ceil(len(examples) / rows_per_step(config)))
-    trained = Work(trained=steps * rows_per_step(config) * length)
+    length, answers = mean_length(examples), config.test_rows
+    per_step = rows_per_step(config)
+    steps = config.train.max_steps or math.ceil(config.train.epochs * math.ceil(len(examples) / per_step))
     evaluations = 1 + steps // (config.train.eval_every or steps)
-    scoring = Work(read=2 * config.test_rows * length)  # of every model the loss, then the prompts
-    long, short = (Work(written=config.test_rows * tokens) for tokens in (MAX_NEW_TOKENS, USUAL_ANSWER))
-    validation = Work(read=evaluations * VALIDATION_ROWS * length)
-    return trained + scoring + scoring + scoring + scoring + long + long + short + short + validation
+    read_to_score = 4 * 2 * answers  # of each of the four models the loss, then the prompts
+    return Work(
+        trained=steps * per_step * length,
+        read=(read_to_score + evaluations * VALIDATION_ROWS) * length,
+        written=2 * answers * (MAX_NEW_TOKENS + USUAL_ANSWER),  # the untuned models write to the limit
+    )
 
 
 def rows_per_step(config: DemoConfig) -> int:
@@ -278,13 +275,13 @@ def _processor() -> str:
 
 
 def metrics(report: Report, clock: Clock) -> dict[str, Any]:
+    tuned = report.scores[TUNED]
     return {
         "summary": report.summary,
         "scores": {label: asdict(scores) for label, scores in report.scores.items()},
         "tuned against the others": {
-            label: {metric: asdict(value) for metric, value in difference(report.scores[TUNED], scores).items()}
-            for label, scores in report.scores.items()
-            if label in (BASE, FEW_SHOT)
+            label: {metric: asdict(value) for metric, value in difference(tuned, report.scores[label]).items()}
+            for label in (BASE, FEW_SHOT)
         },
         "general": report.general,
         "facts": report.facts,

@@ -6,6 +6,8 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from minilora.errors import InputError
 
 Config = TypeVar("Config")
@@ -17,8 +19,6 @@ def read_recipe(path: str | Path, default: Config) -> Config:
     Raises `InputError` naming the file and the key: a missing file, no YAML, a key or a value
     that the config has no place for.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,18 +2,19 @@
 
 import base64
 import io
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from minilora.evaluation import Scores
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from minilora.formats import atomic_files
 
 
 @dataclass
@@ -31,20 +32,16 @@ class Report:
     samples: int = 3
 
 
-def comparison_table(scores: dict[str, Scores], best: str) -> "Table":
+def comparison_table(scores: dict[str, Scores], best: str) -> Table:
     """A rich table: one row a model, one column a metric, in percent with the 95% interval."""
-    from rich.table import Table
-
-    table = Table(title=f"Held-out rows: {next(iter(scores.values())).n}", title_justify="left")
+    first = next(iter(scores.values()))
+    table = Table(title=f"Held-out rows: {first.n}", title_justify="left")
     table.add_column("model")
-    table.add_column("loss", justify="right")
-    metrics = list(next(iter(scores.values())).metrics)
-    for metric in metrics:
-        table.add_column(metric, justify="right")
+    for column in ("loss", *first.metrics):
+        table.add_column(column, justify="right")
     for label, score in scores.items():
-        style = "bold green" if label == best else None
-        cells = [percent(score, metric) for metric in metrics]
-        table.add_row(label, f"{score.loss:.3f}", *cells, style=style)
+        cells = [percent(score, metric) for metric in first.metrics]
+        table.add_row(label, f"{score.loss:.3f}", *cells, style="bold green" if label == best else None)
     return table
 
 
@@ -54,10 +51,8 @@ def percent(score: Scores, metric: str) -> str:
     return f"{100 * score.metrics[metric]:.1f}%  ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def general_table(general: dict[str, dict[str, float]]) -> "Table":
+def general_table(general: dict[str, dict[str, float]]) -> Table:
     """A rich table of the regression check: what the model knew before, and still knows."""
-    from rich.table import Table
-
     table = Table(title="General ability, before and after", title_justify="left")
     table.add_column("model")
     for metric in next(iter(general.values())):
@@ -71,11 +66,8 @@ def _number(metric: str, value: float) -> str:
     return f"{value:.2f}" if "perplexity" in metric else f"{100 * value:.1f}%"
 
 
-def show_samples(report: Report, console: "Console") -> None:
+def show_samples(report: Report, console: Console) -> None:
     """Print a few held-out requests with every model's answer beside the accepted one."""
-    from rich.markup import escape
-    from rich.table import Table
-
     for sample in _samples(report):
         table = Table(title=escape(sample["request"]), title_justify="left", show_header=False, expand=True)
         table.add_column("model", no_wrap=True)
@@ -90,17 +82,13 @@ def show_samples(report: Report, console: "Console") -> None:
 def _samples(report: Report) -> list[dict[str, Any]]:
     """Rows spread evenly over the held-out set: chosen by position, not by how well the answers came out."""
     some = next(iter(report.scores.values()))
-    step = max(1, some.n // report.samples)
     metric = list(some.metrics)[-1]
     samples = []
-    for i in range(0, some.n, step)[: report.samples]:
+    for i in range(0, some.n, max(1, some.n // report.samples))[: report.samples]:
+        predictions = {label: score.predictions[i] for label, score in report.scores.items()}
         answers = [
-            {
-                "label": label,
-                "text": score.predictions[i].text,
-                "right": bool(score.predictions[i].scores[metric]),
-            }
-            for label, score in report.scores.items()
+            {"label": label, "text": prediction.text, "right": bool(prediction.scores[metric])}
+            for label, prediction in predictions.items()
         ]
         first = some.predictions[i]
         samples.append({"request": first.prompt, "expected": first.expected, "answers": answers})
@@ -120,10 +108,10 @@ def loss_curve(log: Sequence[dict[str, Any]]) -> bytes:
 
     steps = [record["step"] for record in log if "loss" in record]
     losses = [record["loss"] for record in log if "loss" in record]
+    held_out = [(record["step"], record["eval_loss"]) for record in log if "eval_loss" in record]
     figure, axes = plt.subplots(figsize=(7.2, 3.4), dpi=160, layout="constrained")
     axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="training loss, each step")
     axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="training loss, smoothed")
-    held_out = [(record["step"], record["eval_loss"]) for record in log if "eval_loss" in record]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", label="validation loss")
     axes.set_xlabel("optimizer step")
@@ -150,8 +138,6 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 def write_html(report: Report, path: Path) -> None:
     """Write the report as one HTML file that needs nothing beside it (pictures are inline)."""
-    from jinja2 import Environment
-
     template = files("minilora.app").joinpath("data_files/report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(template).render(
@@ -166,13 +152,6 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary file beside it, then renamed."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        partial = Path(file.name)
-        try:
-            file.write(text)
-        except BaseException:
-            partial.unlink()
-            raise
-    partial.chmod(0o644)
-    partial.replace(path)
+    """Write a text file whole or not at all."""
+    with atomic_files(path.parent) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")

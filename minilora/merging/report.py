@@ -22,8 +22,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
+import gguf
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,11 +33,13 @@ from torch import Tensor, nn
 from minilora.adapters import AdaptedLayer, adapted_layers, refuse_merged
 from minilora.devices import device_for_float64
 from minilora.errors import InputError
+from minilora.formats.gguf import OutType
 from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.progress import with_progress
 
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = (*FLOATS, "nf4")
+GGUF_BLOCKS = tuple(outtype for outtype in get_args(OutType) if outtype.startswith("q"))
+FORMATS = (*FLOATS, "nf4", *GGUF_BLOCKS)
 ERASED = 0.5
 CHUNK = 1 << 20  # weights compared at a time
 
@@ -216,6 +219,7 @@ def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat1
         model: The model with the adapters, not merged.
         formats: "float32", "bfloat16", "float16" and "float64" as `merge` and `save_pretrained` round to them, and
             "nf4" as requantizing does, with NF4Linear's settings, or `load`'s for a dense layer; linear layers only.
+            "q8_0" and the other types of `save_gguf`.
 
     Returns:
         The report: print it, `show()` its tables, or take its `rows`.
@@ -265,11 +269,21 @@ def read_back(W: Tensor, format: str, layer: AdaptedLayer) -> Tensor:
     """F(W): a weight (out, in, *kernel) as it is read after it was stored in the format in the layer's place."""
     if format in FLOATS:
         return W.to(FLOATS[format])
+    if format in GGUF_BLOCKS:
+        return _in_gguf_blocks(W, gguf.GGMLQuantizationType[format.upper()])
     if not W.isfinite().all():
         return torch.full_like(W, torch.nan)
     base = layer.base_layer
     settings = (base.block_size, base.offset is not None) if isinstance(base, NF4Linear) else ()
     return dequantize(quantize(W, *settings), torch.float32)
+
+
+def _in_gguf_blocks(W: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+    if W[0].numel() % (block := gguf.GGML_QUANT_SIZES[kind][0]):
+        name = kind.name.lower()
+        raise InputError(f"a layer has rows of {W[0].numel()} numbers, and {name} takes them in blocks of {block}")
+    blocks = gguf.quantize(W.detach().flatten(1).float().cpu().numpy(), kind)
+    return torch.from_numpy(gguf.dequantize(blocks, kind)).view(W.shape).to(W.device)
 
 
 def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, float, float]:
