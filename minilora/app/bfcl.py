@@ -117,7 +117,7 @@ def reference_arguments(function: dict[str, Any], accepted: dict[str, list[Any]]
 
 
 def _first_value(options: list[Any]) -> Any:
-    value = next((option for option in options if option != ""), "")
+    value = _first(options)
     if isinstance(value, list):
         return [_reference_object(item) if isinstance(item, dict) else item for item in value]
     return _reference_object(value) if isinstance(value, dict) else value
@@ -125,11 +125,11 @@ def _first_value(options: list[Any]) -> Any:
 
 def _reference_object(accepted: dict[str, list[Any]]) -> dict[str, Any]:
     """An accepted object holds, one level deep, a list of accepted values for each key."""
-    return {
-        key: next((option for option in options if option != ""), "")
-        for key, options in accepted.items()
-        if "" not in options
-    }
+    return {key: _first(options) for key, options in accepted.items() if "" not in options}
+
+
+def _first(options: list[Any]) -> Any:
+    return next((option for option in options if option != ""), "")
 
 
 # ------------------------------------------------------------------------------------------------ scoring

@@ -156,7 +156,8 @@ class Chat:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         if self.prompt is None and sys.stdin.isatty():
             print("An empty line or Ctrl-D ends the chat.")
-        while question := (self.prompt if self.prompt is not None else _ask()):
+        questions = iter(_ask, "") if self.prompt is None else filter(None, [self.prompt])
+        for question in questions:
             messages.append({"role": "user", "content": question})
             answer = ""
             for piece in stream(
@@ -166,8 +167,6 @@ class Chat:
                 answer += piece
             print()
             messages.append({"role": "assistant", "content": answer})
-            if self.prompt is not None:
-                return
 
 
 def _ask() -> str:
@@ -242,6 +241,7 @@ class Kernels:
         kernel_table.show(self.device)
 
 
+Command = Demo | Train | Eval | Chat | Merge | Kernels
 RULES = tyro.constructors.ConstructorRegistry()
 
 
@@ -261,7 +261,7 @@ def _value_of_any_type(
     )
 
 
-def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
+def parse(argv: list[str]) -> Command:
     """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first.
 
     Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
@@ -282,15 +282,9 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
     return _parsed(argv, recipe)  # once more, to be seen
 
 
-def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge | Kernels:
-    command = (
-        Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Chat, tyro.conf.subcommand("chat")]
-        | Annotated[Merge, tyro.conf.subcommand("merge")]
-        | Annotated[Kernels, tyro.conf.subcommand("kernels")]
-    )
+def _parsed(argv: list[str], recipe: Train) -> Command:
+    train = Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
+    command = Demo | train | Eval | Chat | Merge | Kernels
     with RULES:
         return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
 

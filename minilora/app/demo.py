@@ -81,14 +81,11 @@ class DemoConfig:
         )
 
 
+@keeping_weights()  # each NF4 weight is dequantized once for all of it, where memory allows
 def run_demo(config: DemoConfig) -> Report:
     """Run the whole demo; leaves adapter, merged model, log, metrics.json and report.html in the output folder."""
-    with keeping_weights():  # each NF4 weight is dequantized once for all of it, where memory allows
-        return _run(config.made_small() if config.small else config)
-
-
-def _run(config: DemoConfig) -> Report:
-    console, clock = Console(), Clock()
+    config = config.made_small() if config.small else config
+    clock = Clock()
     folder = Path(config.train.output_dir)
     checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
     with clock.stage("load the model, quantize it to NF4"):
@@ -137,6 +134,7 @@ def _run(config: DemoConfig) -> Report:
     )
     write_text(folder / "metrics.json", json.dumps(metrics(report, clock), indent=2, ensure_ascii=False))
     write_html(report, folder / "report.html")
+    console = Console()
     console.print()
     show_samples(report, console)
     console.print(comparison_table(scores, TUNED))
@@ -159,10 +157,6 @@ class Clock:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows: dict[str, list[Row]]) -> None:
@@ -234,10 +228,11 @@ def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], few_shot: 
 
 def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str:
     base, few, tuned = (100 * scores[label].metrics["exact match"] for label in (BASE, FEW_SHOT, TUNED))
+    minutes = sum(clock.seconds.values()) / 60
     return (
         f"After {result.steps} steps ({clock.seconds['train'] / 60:.1f} minutes) the model answers {tuned:.0f}% of "
         f"{scores[TUNED].n} unseen requests with a call that BFCL accepts; before it was {base:.0f}%, and {few:.0f}% "
-        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {clock.total / 60:.1f} minutes."
+        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {minutes:.1f} minutes."
     )
 
 
