@@ -48,7 +48,7 @@ class ModelOptions:
     model: str = "smollm2-135m-instruct"
     """a known name, a Hugging Face folder, a .gguf file, or a Hugging Face Hub id"""
     quantize: Literal["nf4", "none"] = "nf4"
-    """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
+    """nf4: the linear layers are held in 4 bits (QLoRA); none: they are not quantized (LoRA)"""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """of activations and of the weights that are not quantized; auto: bfloat16 where the device is fast at it"""
     device: str = field(default_factory=default_device)

@@ -16,6 +16,9 @@ from rich.table import Table
 from minilora.evaluation import Scores
 from minilora.formats import atomic_files
 
+SAMPLES = 3  # rows shown with every model's answer
+LONGEST_ANSWER = 240  # characters shown of one
+
 
 @dataclass
 class Report:
@@ -29,7 +32,6 @@ class Report:
     general: dict[str, dict[str, float]] = field(default_factory=dict)
     log: Sequence[dict[str, Any]] = ()
     facts: dict[str, str] = field(default_factory=dict)
-    samples: int = 3
 
 
 def comparison_table(scores: dict[str, Scores], best: str) -> Table:
@@ -84,7 +86,7 @@ def _samples(report: Report) -> list[dict[str, Any]]:
     some = next(iter(report.scores.values()))
     metric = list(some.metrics)[-1]
     samples = []
-    for i in range(0, some.n, max(1, some.n // report.samples))[: report.samples]:
+    for i in range(0, some.n, max(1, some.n // SAMPLES))[:SAMPLES]:
         predictions = {label: score.predictions[i] for label, score in report.scores.items()}
         answers = [
             {"label": label, "text": prediction.text, "right": bool(prediction.scores[metric])}
@@ -95,8 +97,8 @@ def _samples(report: Report) -> list[dict[str, Any]]:
     return samples
 
 
-def _shortened(text: str, limit: int = 240) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[:LONGEST_ANSWER] + " …"
 
 
 def loss_curve(log: Sequence[dict[str, Any]]) -> bytes:

@@ -232,9 +232,9 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
             )
 
 
-def _some(keys: set[str], most: int = 6) -> str:
-    shown = ", ".join(sorted(keys)[:most])
-    return shown if len(keys) <= most else f"{shown} and {len(keys) - most} more"
+def _some(keys: set[str]) -> str:
+    shown = ", ".join(sorted(keys)[:6])
+    return shown if len(keys) <= 6 else f"{shown} and {len(keys) - 6} more"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """GGUFCheckpoint: a GGUF file as a checkpoint with Hugging Face's names, tensor layout and configuration.
 
 llama.cpp's converter renames the tensors, and for the "llama" architecture (Llama, SmolLM, Mistral) it reorders
-the rows of q and k, because its rotary embedding turns neighbours (2i, 2i+1) where Hugging Face's turns (i, i+D/2).
+the rows of q and k, because its rotary embedding rotates the pairs (2i, 2i+1) where Hugging Face's rotates (i, i+D/2).
 """
 
 import re
