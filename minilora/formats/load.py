@@ -8,11 +8,10 @@ At no time is the full-precision model whole in memory: beyond what is kept, one
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minilora.auto_dtype import auto_dtype, say_once, slower_than_float32
 from minilora.errors import InputError
@@ -140,7 +139,7 @@ def assemble(
     device: torch.device,
 ) -> Transformer:
     """The checkpoint's model, frozen and in evaluation mode: linear layers inside the blocks in NF4 if asked for."""
-    with torch.device("meta"), _NoInitialization():
+    with torch.device("meta"):
         model = Transformer(checkpoint.config)
     _check_names_and_shapes(checkpoint, model)
 
@@ -150,20 +149,13 @@ def assemble(
         module = model.get_submodule(path)
         if quantize and leaf == "weight" and isinstance(module, nn.Linear) and path.startswith("model.layers."):
             q = _read_nf4(checkpoint, name, block_size, double_quant, device)
-            parent, _, child = path.rpartition(".")  # a bias is a name of its own, and comes next
-            setattr(model.get_submodule(parent), child, NF4Linear.from_quantized(q, None, dtype).to(device))
+            # without a bias, which is a name of its own and comes next
+            model.set_submodule(path, NF4Linear.from_quantized(q, None, dtype).to(device))
         else:
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, name, dtype, device), requires_grad=False))
     model.tie_weights()
     model.checkpoint_dtype = checkpoint.dtype
     return model.eval()
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Inside the `with`, torch.nn.init does nothing: on the meta device it would import 800 modules for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def _check_names_and_shapes(checkpoint: Checkpoint, model: Transformer) -> None:
@@ -192,24 +184,25 @@ def _read_nf4(
     checkpoint: Checkpoint, name: str, block_size: int, double_quant: bool, device: torch.device
 ) -> QuantizedTensor:
     """A tensor in NF4, quantized now unless the checkpoint has it so."""
-    value = checkpoint.read(name)
+    value = _read(checkpoint, name)
     if isinstance(value, QuantizedTensor):
         return value
-    _check_floating_point(value, checkpoint.where(name))
     return quantize_weight(value.to(device), block_size, double_quant, name=checkpoint.where(name))
 
 
 def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor in `dtype`, in memory of its own."""
-    value = checkpoint.read(name)
+    value = _read(checkpoint, name)
     if isinstance(value, QuantizedTensor):
         return dequantize(value, dtype).to(device)
-    _check_floating_point(value, checkpoint.where(name))
     if not torch.stack(torch.aminmax(value)).isfinite().all():
         raise InputError(f"{checkpoint.where(name)} holds NaN or infinity")
     return value.to(device, dtype, copy=True)
 
 
-def _check_floating_point(value: Tensor, where: str) -> None:
-    if value.dtype not in DTYPES.values():
+def _read(checkpoint: Checkpoint, name: str) -> Tensor | QuantizedTensor:
+    value = checkpoint.read(name)
+    if isinstance(value, Tensor) and value.dtype not in DTYPES.values():
+        where = checkpoint.where(name)
         raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")
+    return value

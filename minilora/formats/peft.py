@@ -254,23 +254,25 @@ def _read_config(path: Path) -> AdapterConfig:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no JSON object")
     try:
-        kind = config_class(str(values.get("peft_type")))
-    except InputError as error:
+        return _understood(values)
+    except (InputError, TypeError, AttributeError) as error:  # the last two: a value of another kind
         raise InputError(f"{path}: {error}") from None
+
+
+def _understood(values: dict[str, Any]) -> AdapterConfig:
+    """The configuration that PEFT's keys and values mean. Raises InputError for one that has no code here."""
+    kind = config_class(str(values.get("peft_type")))
     if not_derivable(values.get("init_lora_weights")):
         raise InputError(
-            f"{path}: init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
+            f"init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
             " weights, and the folder does not hold it; convert it where it was trained, with PEFT's"
             " save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
     known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
     for key in sorted(values.keys() - set(known) - HARMLESS):
         if _is_used(key, values[key]):
-            raise InputError(f"{path}: {key}={values[key]!r} is not supported")
-    try:
-        return kind(**{key: values[key] for key in known if values.get(key) is not None})
-    except (InputError, TypeError, AttributeError) as error:  # a value out of range, or of another kind
-        raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{key}={values[key]!r} is not supported")
+    return kind(**{key: values[key] for key in known if values.get(key) is not None})
 
 
 def _is_used(key: str, value: Any) -> bool:
