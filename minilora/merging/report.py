@@ -66,10 +66,6 @@ class LayerChange:
         """True where less than half of the change arrives, or the format cannot hold the weight."""
         return self.kept < ERASED
 
-    @property
-    def overflows(self) -> bool:
-        return math.isinf(self.relative_error)
-
 
 @dataclass(frozen=True)
 class FormatSummary:
@@ -91,7 +87,7 @@ class FormatSummary:
 class MergeReport:
     """`rows`: one LayerChange for each format and layer, a format's rows together, what keeps least first.
 
-    print(report) gives one line a format and the warnings; rich's print(report), or `show`, tables.
+    print(report) gives one line a format and the warnings, `show` tables.
     """
 
     rows: list[LayerChange]
@@ -128,7 +124,7 @@ class MergeReport:
         found = []
         for format in self.formats:
             rows, summary = self.of(format), self.summary(format)
-            overflowing = [row.layer for row in rows if row.overflows]
+            overflowing = [row.layer for row in rows if math.isinf(row.relative_error)]
             if overflowing:
                 found.append(f"{format} cannot hold {len(overflowing)} merged layers, {overflowing[0]} for one")
             elif summary.erased:
