@@ -17,8 +17,12 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
             yield Path(temporary)
-            for file in sorted(Path(temporary).iterdir()):
-                file.replace(folder / file.name)
+            for file in sorted(Path(temporary).rglob("*")):
+                target = folder / file.relative_to(temporary)
+                if file.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    file.replace(target)
     except BaseException:
         if is_new:
             with suppress(OSError):  # another process may have written there meanwhile
