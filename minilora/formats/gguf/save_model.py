@@ -51,49 +51,38 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, file: str | Path, *, out
         raise InputError(f"outtype {outtype!r} is not one of {', '.join(get_args(OutType))}")
     if model.config.model_type == "qwen3" and model.config.qkv_bias:
         raise InputError("llama.cpp reads no biases in its architecture qwen3, and this model has them on q, k and v")
-    file = checked_path(file)
     layers = layers_with_weights(model)
-    metadata = _metadata(model.config, file.stem, outtype)
+    metadata = _metadata(model.config, outtype)
     metadata |= vocabulary_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
     factors = _rope_factors(model.config)
     plan = {name: (tuple(tensor.shape), "F32") for name, tensor in factors.items()}
     for path, layer in layers.items():
         for name, shape in shapes(layer).items():
             plan[gguf_name(f"{path}.{name}")] = shape, _type_of(path, shape, outtype)
+    file = Path(file)
     write_gguf(file, ARCHITECTURES[model.config.model_type], metadata, plan, _tensors(model.config, layers, factors))
     write_modelfile(tokenizer, file)
 
 
-def checked_path(file: str | Path) -> Path:
-    """The absolute path. Raises InputError for one that other tools, and `load`, would not take for GGUF."""
-    file = Path(file).absolute()
-    if file.suffix != ".gguf":
-        raise InputError(f"{file}: the name of a GGUF file ends in .gguf")
-    if file.is_dir():
-        raise InputError(f"{file} is a folder; name a file")
-    return file
-
-
-def _metadata(config: ModelConfig, name: str, outtype: str) -> dict[str, Any]:
+def _metadata(config: ModelConfig, outtype: str) -> dict[str, Any]:
     """The keys that describe the model's shape."""
-    general, llm, attention, rope = gguf.Keys.General, gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
+    llm, rope = gguf.Keys.LLM, gguf.Keys.Rope
     file_type = gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"]
     lengths = config.max_position_embeddings, *config.sliding_windows
     of_architecture: dict[str, Any] = {key: getattr(config, name) for name, key in KEYS.items()} | {
         llm.VOCAB_SIZE: config.vocab_size,
         llm.CONTEXT_LENGTH: min(length for length in lengths if length is not None),
-        attention.VALUE_LENGTH: config.head_dim,
+        gguf.Keys.Attention.VALUE_LENGTH: config.head_dim,
         rope.DIMENSION_COUNT: config.head_dim,
     }
     if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "linear":
         of_architecture[rope.SCALING_TYPE] = gguf.RopeScalingType.LINEAR.value
         of_architecture[rope.SCALING_FACTOR] = float(config.rope_scaling["factor"])
     return {
-        general.TYPE: gguf.GGUFType.MODEL,
-        general.NAME: name,
-        general.FILE_TYPE: int(file_type),
-        general.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION,
-    } | {key.format(arch=ARCHITECTURES[config.model_type]): value for key, value in of_architecture.items()}
+        gguf.Keys.General.TYPE: gguf.GGUFType.MODEL,
+        gguf.Keys.General.FILE_TYPE: int(file_type),
+        **{key.format(arch=ARCHITECTURES[config.model_type]): value for key, value in of_architecture.items()},
+    }
 
 
 def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:

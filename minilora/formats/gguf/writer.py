@@ -32,10 +32,17 @@ def write_gguf(
 ) -> None:
     """Write the file whole or not at all.
 
-    `tensors` gives what the plan announces, in its order, in float32 on the CPU. Raises InputError for a row that does
-    not divide into the blocks of its type and for a file that cannot be written; what `tensors` raises passes through.
+    `tensors` gives what the plan announces, in its order, in float32 on the CPU. Raises InputError for a name that
+    other tools, and `load`, would not take for GGUF, for a row that does not divide into the blocks of its type and for
+    a file that cannot be written; what `tensors` raises passes through.
     """
+    if file.suffix != ".gguf":
+        raise InputError(f"{file}: the name of a GGUF file ends in .gguf")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; name a file")
     writer = gguf.GGUFWriter(None, architecture)
+    general = gguf.Keys.General
+    metadata = {general.NAME: file.stem, general.QUANTIZATION_VERSION: gguf.GGML_QUANT_VERSION, **metadata}
     for key, value in metadata.items():
         if value not in ("", []):
             writer.add_key_value(key, value, VALUE_TYPES[type(value)])
