@@ -32,9 +32,7 @@ from minilora.models import Transformer
 from minilora.text import Tokenizer
 from minilora.training import DivergedError, TrainConfig, language_model_loss, seed_everything
 
-DESCRIPTION = (
-    "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters. --version prints the version."
-)
+ABOUT = "LoRA and QLoRA from scratch: train, evaluate, chat with and merge adapters. --version prints the version."
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells have it
 BATCHES_FOR_A_START = 16  # that EVA and LoRA-GA look at
@@ -286,7 +284,7 @@ def _parsed(argv: list[str], recipe: Train) -> Command:
     train = Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
     command = Demo | train | Eval | Chat | Merge | Kernels
     with RULES:
-        return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+        return tyro.cli(command, prog="minilora", description=ABOUT, args=argv, config=CONFIG)
 
 
 def _input_error_behind(error: BaseException | None) -> InputError | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.adapters import EmbeddingKind, LoRA, adapters_named
 from minilora.errors import InputError
-from minilora.formats.gguf.weights import ARCHITECTURES, gguf_name, in_gguf_order
+from minilora.formats.gguf.weights import ARCHITECTURES, gguf_names, in_gguf_order
 from minilora.formats.gguf.writer import write_gguf
 from minilora.models import ModelConfig, Transformer, require_own_model
 
@@ -38,6 +38,7 @@ def save_adapter_gguf(model: Transformer, file: str | Path, name: str = "default
     loras = {path: _plain(path, adapter, model.config) for path, adapter in adapters_named(model, name).items()}
     # an alpha of 0 would mean "no alpha": s = 1
     alpha = float(next(iter(loras.values())).config.lora_alpha) or 1.0
+    names = gguf_names(model.config)
     tensors: dict[str, Tensor] = {}
     for path, lora in loras.items():
         A, B = lora.lora_A.detach().float().cpu(), lora.lora_B.detach().float().cpu()
@@ -46,8 +47,8 @@ def save_adapter_gguf(model: Transformer, file: str | Path, name: str = "default
         # s·BA = alpha / r · (s r / alpha) B A: for a LoRA without exceptions the factor is 1
         B = (lora.scaling * lora.r / alpha) * B
         weight = f"{path}.weight"
-        tensors[f"{gguf_name(weight)}.lora_a"] = A
-        tensors[f"{gguf_name(weight)}.lora_b"] = in_gguf_order(model.config, weight, B)
+        tensors[f"{names[weight]}.lora_a"] = A
+        tensors[f"{names[weight]}.lora_b"] = in_gguf_order(model.config, weight, B)
     metadata = {
         gguf.Keys.General.TYPE: gguf.GGUFType.ADAPTER,
         gguf.Keys.General.FILE_TYPE: int(gguf.LlamaFileType.ALL_F32),

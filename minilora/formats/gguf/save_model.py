@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minilora.adapters import dense_tensors, layers_with_weights
 from minilora.errors import InputError
 from minilora.formats.gguf.vocabulary import vocabulary_metadata
-from minilora.formats.gguf.weights import ARCHITECTURES, KEYS, ROPE_FACTORS, gguf_name, in_gguf_order, rope_factors
+from minilora.formats.gguf.weights import ARCHITECTURES, KEYS, ROPE_FACTORS, gguf_names, in_gguf_order, rope_factors
 from minilora.formats.gguf.writer import write_gguf
 from minilora.formats.ollama import write_modelfile
 from minilora.formats.save_pretrained import shapes
@@ -56,9 +56,10 @@ def save_gguf(model: Transformer, tokenizer: Tokenizer, file: str | Path, *, out
     metadata |= vocabulary_metadata(tokenizer, model.config.vocab_size, model.config.eos_token_ids)
     factors = _rope_factors(model.config)
     plan = {name: (tuple(tensor.shape), "F32") for name, tensor in factors.items()}
+    names = gguf_names(model.config)
     for path, layer in layers.items():
         for name, shape in shapes(layer).items():
-            plan[gguf_name(f"{path}.{name}")] = shape, _type_of(path, shape, outtype)
+            plan[names[f"{path}.{name}"]] = shape, _type_of(path, shape, outtype)
     file = Path(file)
     write_gguf(file, ARCHITECTURES[model.config.model_type], metadata, plan, _tensors(model.config, layers, factors))
     write_modelfile(tokenizer, file)
@@ -106,6 +107,7 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """What the file holds, in its order of layers."""
     yield from factors.items()
+    names = gguf_names(config)
     for path, layer in layers.items():
         for name, tensor in dense_tensors(path, layer, torch.float32).items():
-            yield gguf_name(name), in_gguf_order(config, name, tensor)
+            yield names[name], in_gguf_order(config, name, tensor)

@@ -52,7 +52,11 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable
     else:
         pre = _pre_tokenizer(tokenizer.backend, model["ignore_merges"])
         metadata |= {KEYS.MODEL: "gpt2", KEYS.PRE: pre, KEYS.MERGES: [" ".join(merge) for merge in merges]}
-    metadata |= _special_tokens(tokenizer, end_ids) | _chat_templates(tokenizer)
+    metadata |= _special_tokens(tokenizer, end_ids)
+    metadata[KEYS.CHAT_TEMPLATE] = tokenizer.chat_template or ""
+    others = {name: source for name, source in tokenizer.chat_templates.items() if name != "default"}
+    metadata[KEYS.CHAT_TEMPLATES] = list(others)
+    metadata |= {KEYS.CHAT_TEMPLATE_N.format(name=name): source for name, source in others.items()}
     _check_by_reading(tokenizer, metadata)
     return metadata
 
@@ -110,14 +114,6 @@ def _special_tokens(tokenizer: Tokenizer, end_ids: Iterable[int]) -> dict[str, A
         raise InputError(f"GGUF has places for three tokens that end an answer (eos, eot, eom), not {1 + len(ends)}")
     metadata |= dict(zip((KEYS.EOT_ID, KEYS.EOM_ID), ends, strict=False))
     return metadata | {KEYS.ADD_BOS: tokenizer.add_bos_token}
-
-
-def _chat_templates(tokenizer: Tokenizer) -> dict[str, Any]:
-    others = {name: source for name, source in tokenizer.chat_templates.items() if name != "default"}
-    metadata: dict[str, Any] = {KEYS.CHAT_TEMPLATE_N.format(name=name): source for name, source in others.items()}
-    metadata[KEYS.CHAT_TEMPLATES] = list(others)
-    metadata[KEYS.CHAT_TEMPLATE] = tokenizer.chat_template or ""
-    return metadata
 
 
 def _check_by_reading(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:

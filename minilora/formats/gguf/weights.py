@@ -4,7 +4,6 @@ llama.cpp's converter renames the tensors, and for the "llama" architecture (Lla
 the rows of q and k, because its rotary embedding rotates the pairs (2i, 2i+1) where Hugging Face's rotates (i, i+D/2).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,23 +34,20 @@ KEYS = {  # of config.json
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 
 # The `gguf` package's own table goes from Hugging Face's names to GGUF's only, and has those of all other families too.
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+OUTSIDE_THE_BLOCKS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+IN_A_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-GGUF_NAMES = {hugging_face: gguf for gguf, hugging_face in NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight"  # not a weight: what Llama 3 divides each rotary frequency by
 
 
@@ -65,7 +61,8 @@ class GGUFCheckpoint:
         self.path = path
         self.file = GGUFFile(path)
         self.config = self._config()
-        self._gguf_names = {_hugging_face_name(name): name for name in self.file.tensors if name != ROPE_FACTORS}
+        known = {gguf: hugging_face for hugging_face, gguf in gguf_names(self.config).items()}
+        self._gguf_names = {known.get(name, name): name for name in self.file.tensors if name != ROPE_FACTORS}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,21 +159,12 @@ def rope_factors(config: ModelConfig) -> Tensor:
     return inverse_frequencies(replace(config, rope_scaling=None)) / inverse_frequencies(config)
 
 
-def _hugging_face_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name that is not known stays as it is."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in NAMES:
-        return name
-    layer = f"model.layers.{match[1]}." if match[1] is not None else ""
-    return f"{layer}{NAMES[match[2]]}.{match[3]}"
-
-
-def gguf_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight, for the tensors that a Transformer has."""
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert match is not None
-    block = f"blk.{match[1]}." if match[1] is not None else ""
-    return f"{block}{GGUF_NAMES[match[2]]}.{match[3]}"
+def gguf_names(config: ModelConfig) -> dict[str, str]:
+    """GGUF's name of each tensor of the model: model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight."""
+    modules = dict(OUTSIDE_THE_BLOCKS)
+    for i in range(config.num_hidden_layers):
+        modules |= {f"model.layers.{i}.{name}": f"blk.{i}.{gguf}" for name, gguf in IN_A_BLOCK.items()}
+    return {f"{name}.{kind}": f"{gguf}.{kind}" for name, gguf in modules.items() for kind in ("weight", "bias")}
 
 
 def in_gguf_order(config: ModelConfig, name: str, rows: Tensor) -> Tensor:
