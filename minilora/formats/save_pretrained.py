@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -111,27 +112,20 @@ def _write_weights(
 ) -> None:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
     sizes = {path: _nbytes(layer, dtype, in_4_bits) for path, layer in layers.items()}
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for path, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(path)
-        room -= size
-
+    shards = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
     weight_map: dict[str, str] = {}
     with progress_bar("Saving the model", sum(sizes.values()), "%") as advance:
-        for number, paths in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for file, paths in shards.filename_to_tensors.items():
             tensors: dict[str, Tensor] = {}
             for path in paths:
                 tensors |= _tensors(path, layers[path], dtype, in_4_bits)
                 advance(sizes[path])
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    if shards.is_sharded:
+        _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
 
 
 def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
