@@ -9,8 +9,6 @@ waits for. The number of turns is read once, when the library is loaded (docs/be
 import os
 import sys
 
-__all__ = ["main", "wait_briefly"]
-
 SPINS = "1000"
 
 

@@ -43,8 +43,8 @@ def load_bfcl() -> dict[str, list[Row]]:
     """
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
-    for category in CATEGORIES:
-        for question, answer in zip(_lines(f"BFCL_v4_{category}.json"), _lines(_answers(category)), strict=True):
+    for name in (f"BFCL_v4_{category}.json" for category in CATEGORIES):
+        for question, answer in zip(_lines(name), _lines(f"possible_answer/{name}"), strict=True):
             row = to_row(question, answer["ground_truth"][0])
             request = _request(question).strip().lower()
             if request not in seen and accepts(row.meta, answer_of(row)):
@@ -55,10 +55,6 @@ def load_bfcl() -> dict[str, list[Row]]:
 
 def _request(question: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in question["question"][0])
-
-
-def _answers(category: str) -> str:
-    return f"possible_answer/BFCL_v4_{category}.json"
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
@@ -121,7 +117,7 @@ def reference_arguments(function: dict[str, Any], accepted: dict[str, list[Any]]
 
 
 def _first_value(options: list[Any]) -> Any:
-    value = next((option for option in options if option != ""), "")
+    value = _first(options)
     if isinstance(value, list):
         return [_reference_object(item) if isinstance(item, dict) else item for item in value]
     return _reference_object(value) if isinstance(value, dict) else value
@@ -129,11 +125,11 @@ def _first_value(options: list[Any]) -> Any:
 
 def _reference_object(accepted: dict[str, list[Any]]) -> dict[str, Any]:
     """An accepted object holds, one level deep, a list of accepted values for each key."""
-    return {
-        key: next((option for option in options if option != ""), "")
-        for key, options in accepted.items()
-        if "" not in options
-    }
+    return {key: _first(options) for key, options in accepted.items() if "" not in options}
+
+
+def _first(options: list[Any]) -> Any:
+    return next((option for option in options if option != ""), "")
 
 
 # ------------------------------------------------------------------------------------------------ scoring

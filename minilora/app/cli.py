@@ -10,13 +10,17 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+import yaml
+from rich.console import Console
 
 import minilora as ml
 from minilora import variants
 from minilora.adapters import LoRAConfig
+from minilora.app import kernel_table
 from minilora.app.demo import DemoConfig, run_demo
 from minilora.app.recipe import read_recipe
 from minilora.app.report import comparison_table, write_text
+from minilora.auto_dtype import auto_dtype
 from minilora.data import Row, batches, collate, encode_rows
 from minilora.devices import default_device
 from minilora.errors import InputError
@@ -28,13 +32,11 @@ from minilora.models import Transformer
 from minilora.text import Tokenizer
 from minilora.training import DivergedError, TrainConfig, language_model_loss, seed_everything
 
-DESCRIPTION = (
-    "LoRA and QLoRA from scratch: train, evaluate, chat with and merge low-rank adapters. --version prints the version."
-)
+ABOUT = "LoRA and QLoRA from scratch: train, evaluate, chat with and merge adapters. --version prints the version."
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)  # --r, not --lora.r
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130  # 128 + SIGINT, as shells have it
+BATCHES_FOR_A_START = 16  # that EVA and LoRA-GA look at
+GGUF_FLOATS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 @dataclass
@@ -44,7 +46,7 @@ class ModelOptions:
     model: str = "smollm2-135m-instruct"
     """a known name, a Hugging Face folder, a .gguf file, or a Hugging Face Hub id"""
     quantize: Literal["nf4", "none"] = "nf4"
-    """nf4: the linear layers rest in 4 bits (QLoRA); none: they stay whole (LoRA)"""
+    """nf4: the linear layers are held in 4 bits (QLoRA); none: they are not quantized (LoRA)"""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """of activations and of the weights that are not quantized; auto: bfloat16 where the device is fast at it"""
     device: str = field(default_factory=default_device)
@@ -97,9 +99,6 @@ class Train:
         print(f"adapter saved to {result.adapter_dir}")
 
 
-BATCHES_FOR_A_START = 16
-
-
 def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], start: str, config: TrainConfig) -> None:
     """Have EVA or LoRA-GA look at the first training batches, in the order in which training will take them."""
     examples = encode_rows(rows, tokenizer, config.max_length).examples
@@ -127,8 +126,6 @@ class Eval:
     base: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
-        from rich.console import Console
-
         rows = ml.load_rows(self.data)
         examples = ml.load_rows(self.few_shot_data)[:4] if self.few_shot_data else None
         model, tokenizer = self.base.load(self.adapter)
@@ -157,7 +154,8 @@ class Chat:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         if self.prompt is None and sys.stdin.isatty():
             print("An empty line or Ctrl-D ends the chat.")
-        while question := (self.prompt if self.prompt is not None else _ask()):
+        questions = iter(_ask, "") if self.prompt is None else filter(None, [self.prompt])
+        for question in questions:
             messages.append({"role": "user", "content": question})
             answer = ""
             for piece in stream(
@@ -167,8 +165,6 @@ class Chat:
                 answer += piece
             print()
             messages.append({"role": "assistant", "content": answer})
-            if self.prompt is not None:
-                return
 
 
 def _ask() -> str:
@@ -200,23 +196,22 @@ class Merge:
     base: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
-        from rich.console import Console
-
         to_gguf = self.output.endswith(".gguf")
         if self.outtype and not to_gguf:
             raise InputError(f"--outtype is of GGUF files, and {self.output} is a folder: end its name in .gguf")
-        console = Console()
+        outtype = self.outtype or "q8_0"
         model, tokenizer = self.base.load(self.adapter)
         dtype = saved_dtype(model) if self.base.dtype == "auto" else getattr(torch, self.base.dtype)
-        name = str(dtype).removeprefix("torch.")
-        report = ml.merge_report(model, [name, "nf4"])
+        written = GGUF_FLOATS.get(outtype, outtype) if to_gguf else str(dtype).removeprefix("torch.")
+        report = ml.merge_report(model, [written, "nf4"])
+        console = Console()
         console.print(report.summary_table())
-        MergeReport(report.of(name)).show_warnings(console)
+        MergeReport(report.of(written)).show_warnings(console)
         if "nf4" in report.formats and (nf4 := report.summary("nf4")).erased:
             loss = f"the adapter would be lost in {nf4.erased} of {nf4.layers} layers"
             console.print(f"nf4 is there to compare: were the merged model rounded to it, {loss}", highlight=False)
         if to_gguf:
-            ml.save_gguf(model, tokenizer, self.output, outtype=self.outtype or "q8_0")
+            ml.save_gguf(model, tokenizer, self.output, outtype=outtype)
             print(f"merged model saved to {self.output}, for llama-server --model; beside it a Modelfile for Ollama")
         else:
             ml.save_pretrained(model, tokenizer, self.output, dtype=dtype)
@@ -236,17 +231,15 @@ class Kernels:
     device: str = field(default_factory=default_device)
 
     def run(self) -> None:
-        from minilora.app.kernel_table import clear, show, warm
-        from minilora.auto_dtype import auto_dtype
-
         if self.clear:
-            clear()
+            kernel_table.clear()
         if self.warm is not None:
             dtype = auto_dtype(self.device).dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-            warm(self.warm, dtype, self.device)
-        show(self.device)
+            kernel_table.warm(self.warm, dtype, self.device)
+        kernel_table.show(self.device)
 
 
+Command = Demo | Train | Eval | Chat | Merge | Kernels
 RULES = tyro.constructors.ConstructorRegistry()
 
 
@@ -255,8 +248,6 @@ def _value_of_any_type(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     """Any, the values of eva_config and the like, is read as in a recipe: `--eva-config rho 1.5 whiten true`."""
-    import yaml
-
     if info.type is not Any:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -268,7 +259,7 @@ def _value_of_any_type(
     )
 
 
-def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
+def parse(argv: list[str]) -> Command:
     """The command `argv` names, filled from its flags, and for `train RECIPE.yaml` from the recipe first.
 
     Raises InputError for a value that a config refuses; help, and flags that are none, end in tyro's own SystemExit.
@@ -289,17 +280,11 @@ def parse(argv: list[str]) -> Demo | Train | Eval | Chat | Merge | Kernels:
     return _parsed(argv, recipe)  # once more, to be seen
 
 
-def _parsed(argv: list[str], recipe: Train) -> Demo | Train | Eval | Chat | Merge | Kernels:
-    command = (
-        Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Chat, tyro.conf.subcommand("chat")]
-        | Annotated[Merge, tyro.conf.subcommand("merge")]
-        | Annotated[Kernels, tyro.conf.subcommand("kernels")]
-    )
+def _parsed(argv: list[str], recipe: Train) -> Command:
+    train = Annotated[Train, tyro.conf.subcommand("train", default=recipe)]
+    command = Demo | train | Eval | Chat | Merge | Kernels
     with RULES:
-        return tyro.cli(command, prog="minilora", description=DESCRIPTION, args=argv, config=CONFIG)
+        return tyro.cli(command, prog="minilora", description=ABOUT, args=argv, config=CONFIG)
 
 
 def _input_error_behind(error: BaseException | None) -> InputError | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from minilora.adapters import LoRAConfig, add_adapter, trainable_parameters
 from minilora.app.bfcl import load_bfcl, score
@@ -80,64 +81,60 @@ class DemoConfig:
         )
 
 
+@keeping_weights()  # each NF4 weight is dequantized once for all of it, where memory allows
 def run_demo(config: DemoConfig) -> Report:
     """Run the whole demo; leaves adapter, merged model, log, metrics.json and report.html in the output folder."""
-    with keeping_weights():  # each NF4 weight is dequantized once for all of it, where memory allows
-        return _run(config.made_small() if config.small else config)
-
-
-def _run(config: DemoConfig) -> Report:
-    from rich.console import Console
-
-    console, clock = Console(), Clock()
+    config = config.made_small() if config.small else config
+    seconds: dict[str, float] = {}  # of each stage, in order
     folder = Path(config.train.output_dir)
     checkpoint_to_resume(config.train)  # a folder that is taken is found out now, not after the base's scores
-    with clock.stage("load the model, quantize it to NF4"):
+    with stage("load the model, quantize it to NF4", seconds):
         model, tokenizer = load(MODEL, quantize="nf4")
         rows = {name: short_rows(split, tokenizer, config.train.max_length) for name, split in load_bfcl().items()}
         test = rows["test"][: config.test_rows]
-    with clock.stage("see how fast this machine is"):
+    with stage("see how fast this machine is", seconds):
         announce(config, model, tokenizer, rows)
 
     scores: dict[str, Scores] = {}
     general: dict[str, dict[str, float]] = {}
-    with clock.stage("score the base model"):
+    with stage("score the base model", seconds):
         scores[BASE] = scored(model, tokenizer, test)
-    with clock.stage("score the base model with examples in its prompt"):
+    with stage("score the base model with examples in its prompt", seconds):
         scores[FEW_SHOT] = scored(model, tokenizer, test, few_shot=rows["train"][:EXAMPLES_IN_PROMPT])
-    with clock.stage("check the base model's general ability"):
+    with stage("check the base model's general ability", seconds):
         general[BASE] = general_ability(model, tokenizer).summary()
 
-    with clock.stage("let the base model answer everyday questions, to rehearse while it learns"):
+    with stage("let the base model answer everyday questions, to rehearse while it learns", seconds):
         rehearsal = rehearsal_rows(model, tokenizer)
 
-    with clock.stage("train"):
+    with stage("train", seconds):
         seed_everything(config.train.seed)  # A is drawn now
         add_adapter(model, config.lora)
         training_rows = rows["train"] + rehearsal
         result = train(model, tokenizer, training_rows, config.train, eval_rows=rows["validation"][:VALIDATION_ROWS])
 
-    with clock.stage("score the tuned model"):
+    with stage("score the tuned model", seconds):
         scores[TUNED] = scored(model, tokenizer, test)
-    with clock.stage("check the tuned model's general ability"):
+    with stage("check the tuned model's general ability", seconds):
         general[TUNED] = general_ability(model, tokenizer).summary()
-    with clock.stage("merge, save, load again"):
+    with stage("merge, save, load again", seconds):
         save_pretrained(model, tokenizer, folder / "merged")
         merged, merged_tokenizer = load(folder / "merged", quantize=None)
-    with clock.stage("score the merged model"):
+    with stage("score the merged model", seconds):
         scores[MERGED] = scored(merged, merged_tokenizer, test)
 
     report = Report(
         title="SmolLM2-135M learns to call functions",
-        summary=summary(scores, result, clock),
+        summary=summary(scores, result, seconds),
         scores=scores,
         best=TUNED,
         general=general,
         log=result.history,
-        facts=facts(config, model, rows, result, clock),
+        facts=facts(config, model, rows, result, seconds),
     )
-    write_text(folder / "metrics.json", json.dumps(metrics(report, clock), indent=2, ensure_ascii=False))
+    write_text(folder / "metrics.json", json.dumps(metrics(report, seconds), indent=2, ensure_ascii=False))
     write_html(report, folder / "report.html")
+    console = Console()
     console.print()
     show_samples(report, console)
     console.print(comparison_table(scores, TUNED))
@@ -148,30 +145,17 @@ def _run(config: DemoConfig) -> Report:
     return report
 
 
-class Clock:
-    """Seconds spent in each stage, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold]▸ {name}[/bold]")
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Say what is done, and write down how long it took."""
+    Console(stderr=True).print(f"[bold]▸ {name}[/bold]")
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
 
 
 def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows: dict[str, list[Row]]) -> None:
     """Say how long it will take, and where that is long how to have a shorter demo; all of it on stderr."""
-    from rich.console import Console
-
     console = Console(stderr=True, highlight=False)
     examples = encode_rows(rows["train"], tokenizer, config.train.max_length).examples
     speeds = measured_speeds(model, config.lora, examples, config.train.batch_size, config.test_rows)
@@ -192,14 +176,16 @@ def announce(config: DemoConfig, model: Transformer, tokenizer: Tokenizer, rows:
 
 def work(config: DemoConfig, examples: list[Example]) -> Work:
     """What the demo has to do, its training rows being these; the parts that take seconds are left out."""
-    length, epochs = mean_length(examples), config.train.epochs
-    steps = config.train.max_steps or math.ceil(epochs * math.ceil(len(examples) / rows_per_step(config)))
-    trained = Work(trained=steps * rows_per_step(config) * length)
+    length, answers = mean_length(examples), config.test_rows
+    per_step = rows_per_step(config)
+    steps = config.train.max_steps or math.ceil(config.train.epochs * math.ceil(len(examples) / per_step))
     evaluations = 1 + steps // (config.train.eval_every or steps)
-    scoring = Work(read=2 * config.test_rows * length)  # of every model the loss, then the prompts
-    long, short = (Work(written=config.test_rows * tokens) for tokens in (MAX_NEW_TOKENS, USUAL_ANSWER))
-    validation = Work(read=evaluations * VALIDATION_ROWS * length)
-    return trained + scoring + scoring + scoring + scoring + long + long + short + short + validation
+    read_to_score = 4 * 2 * answers  # of each of the four models the loss, then the prompts
+    return Work(
+        trained=steps * per_step * length,
+        read=(read_to_score + evaluations * VALIDATION_ROWS) * length,
+        written=2 * answers * (MAX_NEW_TOKENS + USUAL_ANSWER),  # the untuned models write to the limit
+    )
 
 
 def rows_per_step(config: DemoConfig) -> int:
@@ -235,17 +221,18 @@ def scored(model: Transformer, tokenizer: Tokenizer, rows: list[Row], few_shot: 
     return evaluate(model, tokenizer, rows, metric=score, max_new_tokens=MAX_NEW_TOKENS, few_shot=few_shot)
 
 
-def summary(scores: dict[str, Scores], result: TrainResult, clock: Clock) -> str:
+def summary(scores: dict[str, Scores], result: TrainResult, seconds: dict[str, float]) -> str:
     base, few, tuned = (100 * scores[label].metrics["exact match"] for label in (BASE, FEW_SHOT, TUNED))
+    minutes = sum(seconds.values()) / 60
     return (
-        f"After {result.steps} steps ({clock.seconds['train'] / 60:.1f} minutes) the model answers {tuned:.0f}% of "
+        f"After {result.steps} steps ({seconds['train'] / 60:.1f} minutes) the model answers {tuned:.0f}% of "
         f"{scores[TUNED].n} unseen requests with a call that BFCL accepts; before it was {base:.0f}%, and {few:.0f}% "
-        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {clock.total / 60:.1f} minutes."
+        f"with {EXAMPLES_IN_PROMPT} examples in the prompt. The whole demo took {minutes:.1f} minutes."
     )
 
 
 def facts(
-    config: DemoConfig, model: Transformer, rows: dict[str, list[Row]], result: TrainResult, clock: Clock
+    config: DemoConfig, model: Transformer, rows: dict[str, list[Row]], result: TrainResult, seconds: dict[str, float]
 ) -> dict[str, str]:
     trained_on = {row.meta["function"]["name"] for row in rows["train"]}
     test = rows["test"][: config.test_rows]
@@ -263,10 +250,10 @@ def facts(
         f"but of the scored rows {known:.0%} ask for a function that other requests in training ask for too",
         "Training": f"{result.steps} steps of {config.train.batch_size} rows, AdamW, learning rate "
         f"{config.train.learning_rate:g}, {config.train.schedule}; {result.tokens:,} tokens in "
-        f"{clock.seconds['train']:.0f} s; seed {config.train.seed}",
+        f"{seconds['train']:.0f} s; seed {config.train.seed}",
         "Machine": f"{_processor()}, {torch.get_num_threads()} thread(s); Python {platform.python_version()}, "
         f"torch {torch.__version__}",
-        "Time": "; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
+        "Time": "; ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items()),
     }
 
 
@@ -277,16 +264,16 @@ def _processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def metrics(report: Report, clock: Clock) -> dict[str, Any]:
+def metrics(report: Report, seconds: dict[str, float]) -> dict[str, Any]:
+    tuned = report.scores[TUNED]
     return {
         "summary": report.summary,
         "scores": {label: asdict(scores) for label, scores in report.scores.items()},
         "tuned against the others": {
-            label: {metric: asdict(value) for metric, value in difference(report.scores[TUNED], scores).items()}
-            for label, scores in report.scores.items()
-            if label in (BASE, FEW_SHOT)
+            label: {metric: asdict(value) for metric, value in difference(tuned, report.scores[label]).items()}
+            for label in (BASE, FEW_SHOT)
         },
         "general": report.general,
         "facts": report.facts,
-        "seconds": clock.seconds,
+        "seconds": seconds,
     }

@@ -14,8 +14,6 @@ from minilora.evaluation import generate_tokens, mean_nll
 from minilora.models import Transformer
 from minilora.training import label_tokens, summed_loss
 
-__all__ = ["Speeds", "Work", "in_words", "measured_speeds"]
-
 PROBE = "probe"
 PROMPT, NEW_TOKENS = 8, 4  # the decoding probe's: a short prompt, so that next to nothing is read
 
@@ -24,12 +22,9 @@ PROMPT, NEW_TOKENS = 8, 4  # the decoding probe's: a short prompt, so that next 
 class Work:
     """Tokens to train on, to read (forward passes of losses and prompts) and to write (decoding)."""
 
-    trained: float = 0.0
-    read: float = 0.0
-    written: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.trained + other.trained, self.read + other.read, self.written + other.written)
+    trained: float
+    read: float
+    written: float
 
 
 @dataclass(frozen=True)

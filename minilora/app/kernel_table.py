@@ -3,9 +3,12 @@
 import os
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from minilora.errors import InputError
-from minilora.formats import locate, usable
+from minilora.formats import locate, read_config, usable
+from minilora.formats.gguf import GGUFCheckpoint
 from minilora.models import ModelConfig
 from minilora.nf4 import MOST_TRIED, Kind, Trials, has_triton, trials, trials_folder
 from minilora.progress import with_progress
@@ -13,9 +16,6 @@ from minilora.progress import with_progress
 
 def show(device: str) -> None:
     """Print which kernels this device uses, and by how much each wins or loses, or why it uses none."""
-    from rich.console import Console
-    from rich.table import Table
-
     console, known = Console(), trials(usable(device))
     if not isinstance(known, Trials):
         console.print(_all_or_none(device, known), highlight=False, soft_wrap=True)
@@ -75,11 +75,7 @@ def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
 def _config(model: str) -> ModelConfig:
     path = locate(model, ["config.json"])
     if path.is_dir():
-        from minilora.formats import read_config
-
         return ModelConfig.from_hf(read_config(path), source=str(path / "config.json"))
-    from minilora.formats.gguf import GGUFCheckpoint
-
     return GGUFCheckpoint(path).config
 
 

@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from minilora.errors import InputError
 
@@ -17,8 +20,6 @@ def read_recipe(path: str | Path, default: Config) -> Config:
     Raises `InputError` naming the file and the key: a missing file, no YAML, a key or a value
     that the config has no place for.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -51,35 +52,20 @@ def _overlaid(config: Config, content: Any, where: str) -> Config:
 def _coerced(hint: Any, value: Any) -> Any:
     """`value` as the type `hint`, or ValueError."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
+    if hint is Any or type(value) is hint or (origin is Literal and value in args):
         return value
     if origin in (Union, types.UnionType):
-        return _first_that_fits(args, value)
-    if origin is Literal:
-        if value in args:
-            return value
-    elif origin is list and isinstance(value, list):
+        for each in sorted(args, key=lambda each: each is not type(value)):  # its own type before a conversion
+            with suppress(ValueError):
+                return _coerced(each, value)
+    if origin is list and isinstance(value, list):
         return [_coerced(args[0], item) for item in value]
-    elif origin is tuple and isinstance(value, list) and len(value) == len(args):
+    if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(_coerced(arg, item) for arg, item in zip(args, value, strict=True))
-    elif origin is dict and isinstance(value, dict):
+    if origin is dict and isinstance(value, dict):
         return {_coerced(args[0], k): _coerced(args[1], v) for k, v in value.items()}
-    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return float(value)  # a str too: YAML 1.1 reads 1e-3, which has no dot, as a string
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ValueError
-
-
-def _first_that_fits(hints: tuple[Any, ...], value: Any) -> Any:
-    for hint in sorted(hints, key=lambda hint: hint is not type(value)):  # its own type before a conversion
-        try:
-            return _coerced(hint, value)
-        except ValueError:
-            continue
     raise ValueError
 
 

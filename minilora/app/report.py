@@ -2,18 +2,22 @@
 
 import base64
 import io
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from minilora.evaluation import Scores
+from minilora.formats import atomic_files
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+SAMPLES = 3  # rows shown with every model's answer
+LONGEST_ANSWER = 240  # characters shown of one
 
 
 @dataclass
@@ -28,23 +32,18 @@ class Report:
     general: dict[str, dict[str, float]] = field(default_factory=dict)
     log: Sequence[dict[str, Any]] = ()
     facts: dict[str, str] = field(default_factory=dict)
-    samples: int = 3
 
 
-def comparison_table(scores: dict[str, Scores], best: str) -> "Table":
+def comparison_table(scores: dict[str, Scores], best: str) -> Table:
     """A rich table: one row a model, one column a metric, in percent with the 95% interval."""
-    from rich.table import Table
-
-    table = Table(title=f"Held-out rows: {next(iter(scores.values())).n}", title_justify="left")
+    first = next(iter(scores.values()))
+    table = Table(title=f"Held-out rows: {first.n}", title_justify="left")
     table.add_column("model")
-    table.add_column("loss", justify="right")
-    metrics = list(next(iter(scores.values())).metrics)
-    for metric in metrics:
-        table.add_column(metric, justify="right")
+    for column in ("loss", *first.metrics):
+        table.add_column(column, justify="right")
     for label, score in scores.items():
-        style = "bold green" if label == best else None
-        cells = [percent(score, metric) for metric in metrics]
-        table.add_row(label, f"{score.loss:.3f}", *cells, style=style)
+        cells = [percent(score, metric) for metric in first.metrics]
+        table.add_row(label, f"{score.loss:.3f}", *cells, style="bold green" if label == best else None)
     return table
 
 
@@ -54,10 +53,8 @@ def percent(score: Scores, metric: str) -> str:
     return f"{100 * score.metrics[metric]:.1f}%  ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def general_table(general: dict[str, dict[str, float]]) -> "Table":
+def general_table(general: dict[str, dict[str, float]]) -> Table:
     """A rich table of the regression check: what the model knew before, and still knows."""
-    from rich.table import Table
-
     table = Table(title="General ability, before and after", title_justify="left")
     table.add_column("model")
     for metric in next(iter(general.values())):
@@ -71,11 +68,8 @@ def _number(metric: str, value: float) -> str:
     return f"{value:.2f}" if "perplexity" in metric else f"{100 * value:.1f}%"
 
 
-def show_samples(report: Report, console: "Console") -> None:
+def show_samples(report: Report, console: Console) -> None:
     """Print a few held-out requests with every model's answer beside the accepted one."""
-    from rich.markup import escape
-    from rich.table import Table
-
     for sample in _samples(report):
         table = Table(title=escape(sample["request"]), title_justify="left", show_header=False, expand=True)
         table.add_column("model", no_wrap=True)
@@ -90,40 +84,34 @@ def show_samples(report: Report, console: "Console") -> None:
 def _samples(report: Report) -> list[dict[str, Any]]:
     """Rows spread evenly over the held-out set: chosen by position, not by how well the answers came out."""
     some = next(iter(report.scores.values()))
-    step = max(1, some.n // report.samples)
     metric = list(some.metrics)[-1]
     samples = []
-    for i in range(0, some.n, step)[: report.samples]:
+    for i in range(0, some.n, max(1, some.n // SAMPLES))[:SAMPLES]:
+        predictions = {label: score.predictions[i] for label, score in report.scores.items()}
         answers = [
-            {
-                "label": label,
-                "text": score.predictions[i].text,
-                "right": bool(score.predictions[i].scores[metric]),
-            }
-            for label, score in report.scores.items()
+            {"label": label, "text": prediction.text, "right": bool(prediction.scores[metric])}
+            for label, prediction in predictions.items()
         ]
         first = some.predictions[i]
         samples.append({"request": first.prompt, "expected": first.expected, "answers": answers})
     return samples
 
 
-def _shortened(text: str, limit: int = 240) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[:LONGEST_ANSWER] + " …"
 
 
 def loss_curve(log: Sequence[dict[str, Any]]) -> bytes:
     """A PNG of the training loss by step (raw and smoothed) and the held-out loss where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # here, because it takes the best part of a second
 
     steps = [record["step"] for record in log if "loss" in record]
     losses = [record["loss"] for record in log if "loss" in record]
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), dpi=160, layout="constrained")
+    held_out = [(record["step"], record["eval_loss"]) for record in log if "eval_loss" in record]
+    figure = Figure(figsize=(7.2, 3.4), dpi=160, layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="training loss, each step")
     axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="training loss, smoothed")
-    held_out = [(record["step"], record["eval_loss"]) for record in log if "eval_loss" in record]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="#d1495b", label="validation loss")
     axes.set_xlabel("optimizer step")
@@ -134,24 +122,20 @@ def loss_curve(log: Sequence[dict[str, Any]]) -> bytes:
     axes.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    plt.close(figure)
     return picture.getvalue()
 
 
 def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start at zero (Adam's bias correction)."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
+    average, result = 0.0, []
+    for t, value in enumerate(values, start=1):
         average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
+        result.append(average / (1 - decay**t))
     return result
 
 
 def write_html(report: Report, path: Path) -> None:
     """Write the report as one HTML file that needs nothing beside it (pictures are inline)."""
-    from jinja2 import Environment
-
     template = files("minilora.app").joinpath("data_files/report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(template).render(
@@ -166,13 +150,6 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: to a temporary file beside it, then renamed."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        partial = Path(file.name)
-        try:
-            file.write(text)
-        except BaseException:
-            partial.unlink()
-            raise
-    partial.chmod(0o644)
-    partial.replace(path)
+    """Write a text file whole or not at all."""
+    with atomic_files(path.parent) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")

@@ -1,9 +1,10 @@
 """Every file that comes in or goes out.
 
 Read load.py first. safetensors.py and gguf/ read checkpoints, hub.py and fetch.py bring them; save_pretrained.py writes
-a Hugging Face folder, peft.py reads and writes adapters, ollama.py a Modelfile.
+a Hugging Face folder, peft.py reads and writes adapters, ollama.py writes a Modelfile.
 """
 
+from minilora.formats.atomic import atomic_files
 from minilora.formats.fetch import BFCL, model_file, wheel_file
 from minilora.formats.load import load, locate, usable
 from minilora.formats.peft import load_adapter, save_adapter
@@ -12,6 +13,7 @@ from minilora.formats.save_pretrained import save_pretrained, saved_dtype
 
 __all__ = [
     "BFCL",
+    "atomic_files",
     "load",
     "load_adapter",
     "locate",

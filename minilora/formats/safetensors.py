@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.errors import InputError
@@ -112,19 +113,19 @@ def _sharded(folder: Path, index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map from tensors to files")
-    for shard in weight_map.values():
+    keys: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise InputError(f"{index} names the file {shard!r}; only a safetensors file beside the index will do")
-    held: dict[str, set[str]] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        if not (folder / shard).is_file():
-            raise InputError(f"{folder / shard} is missing; {index.name} lists it")
-        held[shard] = _keys(folder / shard)
-    for name, shard in weight_map.items():
-        if name not in held[shard]:
-            raise InputError(f"{folder / shard}: tensor {name} is missing; {index.name} lists it there")
-    # what a shard holds beyond the index is kept in view, so that a tensor without a place is noticed
-    present = {name: folder / shard for shard, names in held.items() for name in names}
+        path = folder / shard
+        if not path.is_file():
+            raise InputError(f"{path} is missing; {index.name} lists it")
+        if path not in keys:
+            keys[path] = _keys(path)
+        if name not in keys[path]:
+            raise InputError(f"{path}: tensor {name} is missing; {index.name} lists it there")
+    # with what a shard holds beyond the index, so that a tensor without a place is noticed
+    present = {name: path for path, names in keys.items() for name in names}
     return present | {name: folder / shard for name, shard in weight_map.items()}
 
 
@@ -134,8 +135,6 @@ def _keys(path: Path) -> set[str]:
 
 
 def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
-import tempfile
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.adapters import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.errors import InputError
+from minilora.formats.atomic import atomic_files
 from minilora.models import Transformer, require_own_model
 from minilora.nf4 import NF4Linear, bitsandbytes
 from minilora.progress import progress_bar
@@ -29,19 +32,28 @@ def save_pretrained(
     max_shard_bytes: int = 5_000_000_000,
     in_4_bits: bool = False,
 ) -> None:
-    """Write config.json, the weights, generation_config.json and the tokenizer's files; transformers loads the folder.
+    """Write a model and its tokenizer as a folder that transformers loads, the active adapters merged.
 
-    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once to `dtype`:
-    by default that of the checkpoint the model came from, whatever it computes in (bfloat16 for a quantized GGUF file;
-    the embedding's for a model made otherwise). Never into 4 bits: that would erase most adapters, as does loading the
-    folder with quantize="nf4". `merge_report(model)` says what each format loses, docs/merging.md what to do about it.
-    in_4_bits=True is for the result of `merge_to_nf4`, and for base models: NF4 layers are written as they are, in the
-    layout of bitsandbytes, which transformers loads too.
-    Only one shard is in memory at a time, and the model stays as it is. Everything is written beside `folder` first, so
-    a failure leaves an existing folder untouched; on success its older weights go and its other files stay. Raises
-    InputError, naming the layer, if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer; where
-    the folder cannot be written; and for a model of transformers, which has a method of this name: after
-    `unload(model, merge=True)`.
+    W + Σ s·BA over the active adapters, W dequantized or original, is computed in float32 and rounded once. Only one
+    shard is in memory at a time, and the model stays as it is. A failure leaves an existing folder as it was; on
+    success its older weights go and its other files stay. `merge_report(model)` says what each format loses,
+    docs/merging.md what to do about it.
+
+    Args:
+        model: The model, with or without adapters.
+        tokenizer: Its tokenizer.
+        folder: Where to write config.json, the weights, generation_config.json and the tokenizer's files.
+        dtype: Of the weights; by default that of the checkpoint the model came from, whatever it computes in: bfloat16
+            for a quantized GGUF file, the embedding's for a model made otherwise.
+        max_shard_bytes: Most bytes in a file; a larger layer stands alone.
+        in_4_bits: Write NF4 layers as they are, in the layout of bitsandbytes, which transformers loads too: for the
+            result of `merge_to_nf4`, and for base models. Otherwise all is dense: rounding to 4 bits would erase most
+            adapters, as does loading the folder with quantize="nf4".
+
+    Raises:
+        InputError: if merging gives NaN or infinity, or in_4_bits finds an adapter on an NF4 layer, naming the layer;
+            if the folder cannot be written; and for a model of transformers, which has a method of this name: after
+            `unload(model, merge=True)`.
     """
     require_own_model(model, "with transformers, unload(model, merge=True), then model.save_pretrained(folder)")
     require_own_tokenizer(tokenizer)
@@ -50,20 +62,20 @@ def save_pretrained(
         raise InputError(f"{folder} is a file; give a folder to save the model in")
     layers = layers_with_weights(model)
     dtype = dtype or saved_dtype(model)
+    config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
+    values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    if in_4_bits:
+        values["quantization_config"] = _quantization_config(layers, dtype)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-            temporary = Path(name) / "new"
-            temporary.mkdir()
+        with atomic_files(folder) as temporary:
             _write_weights(layers, temporary, dtype, max_shard_bytes, in_4_bits)
-            config = dataclasses.replace(model.config, tie_word_embeddings="lm_head" not in layers)
-            values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
-            if in_4_bits:
-                values["quantization_config"] = _quantization_config(layers, dtype)
             _write_json(temporary / "config.json", values)
             _write_json(temporary / "generation_config.json", _generation_config(model, tokenizer))
             save_tokenizer(tokenizer, temporary)
-            _move_into_place(temporary, folder)
+            written = {file.name for file in temporary.iterdir()}
+        for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
+            if file.name not in written:
+                file.unlink(missing_ok=True)  # weights of an earlier model
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the model to {folder}: {error}") from None
 
@@ -88,9 +100,7 @@ def _tensors(path: str, layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -
     if not (in_4_bits and isinstance(base, NF4Linear)):
         return dense_tensors(path, layer, dtype)
     if adapters:
-        raise InputError(
-            f"{path} has an active adapter, which rounding to 4 bits would erase: call merge_to_nf4 before"
-        )
+        raise InputError(f"{path} has an active adapter, which rounding to 4 bits would erase: call merge_to_nf4 first")
     tensors = bitsandbytes.packed(f"{path}.weight", base.quantized())
     if base.bias is not None:
         tensors[f"{path}.bias"] = base.bias.detach().to("cpu", dtype)
@@ -101,41 +111,36 @@ def _write_weights(
     layers: dict[str, nn.Module], folder: Path, dtype: torch.dtype, max_shard_bytes: int, in_4_bits: bool
 ) -> None:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
-    from safetensors.torch import save_file
-
     sizes = {path: _nbytes(layer, dtype, in_4_bits) for path, layer in layers.items()}
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for path, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(path)
-        room -= size
-
+    shards = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
     weight_map: dict[str, str] = {}
     with progress_bar("Saving the model", sum(sizes.values()), "%") as advance:
-        for number, paths in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        for file, paths in shards.filename_to_tensors.items():
             tensors: dict[str, Tensor] = {}
             for path in paths:
                 tensors |= _tensors(path, layers[path], dtype, in_4_bits)
                 advance(sizes[path])
             save_file(tensors, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    if shards.is_sharded:
+        _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
 
 
 def _nbytes(layer: nn.Module, dtype: torch.dtype, in_4_bits: bool) -> int:
     """What a layer's weights and bias take in the file; in 4 bits without the tables, a kilobyte."""
     base, _ = layer_and_acting(layer)
-    bias = base.bias.numel() * dtype.itemsize if getattr(base, "bias", None) is not None else 0
-    if not isinstance(base, NF4Linear):
-        return base.weight.numel() * dtype.itemsize + bias
-    if in_4_bits:
-        return sum(buffer.nbytes for buffer in base.buffers()) + bias
-    return base.out_features * base.in_features * dtype.itemsize + bias
+    if in_4_bits and isinstance(base, NF4Linear):
+        return sum(tensor.nbytes for tensor in (*base.buffers(), *base.parameters()))
+    return sum(map(math.prod, shapes(layer).values())) * dtype.itemsize
+
+
+def shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of a layer's weight, dense, and of its bias if it has one, by these names."""
+    base, _ = layer_and_acting(layer)
+    weight = (base.out_features, base.in_features) if isinstance(base, NF4Linear) else tuple(base.weight.shape)
+    return {"weight": weight} | ({} if getattr(base, "bias", None) is None else {"bias": weight[:1]})
 
 
 def _generation_config(model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:
@@ -150,16 +155,3 @@ def _generation_config(model: Transformer, tokenizer: Tokenizer) -> dict[str, ob
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, or its files into it; weights there that are not among the new ones go."""
-    if not folder.exists():
-        new.replace(folder)
-        return
-    files = {file.name for file in new.iterdir()}
-    for name in sorted(files):
-        (new / name).replace(folder / name)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if old.name not in files:
-            old.unlink(missing_ok=True)

@@ -47,26 +47,35 @@ def merge_to_nf4(
     """Merge the active adapters of linear layers into 4 bits: each becomes an NF4Linear that computes nearly W' x.
 
     `unmerge` undoes it, bit for bit, and `unload(model, merge=True)` makes it final, as after `merge`. A layer in NF4
-    keeps its absmax and its size; a dense linear layer is quantized with `load`'s settings. Embeddings, convolutions
-    and the output head become dense, as `merge` has them.
+    keeps its absmax and its block_size; a dense linear layer is quantized with `load`'s settings. Embeddings,
+    convolutions and the output head become dense, as `merge` has them.
 
-    batches, forward: data like what the adapters were trained on, see variants/calibration/batches.py; some
-    thousand tokens do. The inputs' second moments take 4·in² bytes a layer; where all of them would be more than
-    max_moments_bytes, the batches are gone through several times, each time for the next layers.
-    Raises InputError for a model that is merged or without active adapters, and naming the layer where W' or
-    an input is not finite, or that no input reached; the model is then as it was.
-    Source: arXiv 2210.17323 (GPTQ), arXiv 2309.01885 (QuantEase); W' takes the place of W.
+    Args:
+        model: The model with the adapters, not merged.
+        batches: Data like what the adapters were trained on, see variants/calibration/batches.py; some thousand tokens
+            do.
+        forward: Runs the model on a batch, as the default `language_model_loss(model, batch)` does.
+        max_moments_bytes: Most memory for the inputs' second moments, which take 4·in² bytes a layer. Where all of
+            them need more, the batches are gone through several times, each time for the next layers.
+
+    Raises:
+        InputError: for a model that is merged or without active adapters; naming the layer where W' or an input is not
+            finite, or that no input reached. The model is then as it was.
+
+    Source: GPTQ, arXiv 2210.17323, and QuantEase, arXiv 2309.01885; W' takes the place of W.
     """
     layers, batches = _layers_to_merge(model), as_list(batches)
     head = output_head(model)
-    in_4_bits = {path: layer for path, layer in layers.items() if _belongs_in_4_bits(layer, path == head)}
-    to_round = {path: layer for path, layer in in_4_bits.items() if layer.changes_weight()}
+    to_round = {}
     try:
         for path, layer in layers.items():
-            if path not in in_4_bits:
-                layer.merge(path)
-            elif path not in to_round:
+            is_nf4 = isinstance(layer.base_layer, NF4Linear)
+            if layer.changes_weight() and (is_nf4 or (layer.kind.is_linear and path != head)):
+                to_round[path] = layer
+            elif is_nf4:  # a bias alone changes
                 layer.put_in_place(_in_nf4(layer, layer.base_layer.quantized(), layer.merged_weight()[1]))
+            else:
+                layer.merge(path)
         with progress_bar("Rounding to NF4", len(to_round), "layers") as advance:
             for paths in _groups(to_round, max_moments_bytes):
                 moments = input_moments(model, paths, batches, forward)
@@ -84,13 +93,6 @@ def _layers_to_merge(model: nn.Module) -> dict[str, AdaptedLayer]:
     if not layers:
         raise InputError("the model has no active adapter to merge")
     return layers
-
-
-def _belongs_in_4_bits(layer: AdaptedLayer, is_head: bool) -> bool:
-    """NF4 layers, also those of which a bias alone changes; of dense ones the linear layers whose weight changes."""
-    if isinstance(layer.base_layer, NF4Linear):
-        return True
-    return layer.changes_weight() and layer.kind.is_linear and not is_head
 
 
 def _merged_weight(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
@@ -130,13 +132,22 @@ def _in_nf4(layer: AdaptedLayer, q: QuantizedTensor, bias: Tensor | None) -> NF4
 
 @torch.no_grad()
 def merge_to_lora(model: nn.Module, r: int, name: str = "merged") -> dict[str, float]:
-    """Fold the active adapters, of any kind, into one new plain LoRA of rank r, and make it the active one.
+    """Fold the active adapters, of any kind, into one new plain LoRA, and make it the active one.
 
     The base keeps its bits and the old adapters stay, inactive. A = √S Vᵀ and B = U √S of the r largest singular
-    values of W' − W, with lora_alpha = r; with r no less than the adapters' ranks together nothing is lost.
-    Returns ‖BA − (W' − W)‖ / ‖W' − W‖ of each layer.
-    Raises InputError for a model that is merged or without active adapters, a name in use, a rank below 1, and naming
-    the layer that the adapters train in full, or its bias, which a LoRA cannot hold; the model is then as it was.
+    values of W' − W, with lora_alpha = r.
+
+    Args:
+        model: The model with the adapters, not merged.
+        r: The rank of the new LoRA; where it is no less than the adapters' ranks together, nothing is lost.
+        name: What the new adapter is called.
+
+    Returns:
+        ‖BA − (W' − W)‖ / ‖W' − W‖ of each layer, by its path.
+
+    Raises:
+        InputError: for a model that is merged or without active adapters, a name in use, a rank below 1; and naming the
+            layer that the adapters train in full, or its bias, which a LoRA cannot hold. The model is then as it was.
     """
     layers = _layers_to_merge(model)
     for path, layer in layers.items():

@@ -22,23 +22,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
+import gguf
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from minilora.adapters import AdaptedLayer, adapted_layers, refuse_merged
 from minilora.devices import device_for_float64
 from minilora.errors import InputError
+from minilora.formats.gguf import OutType
 from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.progress import with_progress
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = (*FLOATS, "nf4")
+GGUF_BLOCKS = tuple(outtype for outtype in get_args(OutType) if outtype.startswith("q"))
+FORMATS = (*FLOATS, "nf4", *GGUF_BLOCKS)
 ERASED = 0.5
 CHUNK = 1 << 20  # weights compared at a time
 
@@ -65,10 +66,6 @@ class LayerChange:
         """True where less than half of the change arrives, or the format cannot hold the weight."""
         return self.kept < ERASED
 
-    @property
-    def overflows(self) -> bool:
-        return math.isinf(self.relative_error)
-
 
 @dataclass(frozen=True)
 class FormatSummary:
@@ -90,7 +87,7 @@ class FormatSummary:
 class MergeReport:
     """`rows`: one LayerChange for each format and layer, a format's rows together, what keeps least first.
 
-    print(report) gives one line a format and the warnings; rich's print(report), or `show`, tables.
+    print(report) gives one line a format and the warnings, `show` tables.
     """
 
     rows: list[LayerChange]
@@ -127,7 +124,7 @@ class MergeReport:
         found = []
         for format in self.formats:
             rows, summary = self.of(format), self.summary(format)
-            overflowing = [row.layer for row in rows if row.overflows]
+            overflowing = [row.layer for row in rows if math.isinf(row.relative_error)]
             if overflowing:
                 found.append(f"{format} cannot hold {len(overflowing)} merged layers, {overflowing[0]} for one")
             elif summary.erased:
@@ -152,7 +149,7 @@ class MergeReport:
     def __str__(self) -> str:
         summaries = [self.summary(format) for format in self.formats]
         lines = [
-            f"{s.format}: keeps {_share(s.median_kept)} of the change (median; {_share(s.worst_kept)} in"
+            f"{s.format}: keeps {s.median_kept:.0%} of the change (median; {s.worst_kept:.0%} in"
             f" {s.worst_layer}), median cosine {_cosine(s.median_cosine)}"
             for s in summaries
         ]
@@ -160,12 +157,9 @@ class MergeReport:
 
     # --- tables
 
-    def summary_table(self) -> "Table":
+    def summary_table(self) -> Table:
         """A rich table, one row a format."""
-        from rich.table import Table
-
-        title = "What a merge keeps of the adapters: median and worst layer"
-        table = Table(title=title, title_justify="left")
+        table = Table(title="What a merge keeps of the adapters: median and worst layer", title_justify="left")
         table.add_column("format", no_wrap=True)
         for name in ("kept", "worst", "cosine", "worst", "rel. error", "erased"):
             table.add_column(name, justify="right", no_wrap=True)
@@ -173,8 +167,8 @@ class MergeReport:
             s = self.summary(format)
             table.add_row(
                 format,
-                _share(s.median_kept),
-                _share(s.worst_kept),
+                f"{s.median_kept:.0%}",
+                f"{s.worst_kept:.0%}",
                 _cosine(s.median_cosine),
                 _cosine(s.worst_cosine),
                 _error(s.median_relative_error),
@@ -183,35 +177,30 @@ class MergeReport:
             )
         return table
 
-    def layer_table(self, format: str, limit: int | None = 10) -> "Table":
+    def layer_table(self, format: str, limit: int | None = 10) -> Table:
         """A rich table of a format's layers, what keeps least first; all of them without a limit."""
-        from rich.table import Table
-
         rows = self.of(format)
-        shown = rows[:limit]
         table = Table(title=f"{format}, layer by layer, the worst first", title_justify="left")
         table.add_column("layer", overflow="ellipsis", no_wrap=True)
         for name in ("rms W", "change", "kept", "cosine", "error"):
             table.add_column(name, justify="right", no_wrap=True)
-        for row in shown:
+        for row in rows[:limit]:
             sizes = f"{row.rms_of_base:.1e}", f"{row.rms:.1e}"
-            numbers = _share(row.kept), _cosine(row.cosine), _error(row.relative_error)
+            numbers = f"{row.kept:.0%}", _cosine(row.cosine), _error(row.relative_error)
             table.add_row(row.layer, *sizes, *numbers, style="red" if row.is_erased else None)
-        if len(shown) < len(rows):
-            table.caption = f"and {len(rows) - len(shown)} more, which keep more"
+        if hidden := len(rows) - table.row_count:
+            table.caption = f"and {hidden} more, which keep more"
         return table
 
-    def show(self, limit: int | None = 10, console: "Console | None" = None) -> None:
+    def show(self, limit: int | None = 10, console: Console | None = None) -> None:
         """Print both tables, the second for the format that keeps least, and the warnings; colours on a terminal."""
-        from rich.console import Console
-
         console = console or Console()
         worst = min(self.formats, key=lambda format: self.summary(format).worst_kept)
         console.print(self.summary_table())
         console.print(self.layer_table(worst, limit))
         self.show_warnings(console)
 
-    def show_warnings(self, console: "Console") -> None:
+    def show_warnings(self, console: Console) -> None:
         for warning in self.warnings:
             console.print(f"[bold red]warning:[/bold red] {warning}", highlight=False)
 
@@ -220,10 +209,19 @@ class MergeReport:
 def merge_report(model: nn.Module, formats: Sequence[str] = ("float32", "bfloat16", "float16", "nf4")) -> MergeReport:
     """Compare, for every layer with active adapters, the change they make with what is left of it in each format.
 
-    formats: "float32", "bfloat16", "float16", "float64" as `merge` and `save_pretrained` round to them, and "nf4" as
-    requantizing does (NF4Linear's settings, or `load`'s for a dense layer; linear layers only). Any variant; the model
-    is not changed. Memory: one layer at a time, some 24 bytes for each of its weights.
-    Raises InputError for an unknown format, a merged model, or one without active adapters.
+    Any variant; the model is not changed. One layer is in memory at a time: some 24 bytes for each of its weights.
+
+    Args:
+        model: The model with the adapters, not merged.
+        formats: "float32", "bfloat16", "float16" and "float64" as `merge` and `save_pretrained` round to them, and
+            "nf4" as requantizing does, with NF4Linear's settings, or `load`'s for a dense layer; linear layers only.
+            "q8_0" and the other types of `save_gguf`.
+
+    Returns:
+        The report: print it, `show()` its tables, or take its `rows`.
+
+    Raises:
+        InputError: for an unknown format, a merged model, or one without active adapters.
     """
     for format in formats:
         if format not in FORMATS:
@@ -243,13 +241,15 @@ def _layer_changes(path: str, layer: AdaptedLayer, formats: Sequence[str]) -> li
     W, merged = W.to(device_for_float64(W.device)), merged.to(device_for_float64(W.device))
     D = _exact_merged_weight(layer, W) - W
     scale = 1 / math.sqrt(W.numel())
+    rms, rms_of_base = (D.norm() * scale).item(), (W.norm(dtype=torch.float64) * scale).item()
     found = []
     for format in formats:
         if format == "nf4" and not layer.kind.is_linear:
             continue
-        kept_cosine_error = compare_changes(D, read_back(merged, format, layer), _base_in(format, layer, W))
-        rms = (D.norm() * scale).item(), (W.norm(dtype=torch.float64) * scale).item()
-        found.append(LayerChange(path, format, *kept_cosine_error, *rms))
+        is_in_it = format == "nf4" and isinstance(layer.base_layer, NF4Linear)  # then W is on the grid as it is
+        base = W if is_in_it else read_back(W, format, layer)
+        kept, cosine, error = compare_changes(D, read_back(merged, format, layer), base)
+        found.append(LayerChange(path, format, kept, cosine, error, rms, rms_of_base))
     return found
 
 
@@ -265,17 +265,21 @@ def read_back(W: Tensor, format: str, layer: AdaptedLayer) -> Tensor:
     """F(W): a weight (out, in, *kernel) as it is read after it was stored in the format in the layer's place."""
     if format in FLOATS:
         return W.to(FLOATS[format])
-    base = layer.base_layer
+    if format in GGUF_BLOCKS:
+        return _in_gguf_blocks(W, gguf.GGMLQuantizationType[format.upper()])
     if not W.isfinite().all():
         return torch.full_like(W, torch.nan)
-    if isinstance(base, NF4Linear):
-        return dequantize(quantize(W, base.block_size, base.offset is not None), torch.float32)
-    return dequantize(quantize(W), torch.float32)
+    base = layer.base_layer
+    settings = (base.block_size, base.offset is not None) if isinstance(base, NF4Linear) else ()
+    return dequantize(quantize(W, *settings), torch.float32)
 
 
-def _base_in(format: str, layer: AdaptedLayer, W: Tensor) -> Tensor:
-    """F(W) of the base; it is W where the base is held in this format already."""
-    return W if format == "nf4" and isinstance(layer.base_layer, NF4Linear) else read_back(W, format, layer)
+def _in_gguf_blocks(W: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+    if W[0].numel() % (block := gguf.GGML_QUANT_SIZES[kind][0]):
+        name = kind.name.lower()
+        raise InputError(f"a layer has rows of {W[0].numel()} numbers, and {name} takes them in blocks of {block}")
+    blocks = gguf.quantize(W.detach().flatten(1).float().cpu().numpy(), kind)
+    return torch.from_numpy(gguf.dequantize(blocks, kind)).view(W.shape).to(W.device)
 
 
 def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, float, float]:
@@ -298,10 +302,6 @@ def compare_changes(D: Tensor, merged: Tensor, base: Tensor) -> tuple[float, flo
 
 def _for_json(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if value == math.inf else value for key, value in values.items()}
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}"
 
 
 def _cosine(value: float) -> str:

@@ -166,6 +166,25 @@ def test_a_merge_warns_of_the_format_that_it_writes_alone(capsys, tmp_path, monk
     assert warned in " ".join(out.split()) and ("warning" in out) == bool(warned)
 
 
+@pytest.mark.parametrize("outtype, shown", [(None, "q8_0"), ("q4_0", "q4_0"), ("bf16", "bfloat16"), ("f32", "float32")])
+def test_the_table_of_a_merge_to_gguf_is_that_of_its_type(capsys, tmp_path, monkeypatch, outtype, shown):
+    def load(self, adapter):
+        model = tiny_base()
+        ml.add_adapter(model, LoRAConfig(r=2, target_modules=["layers.0.mlp.up_proj"]))
+        torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.adapters["default"].lora_B, std=1e-2)
+        return model, PADDING
+
+    written = []
+    monkeypatch.setattr(cli.ModelOptions, "load", load)
+    monkeypatch.setattr(cli.ml, "save_gguf", lambda *_, outtype: written.append(outtype))
+    flags = ["--outtype", outtype] if outtype else []
+    code, out, err = run(capsys, "merge", "--adapter", "a", "--output", str(tmp_path / "model.gguf"), *flags)
+    assert code == 0, err
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert rows == [shown, "nf4"]
+    assert written == [outtype or "q8_0"]
+
+
 def test_the_installed_command_answers():
     done = subprocess.run(
         [sys.executable, "-m", "minilora.app.cli", "--help"], capture_output=True, text=True, check=False

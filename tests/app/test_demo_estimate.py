@@ -13,7 +13,7 @@ LORA = LoRAConfig(r=2, target_modules="all-linear")
 
 
 def test_each_kind_of_work_has_its_speed():
-    work = Work(trained=100) + Work(read=60) + Work(written=6, read=40)
+    work = Work(trained=100, read=100, written=6)
     assert Speeds(training=50, reading=100, writing=2).seconds(work) == 100 / 50 + 100 / 100 + 6 / 2
 
 

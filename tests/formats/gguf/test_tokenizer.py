@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import regex
 import transformers
@@ -15,8 +16,10 @@ from tokenizers import pre_tokenizers
 
 from minilora.errors import InputError
 from minilora.formats.gguf.file import GGUFFile
-from minilora.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNKNOWN, read_gguf_tokenizer
+from minilora.formats.gguf.tokenizer import PRE_TOKENIZERS, read_gguf_tokenizer
 from minilora.text.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, _, _, BYTE = map(int, gguf.TokenType)
 
 FRAGMENTS = [
     *("a", "the", " the", "CamelCase", "don't", "I'LL", "'s", "x_y", "é", "e\u0301", "ß", "中文", "हिन्दी", "عربي"),
