@@ -1,5 +1,7 @@
 """LoRA and QLoRA from scratch: small enough to read, exact enough to trust, fast enough to use."""
 
+from typing import TYPE_CHECKING, Any
+
 from minilora import nf4, variants
 from minilora.adapters import (
     LoRAConfig,
@@ -22,11 +24,13 @@ from minilora.data import load_rows, show_example
 from minilora.errors import InputError
 from minilora.evaluation import compare, evaluate, general_ability, generate
 from minilora.formats import load, load_adapter, save_adapter, save_pretrained
-from minilora.formats.gguf import save_adapter_gguf, save_gguf
 from minilora.merging import merge_report, merge_to_lora, merge_to_nf4
 from minilora.nf4 import NF4Linear
 from minilora.training import TrainConfig, language_model_loss, train
 from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig
+
+if TYPE_CHECKING:
+    from minilora.formats.gguf import save_adapter_gguf, save_gguf
 
 __version__ = "0.1.0"
 
@@ -78,3 +82,12 @@ __all__ = [
     "general_ability",
     "InputError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """save_gguf and save_adapter_gguf, when they are first asked for: with them comes the gguf package."""
+    if name in ("save_gguf", "save_adapter_gguf"):
+        from minilora.formats import gguf
+
+        return getattr(gguf, name)
+    raise AttributeError(f"module 'minilora' has no attribute {name!r}")

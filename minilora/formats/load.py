@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from minilora.auto_dtype import auto_dtype, say_once, slower_than_float32
 from minilora.errors import InputError
 from minilora.formats.fetch import MODELS, model_file
-from minilora.formats.gguf import GGUFCheckpoint, read_gguf_tokenizer
 from minilora.formats.hub import snapshot
 from minilora.formats.safetensors import SafetensorsCheckpoint
 from minilora.models import ModelConfig, Transformer
@@ -86,6 +85,8 @@ def load(
     if path.is_dir():
         checkpoint, tokenizer = SafetensorsCheckpoint(path), read_tokenizer(path)
     else:
+        from minilora.formats.gguf import GGUFCheckpoint, read_gguf_tokenizer  # with it the gguf package
+
         checkpoint = GGUFCheckpoint(path)
         tokenizer = read_gguf_tokenizer(checkpoint.file.metadata)
     dtype = _compute_dtype(dtype_name, device)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -112,6 +111,8 @@ def _write_weights(
 ) -> None:
     """model.safetensors, or shards of at most `max_shard_bytes` (a larger layer stands alone) with their index."""
     sizes = {path: _nbytes(layer, dtype, in_4_bits) for path, layer in layers.items()}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     shards = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )

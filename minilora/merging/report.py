@@ -16,29 +16,31 @@ bfloat16's, rounding is as likely up as down: D arrives in full, under noise tha
 docs/merging.md has such a merge, which loses nothing. On the grid, kept itself falls to zero.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from minilora.adapters import AdaptedLayer, adapted_layers, refuse_merged
 from minilora.devices import device_for_float64
 from minilora.errors import InputError
-from minilora.formats.gguf import OutType
 from minilora.nf4 import NF4Linear, dequantize, quantize
 from minilora.progress import with_progress
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GGUF_BLOCKS = tuple(outtype for outtype in get_args(OutType) if outtype.startswith("q"))
+GGUF_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # of save_gguf
 FORMATS = (*FLOATS, "nf4", *GGUF_BLOCKS)
 ERASED = 0.5
 CHUNK = 1 << 20  # weights compared at a time
@@ -159,6 +161,8 @@ class MergeReport:
 
     def summary_table(self) -> Table:
         """A rich table, one row a format."""
+        from rich.table import Table  # imported where it is used, as is gguf: `import minilora` needs neither
+
         table = Table(title="What a merge keeps of the adapters: median and worst layer", title_justify="left")
         table.add_column("format", no_wrap=True)
         for name in ("kept", "worst", "cosine", "worst", "rel. error", "erased"):
@@ -180,6 +184,8 @@ class MergeReport:
     def layer_table(self, format: str, limit: int | None = 10) -> Table:
         """A rich table of a format's layers, what keeps least first; all of them without a limit."""
         rows = self.of(format)
+        from rich.table import Table
+
         table = Table(title=f"{format}, layer by layer, the worst first", title_justify="left")
         table.add_column("layer", overflow="ellipsis", no_wrap=True)
         for name in ("rms W", "change", "kept", "cosine", "error"):
@@ -194,6 +200,8 @@ class MergeReport:
 
     def show(self, limit: int | None = 10, console: Console | None = None) -> None:
         """Print both tables, the second for the format that keeps least, and the warnings; colours on a terminal."""
+        from rich.console import Console
+
         console = console or Console()
         worst = min(self.formats, key=lambda format: self.summary(format).worst_kept)
         console.print(self.summary_table())
@@ -266,7 +274,7 @@ def read_back(W: Tensor, format: str, layer: AdaptedLayer) -> Tensor:
     if format in FLOATS:
         return W.to(FLOATS[format])
     if format in GGUF_BLOCKS:
-        return _in_gguf_blocks(W, gguf.GGMLQuantizationType[format.upper()])
+        return _in_gguf_blocks(W, format)
     if not W.isfinite().all():
         return torch.full_like(W, torch.nan)
     base = layer.base_layer
@@ -274,10 +282,12 @@ def read_back(W: Tensor, format: str, layer: AdaptedLayer) -> Tensor:
     return dequantize(quantize(W, *settings), torch.float32)
 
 
-def _in_gguf_blocks(W: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+def _in_gguf_blocks(W: Tensor, format: str) -> Tensor:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[format.upper()]
     if W[0].numel() % (block := gguf.GGML_QUANT_SIZES[kind][0]):
-        name = kind.name.lower()
-        raise InputError(f"a layer has rows of {W[0].numel()} numbers, and {name} takes them in blocks of {block}")
+        raise InputError(f"a layer has rows of {W[0].numel()} numbers, and {format} takes them in blocks of {block}")
     blocks = gguf.quantize(W.detach().flatten(1).float().cpu().numpy(), kind)
     return torch.from_numpy(gguf.dequantize(blocks, kind)).view(W.shape).to(W.device)
 
