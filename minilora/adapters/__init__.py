@@ -4,7 +4,15 @@ Read lora.py first, then adapter.py (the contract), layer.py (a layer and its ad
 what follows). targets.py finds the layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
 """
 
-from minilora.adapters.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
+from minilora.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    Below,
+    adapter_class,
+    at_least_float32,
+    config_class,
+    register,
+)
 from minilora.adapters.attach import (
     BASE,
     adapter_names,
@@ -32,7 +40,8 @@ from minilora.adapters.evaluating import evaluating
 from minilora.adapters.initialization import kaiming, register_initialization, require_linear, weight_to_decompose
 from minilora.adapters.layer import AdaptedLayer, LoRALinear
 from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, NF4Kind, TransposedLinearKind, kind_of
-from minilora.adapters.lora import LoRA, LoRAConfig, first_match
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig, first_match
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.adapters.mixed_batch import adapters_for_rows, refuse_row_names
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
@@ -70,6 +79,7 @@ __all__ = [
     "adapters_to_write",
     "add_adapter",
     "after_step",
+    "at_least_float32",
     "attach",
     "build_adapters",
     "check_derived_start",

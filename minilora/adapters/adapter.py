@@ -66,6 +66,11 @@ class AdapterConfig:
         if isinstance(self.modules_to_save, str):
             raise InputError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
 
+    def require(self, key: str, holds: bool, what: str) -> None:
+        """Raise InputError, naming the key and its value, unless it is what it must be."""
+        if not holds:
+            raise InputError(f"{type(self).__name__}: {key} must be {what}, not {getattr(self, key)!r}")
+
 
 def ends_with(pattern: str, path: str) -> bool:
     """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern.
@@ -76,6 +81,11 @@ def ends_with(pattern: str, path: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", path) is not None
     except re.error as error:
         raise InputError(f"{pattern!r} is not a regular expression ({error})") from None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where its dtype is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Adapter(nn.Module):
@@ -150,8 +160,7 @@ class Adapter(nn.Module):
         """Give the adapter a bias of its own, float32, that takes the place of the layer's wherever that is used."""
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            dtype = torch.promote_types(bias.dtype, torch.float32)
-            self.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+            self.bias = nn.Parameter(at_least_float32(bias.detach()).clone())
 
     # --- what a variant may want
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from minilora.adapters.adapter import Adapter, AdapterConfig
 from minilora.adapters.attach import adapters_named, attach, build_adapters, check_new_name, refuse_merged
 from minilora.adapters.layer import AdaptedLayer
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
 from minilora.progress import with_progress

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minilora.adapters.adapter import AdapterConfig
 from minilora.adapters.initialization import gaussian, kaiming
 from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import modules_before_adapters, nearest_names
 from minilora.adapters.trained_parts import Part
 from minilora.errors import InputError

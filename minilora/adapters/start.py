@@ -17,7 +17,8 @@ from typing import Any
 
 from minilora.adapters.adapter import Adapter
 from minilora.adapters.layer_kinds import NF4Kind, TransposedLinearKind
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 
 

@@ -13,7 +13,8 @@ from minilora.adapters import adapter as registry
 from minilora.adapters.adapted_module import adapted
 from minilora.adapters.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
 from minilora.adapters.attach import add_adapter, disable_adapters, merge, unmerge
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.variants.dora import DoRA
 

@@ -27,7 +27,8 @@ from minilora.adapters.attach import (
     unmerge,
 )
 from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import adapted_layers, find_targets
 from minilora.errors import InputError
 from minilora.models.config import ModelConfig

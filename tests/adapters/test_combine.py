@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.adapters.attach import adapter_names, adapter_parameters, adapters_named, add_adapter, merge, set_adapter
 from minilora.adapters.combine import METHODS, combine_adapters, drop_at_random, keep_largest, mean_of_majority
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.linear import NF4Linear

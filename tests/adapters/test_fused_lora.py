@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from minilora.adapters.fused_lora import LoRAProduct, fused_lora
 from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.models.shared_input import project
 from minilora.nf4 import linear
 from minilora.nf4.codec import quantize

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from minilora.adapters.gated_lora import gated_lora
 from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.models.shared_input import project_swiglu
 from minilora.nf4.linear import NF4Linear
 

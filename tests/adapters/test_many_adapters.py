@@ -19,7 +19,7 @@ from minilora.adapters.attach import (
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError

@@ -16,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from minilora.adapters.attach import adapters_named, add_adapter, merge, trainable_parameters
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.linear import NF4Linear

@@ -35,7 +35,7 @@ from minilora.adapters.attach import (
     unload,
     unmerge,
 )
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
 from minilora.formats.load import load

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters, merge, unload, unmerge
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import find_targets
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter

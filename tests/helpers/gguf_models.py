@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.models.transformer import Transformer
 from minilora.nf4.linear import NF4Linear
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.adapters.attach import adapter_parameters, adapters_named, add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 

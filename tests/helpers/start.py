@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from minilora.adapters.attach import adapter_parameters, add_adapter
 from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.nf4.linear import NF4Linear
 

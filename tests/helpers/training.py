@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.examples import Example
 from minilora.models.config import ModelConfig
 from minilora.models.transformer import Transformer

@@ -19,7 +19,8 @@ from minilora.adapters.adapter import AdapterConfig
 from minilora.adapters.attach import add_adapter
 from minilora.adapters.initialization import initializations
 from minilora.adapters.layer_kinds import EmbeddingKind
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.nf4.linear import NF4Linear
 from minilora.testing import Add, arithmetic, life
@@ -150,7 +151,8 @@ def caught_by(check: Check, message: str) -> Callable[[type[LoRA]], type[LoRA]]:
 
 @caught_by(arithmetic.starts_as_the_base_model, "look at StartsElsewhere.__init__")
 class StartsElsewhere(LoRA):
-    def reset_parameters(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
         nn.init.normal_(self.lora_B)
 
 
@@ -257,10 +259,11 @@ class MixesDtypesUnderAutocast(LoRA):
 class ChangesTheBase(LoRA):
     """PEFT starts PiSSA and OLoRA like this."""
 
-    def reset_parameters(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
         nn.init.normal_(self.lora_B)
         if layer.weight.is_floating_point():
-            layer.weight.data -= self.kind.stored(self.delta()).to(layer.weight)
+            layer.weight.data -= self.kind.stored(self.delta().detach()).to(layer.weight)
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "found ValueError: no embeddings")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minilora.adapters.attach import adapters_named, add_adapter, after_step, merge, regularization
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.linear import NF4Linear

@@ -22,7 +22,7 @@ from minilora.adapters.attach import (
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import adapted_layers
 from minilora.data.batches import Batch
 from minilora.errors import InputError

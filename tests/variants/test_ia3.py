@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from minilora.adapters.attach import add_adapter, merge, set_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.linear import NF4Linear

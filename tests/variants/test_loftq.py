@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minilora.adapters.attach import add_adapter, disable_adapters, merge, unload, unmerge
 from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.codec import dequantize, quantize

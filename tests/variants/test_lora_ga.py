@@ -14,7 +14,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters, merge
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
 from minilora.training.loss import language_model_loss

@@ -26,7 +26,7 @@ from helpers.start import (
 from torch import nn
 
 from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.nf4.linear import NF4Linear
 from minilora.torch_helpers import randomized_svd

@@ -8,7 +8,8 @@ from helpers.adapters import IDS, tiny_llama
 from torch import Tensor, nn
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.batches import Batch
 from minilora.errors import InputError
 from minilora.models.config import ModelConfig
