@@ -332,10 +332,6 @@ def after_step(model: nn.Module, step: int) -> None:
 
     Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
     """
-    by_name: dict[str, dict[str, Adapter]] = {}
-    for path, layer in adapted_layers(model).items():
-        for name in layer.active:
-            if name in layer.adapters:
-                by_name.setdefault(name, {})[path] = cast(Adapter, layer.adapters[name])
-    for adapters in by_name.values():
+    for name in dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.active):
+        adapters = adapters_named(model, name)
         adapter_class(next(iter(adapters.values())).config).after_step(adapters, step)

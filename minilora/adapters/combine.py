@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.adapter import Adapter, AdapterConfig
+from minilora.adapters.adapter import Adapter, AdapterConfig, at_least_float32
 from minilora.adapters.attach import adapters_named, attach, build_adapters, check_new_name, refuse_merged
 from minilora.adapters.layer import AdaptedLayer
 from minilora.adapters.lora import LoRA
@@ -105,8 +105,7 @@ class Weighted(NamedTuple):
         """w·s, A and B with w·ΔW = (w·s)·BA; A and B in float32 or better."""
         assert isinstance(self.adapter, LoRA)
         A, B = self.adapter.factors()
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.weight * self.adapter.scaling, A.to(dtype), B.to(dtype)
+        return self.weight * self.adapter.scaling, at_least_float32(A), at_least_float32(B)
 
     def rank(self) -> int:
         return len(self.product()[1])
@@ -115,8 +114,7 @@ class Weighted(NamedTuple):
         """ΔW (out, in, *kernel) = W' − W, in float32 or better."""
         if self.adapter.additive:
             return self.adapter.delta()
-        W = layer.kind.weight(layer.base_layer)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        W = at_least_float32(layer.kind.weight(layer.base_layer))
         return self.adapter.merged_weight(W) - W
 
 

@@ -112,7 +112,6 @@ class AdaptedLayer(nn.Module):
         bias = self.own_bias(adapters)
         if bias is None:
             return Below(self.base_layer, self._base, self.kind, adapters, getattr(self.base_layer, "bias", None))
-
         return Below(self.base_layer, partial(self._base_with_own_bias, adapters), self.kind, adapters, bias)
 
     def _base_with_own_bias(self, adapters: list[Adapter], x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -171,8 +170,7 @@ class AdaptedLayer(nn.Module):
         W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
         if safe and not all(tensor.isfinite().all() for tensor in (W, bias) if tensor is not None):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
-        dense = self.kind.with_weight(base, W, bias)
-        self.put_in_place(dense)
+        self.put_in_place(self.kind.with_weight(base, W, bias))
 
     def put_in_place(self, merged: nn.Module) -> None:
         """Use this layer, which holds the active adapters, for base_layer, and keep that one aside for `unmerge`."""

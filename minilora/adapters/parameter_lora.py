@@ -17,7 +17,7 @@ from minilora.adapters.adapter import AdapterConfig
 from minilora.adapters.initialization import gaussian, kaiming
 from minilora.adapters.layer_kinds import kind_of
 from minilora.adapters.lora_config import LoRAConfig
-from minilora.adapters.targets import modules_before_adapters, nearest_names
+from minilora.adapters.targets import matches, modules_before_adapters, nearest_names
 from minilora.adapters.trained_parts import Part
 from minilora.errors import InputError
 
@@ -85,16 +85,12 @@ def parameter_updates(model: nn.Module, config: AdapterConfig) -> dict[str, Para
         )
     modules = modules_before_adapters(model)
     named = [f"{path}.{name}" for path, module in modules.items() for name in module._parameters]
-    found: dict[str, ParameterLoRA] = {}
     for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in named):
+        if not any(matches([target], path) for path in named):
             raise InputError(f"target_parameters: {target!r} matches no parameter; {nearest_names([target], named)}")
+    found: dict[str, ParameterLoRA] = {}
     for path, module in modules.items():
-        names = [
-            name
-            for name, parameter in module.named_parameters(recurse=False)
-            if any(f"{path}.{name}" == target or f"{path}.{name}".endswith(f".{target}") for target in targets)
-        ]
+        names = [name for name, _ in module.named_parameters(recurse=False) if matches(targets, f"{path}.{name}")]
         if not names:
             continue
         if kind_of(module) is not None:

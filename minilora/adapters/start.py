@@ -40,13 +40,12 @@ def _plain(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     for adapter in adapters.values():
         if type(adapter.config) is not LoRAConfig:
             raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
-    plain: dict[str, Adapter] = {path: each.as_plain() for path, each in adapters.items() if isinstance(each, LoRA)}
-    config = next(iter(plain.values())).config
-    for path, adapter in adapters.items():
-        if path not in plain:  # what the adapter trains beside its updates, as it is
-            plain[path] = copy.copy(adapter)
-            plain[path].config = config
-    return {path: plain[path] for path in adapters}
+    # what the adapter trains beside its updates stays as it is
+    plain = {path: each.as_plain() if isinstance(each, LoRA) else copy.copy(each) for path, each in adapters.items()}
+    config = next(each.config for each in plain.values() if isinstance(each, LoRA))
+    for each in plain.values():
+        each.config = config
+    return plain
 
 
 def not_derivable(init_lora_weights: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, AdapterConfig
 from minilora.adapters.lora import LoRA
-from minilora.adapters.targets import input_embedding, modules_before_adapters, output_head, tied_head
+from minilora.adapters.targets import input_embedding, modules_before_adapters, output_head, tied_pair
 from minilora.errors import InputError
 
 
@@ -22,12 +22,13 @@ def ensures_tying(config: AdapterConfig) -> bool:
 
 def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
     """Raises InputError where ensure_weight_tying has nothing to tie."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not ensures_tying(config) or head in adapters:
+    if not ensures_tying(config):
         return
-    if head is None:
+    pair = tied_pair(model)
+    if pair is None:
         raise InputError("ensure_weight_tying: the model has no output head that shares the embedding's weight")
-    raise InputError(f"ensure_weight_tying: neither {embedding} nor {head} is named for training")
+    if pair[1] not in adapters:
+        raise InputError(f"ensure_weight_tying: neither {pair[0]} nor {pair[1]} is named for training")
 
 
 class TiedLoRA(Adapter):
@@ -73,9 +74,10 @@ class TiedLoRA(Adapter):
 
 def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
     """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not ensures_tying(config) or head not in adapters or embedding not in adapters:
+    pair = tied_pair(model)
+    if not ensures_tying(config) or pair is None or not adapters.keys() >= set(pair):
         return
+    embedding, head = pair
     of_embedding, of_head = adapters[embedding], adapters[head]
     if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
         raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")
