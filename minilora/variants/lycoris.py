@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, AdapterConfig, ConvKind, first_match
+from minilora.adapters import Adapter, AdapterConfig, ConvKind, at_least_float32, first_match
 from minilora.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisConfig(AdapterConfig):
-    """The settings of LoHa and LoKr, in PEFT's names and defaults. Raises InputError for a value out of range."""
+    """The settings of LoHa and LoKr, in PEFT's names and defaults."""
 
     peft_lacks: ClassVar[frozenset[str]] = frozenset({"bias", "lora_bias"})
 
@@ -42,21 +42,18 @@ class LycorisConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:
-                raise InputError(f"{name}: a rank must be a whole number of at least 1, not {r!r}")
+                raise InputError(f"{type(self).__name__}: a rank must be a whole number of at least 1, not {r!r}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float):
-                raise InputError(f"{name}: alpha must be a number, not {alpha!r}")
+                raise InputError(f"{type(self).__name__}: alpha must be a number, not {alpha!r}")
         for key in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise InputError(f"{name}: {key} must be at least 0 and below 1, not {getattr(self, key)!r}")
+            self.require(key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
         self.check_init_weights()
 
     def check_init_weights(self) -> None:
-        if not isinstance(self.init_weights, bool):
-            raise InputError(f"{type(self).__name__}: init_weights must be True or False, not {self.init_weights!r}")
+        self.require("init_weights", isinstance(self.init_weights, bool), "True or False")
 
 
 class Lycoris(Adapter):
@@ -86,6 +83,10 @@ class Lycoris(Adapter):
         """ΔW/s in the order of W's elements, and of as many."""
         raise NotImplementedError
 
+    def float32_factors(self) -> dict[str, Tensor]:
+        """The parameters by name, in float32, in which ΔW is made even where the masters were made bfloat16."""
+        return {name: at_least_float32(factor) for name, factor in self._parameters.items() if factor is not None}
+
     def delta(self) -> Tensor:
         return self.scaling * self.update().reshape(self.shape)
 
@@ -108,11 +109,6 @@ class Lycoris(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
-
-
-def wide(parameter: Tensor) -> Tensor:
-    """The parameter in float32, in which products of factors are made even where the masters were made bfloat16."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def empty(*shape: int) -> nn.Parameter:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, AdapterConfig, kind_of, register
+from minilora.adapters import Adapter, AdapterConfig, at_least_float32, kind_of, register
 from minilora.errors import InputError
 
 
@@ -23,7 +23,8 @@ from minilora.errors import InputError
 class VeRAConfig(AdapterConfig):
     """The settings of VeRA, in the names and defaults of PEFT's `VeraConfig`.
 
-    Raises InputError for a value out of range.
+    Raises:
+        InputError: where a value is out of range.
     """
 
     peft_type: ClassVar[str] = "VERA"
@@ -48,10 +49,8 @@ class VeRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or self.r < 1:
-            raise InputError(f"VeRAConfig: r must be a whole number of at least 1, not {self.r!r}")
-        if not 0 <= self.vera_dropout < 1:
-            raise InputError(f"VeRAConfig: vera_dropout must be at least 0 and below 1, not {self.vera_dropout!r}")
+        self.require("r", isinstance(self.r, int) and self.r >= 1, "a whole number of at least 1")
+        self.require("vera_dropout", 0 <= self.vera_dropout < 1, "at least 0 and below 1")
         if self.bias not in ("none", "vera_only", "all"):
             raise InputError(f"VeRAConfig: bias={self.bias!r} is not one of 'none', 'vera_only', 'all'")
 
@@ -90,7 +89,7 @@ class VeRA(Adapter):
     def __init__(self, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> None:
         super().__init__(layer, config, path)
         self.shared = shared
-        self.dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(config.vera_dropout)
         self.vera_lambda_b = nn.Parameter(torch.ones(self.kind.out_features, dtype=torch.float32))
         self.vera_lambda_d = nn.Parameter(torch.randn(config.r, dtype=torch.float32))
         if config.init_weights:
@@ -124,8 +123,7 @@ class VeRA(Adapter):
 
     def delta(self) -> Tensor:
         """Λ_b B Λ_d A (out, in)."""
-        dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
-        A, B = (projection.to(dtype) for projection in self.projections())
+        A, B = (at_least_float32(projection) for projection in self.projections())
         return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
 
     def shared_tensors(self) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_gradients_of_the_effective_convolution_are_right_where_those_of_peft_ar
         )
 
     assert torch.autograd.gradcheck(ours, values)
-    t1, w1a, w1b, t2, w2a, w2b = values
+    w1a, w1b, w2a, w2b, t1, t2 = values
     scale = torch.tensor(adapter.scaling)
     theirs = HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)
     torch.testing.assert_close(theirs, adapter.delta())
