@@ -29,14 +29,13 @@ from minilora.adapters import (
     LoRA,
     disable_adapters,
     kaiming,
-    refuse_merged,
     register_initialization,
     weight_to_decompose,
 )
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.torch_helpers import randomized_svd
-from minilora.variants.calibration import Forward, as_list, loras_named
+from minilora.variants.calibration import Forward, as_list, loras_to_start
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -81,23 +80,29 @@ def initialize(
     forward: Forward,
     layers_at_once: int | None = None,
 ) -> None:
-    """Start the adapter from the gradients of the weights over these batches. Before the optimizer is made.
+    """Start the adapter from the gradients of the weights over these batches, before the optimizer is made.
 
-    batches, forward: see variants/calibration/batches.py. The gradient is that of the mean loss of a batch, averaged
-    over the batches, of the base model in the mode (train or eval) in which it is. It is computed from the inputs and
-    the gradients of the outputs of each layer, so that a base in 4 bits has one too, in float32 whatever the model's
-    dtype.
-    A layer through which no gradient flows (an expert that no token chose) starts as without LoRA-GA.
-    Memory: what training of these layers in full would take without an optimizer, 4 bytes a weight; with
-    layers_at_once=n, for n layers at a time, at the price of going through the batches as many times more.
-    Raises InputError for another adapter's name or initialisation, and a loss that is not finite or does not depend on
-    the layers; the model is then unchanged.
+    The gradient is that of the mean loss of a batch, averaged over the batches, of the base model in the mode (train or
+    eval) in which it is. It is computed from the inputs and the gradients of the outputs of each layer, so that a base
+    in 4 bits has one too, in float32 whatever the model's dtype. A layer through which no gradient flows (an expert
+    that no token chose) starts as without LoRA-GA.
+
+    Args:
+        model: any model with an adapter that has init_lora_weights="lora_ga".
+        batches: what the model is to be trained on, read once and kept. `minilora.variants.calibration.batches` says
+            what a batch is.
+        name: the adapter's.
+        forward: gives the loss on a batch, forward(model, batch): `minilora.language_model_loss`, or your own.
+        layers_at_once: how many layers' gradients to hold at a time, 4 bytes a weight; fewer than all, the default,
+            take as many more passes over the batches.
+
+    Raises:
+        InputError: for another adapter's name or initialisation, and for a loss that is not finite or does not depend
+            on the layers. The model is then unchanged.
+
+    Source: arXiv 2407.05000, section 3.
     """
-    adapters = loras_named(model, name)
-    config = next(iter(adapters.values())).config
-    if config.init_lora_weights != "lora_ga":
-        raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "lora_ga"')
-    refuse_merged(model)
+    adapters = loras_to_start(model, name, "lora_ga")
     kept = as_list(batches)
     layers = {path: cast(AdaptedLayer, model.get_submodule(path)) for path in adapters}
     n = layers_at_once or len(layers)
@@ -181,7 +186,7 @@ class WeightGradients:
 
 
 class _Observed(torch.autograd.Function):
-    """y as it is; on the way back `record` gets x, the input of the layer that made y, and dL/dy."""
+    """y as it is; in the backward pass `record` gets x, the input of the layer that made y, and dL/dy."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -15,7 +15,7 @@ from minilora.errors import InputError
 from minilora.models.config import ModelConfig
 from minilora.models.transformer import Transformer
 from minilora.training.loss import language_model_loss
-from minilora.variants.calibration.batches import as_list, loras_named
+from minilora.variants.calibration.batches import as_list, loras_to_start
 from minilora.variants.ia3 import IA3Config
 
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(9, 12), 0)
@@ -79,10 +79,10 @@ def test_batches_are_read_once_and_some_there_must_be() -> None:
 
 def test_only_the_updates_of_layers_are_initialized_from_data() -> None:
     model = tiny_llama()
-    add_adapter(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    found = loras_named(model, "default")
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights="eva"))
+    found = loras_to_start(model, "default", "eva")
     assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert all(type(each) is LoRA for each in found.values())
     add_adapter(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "other")
     with pytest.raises(InputError, match="'other' is no LoRA"):
-        loras_named(model, "other")
+        loras_to_start(model, "other", "eva")
