@@ -91,8 +91,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 class Adapter(nn.Module):
     """One adapter of one layer, y = W x + b: the contract of every variant.
 
-    The constructor takes the layer to adapt, the configuration and the layer's path in the model, and keeps of the
-    layer only its `kind`: how it multiplies, not its weight. Parameters are float32, whatever the model's dtype.
+    Of the layer it keeps only the `kind`: how it multiplies, not its weight. Parameters are float32, whatever the
+    model's dtype. Its guide is docs/write_your_own_variant.md.
+
+    Args:
+        layer: the layer to adapt.
+        config: the configuration of the variant, a `config_class`.
+        path: the layer's path in the model, for error messages.
+
+    Raises:
+        InputError: where the layer cannot take an adapter.
     """
 
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
@@ -243,8 +251,16 @@ _variants: list[type[Adapter]] = []
 def register(variant: type[Adapter]) -> type[Adapter]:
     """Class decorator: make `add_adapter` and `load_adapter` know this variant.
 
-    Raises InputError where its configuration has no peft_type, or that of another one, which a file could not tell
-    apart. Of the same name it is the same, edited: the cell of a notebook, run again.
+    A configuration of the same name is the same one, edited: the cell of a notebook, run again.
+
+    Args:
+        variant: the adapter's class.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        InputError: where its configuration has no peft_type, or that of another one, which a file could not tell apart.
     """
     config = variant.config_class
     if not config.peft_type:

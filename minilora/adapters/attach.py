@@ -35,7 +35,14 @@ BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> None:
     """Put a new adapter on every targeted layer and make it the active one; the first adapter freezes the model.
 
-    Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
+    Args:
+        model: any nn.Module, changed in place.
+        config: the method, such as `LoRAConfig`, with the layers to adapt.
+        name: what to call it; a word without dots.
+
+    Raises:
+        InputError: for a name in use, a target that matches nothing or cannot take the adapter, and a merged model. The
+            model is then unchanged.
     """
     if not isinstance(config, AdapterConfig):
         kind = f"{type(config).__module__}.{type(config).__name__}"
@@ -131,7 +138,14 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on the model, sorted."""
+    """The names of the adapters on the model, sorted.
+
+    Args:
+        model: any nn.Module.
+
+    Returns:
+        The names, active or not; [] where the model has no adapter.
+    """
     return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
 
 
@@ -148,7 +162,13 @@ def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make these adapters, and no others, act and train; the updates of several add up.
 
-    Raises InputError for a name that the model does not have or that is given twice, and on a merged model.
+    Args:
+        model: a model with adapters.
+        names: one name or several, in the order in which the adapters are applied; [] for the base model.
+
+    Raises:
+        InputError: for a name that the model does not have or that is given twice, for several of which one replaces
+            what the others change, and on a merged model.
     """
     names = [names] if isinstance(names, str) else list(names)
     check_names(model, names)
@@ -169,8 +189,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Take this adapter off and forget it; a layer without any other is the plain layer again.
 
     The other active adapters stay active; where it was the only one, the model is the base model until `set_adapter`.
-    Raises InputError for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a
-    merged model.
+
+    Args:
+        model: a model with adapters.
+        name: which one.
+
+    Raises:
+        InputError: for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a merged
+            model.
     """
     check_names(model, [name])
     refuse_merged(model)
@@ -196,7 +222,11 @@ def check_names(model: nn.Module, names: list[str]) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory."""
+    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory.
+
+    Args:
+        model: a model with or without adapters.
+    """
     layers = list(adapted_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
@@ -214,8 +244,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module, safe: bool = True) -> None:
     """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
 
-    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
-    saves the time of looking. Raises it too where the model has adapters and none of them is active.
+    The layers as they were are kept for `unmerge`.
+
+    Args:
+        model: a model with adapters, changed in place.
+        safe: look whether each merged weight is finite; False saves the time.
+
+    Raises:
+        InputError: naming the layer, where the sum is not finite or the layer cannot be merged, and where the model has
+            adapters and none of them is active. The model is then unmerged, as it was.
     """
     layers = adapted_layers(model)
     if layers and not any(layer.active for layer in layers.values()):
@@ -229,7 +266,11 @@ def merge(model: nn.Module, safe: bool = True) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every layer is what it was, bit for bit."""
+    """Undo `merge`: every layer is what it was, bit for bit.
+
+    Args:
+        model: a model, merged or not.
+    """
     for layer in adapted_layers(model).values():
         layer.unmerge()
 
@@ -237,8 +278,17 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
 
-    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too. Raises
-    InputError as `merge` does.
+    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too.
+
+    Args:
+        model: a model with adapters.
+        merge: fold the active adapters into the weights first.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InputError: as `merge` does.
     """
     (_merge if merge else unmerge)(model)
     for path, layer in adapted_layers(model).items():
@@ -279,7 +329,14 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that requires a gradient, by path, in the model's order."""
+    """Every parameter that requires a gradient, by path, in the model's order.
+
+    Args:
+        model: any nn.Module.
+
+    Returns:
+        The parameters, for an optimizer; one that is shared is there once.
+    """
     return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -313,9 +370,16 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def regularization(model: nn.Module) -> Tensor | float:
-    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors; 0.0 where none does.
+    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors.
 
-    (loss + regularization(model)).backward()
+    Args:
+        model: a model with adapters.
+
+    Returns:
+        The term, a scalar; 0.0 where no adapter adds any.
+
+    Example:
+        (loss + regularization(model)).backward()
     """
     layers = adapted_layers(model).values()
     return summed_regularization(adapter for layer in layers for adapter in layer.acting_adapters())
@@ -328,9 +392,16 @@ def summed_regularization(adapters: Iterable[Adapter]) -> Tensor | float:
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """What the active adapters do after optimizer step `step`, counted from 1: AdaLoRA brings its ranks to the budget.
+    """What the active adapters do after an optimizer step: AdaLoRA brings its ranks to the budget.
 
     Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
+
+    Args:
+        model: a model with adapters.
+        step: the number of the step, from 1.
+
+    Raises:
+        InputError: where the gradients are gone already, or an earlier step was left out.
     """
     for name in dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.active):
         adapters = adapters_named(model, name)

@@ -130,18 +130,29 @@ def combine_adapters(
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
 ) -> None:
-    """Combine these adapters, weighted, into a new LoRA of the model and make it the active one; see above for how.
+    """Combine these adapters, weighted, into a new LoRA of the model and make it the active one.
 
-    weights: any numbers, also negative: −1 takes back what an adapter has learnt.
-    density: the share of the numbers, above 0 and at most 1, that the methods keep which thin out. The dare methods
-    draw from torch's random numbers. majority_sign_method: "total" or "frequency", for ties and dare_ties.
-    svd_rank: by default the largest rank among the adapters. svd_clamp: both factors are clamped to plus or minus
-    this quantile of their numbers.
-    cat takes LoRAs of any ranks and scalings; svd and …_svd every variant that changes W and nothing else; the others
-    plain LoRAs of one rank. A single adapter is thinned out or truncated too, where PEFT always takes "linear".
-    Raises InputError for what cannot be combined so, naming the layer and the adapter; the model is then unchanged.
+    A single adapter is thinned out or truncated too, where PEFT always takes "linear".
+
+    Args:
+        model: a model with these adapters, not merged.
+        names: which adapters.
+        weights: a number for each, also negative: −1 takes back what an adapter has learnt.
+        new_name: what to call the new one.
+        method: "cat", for LoRAs of any ranks and scalings; "svd" and the methods that end in "_svd", for every variant
+            that changes W and nothing else; "linear", "magnitude_prune", "dare_linear", "ties", "dare_ties", for plain
+            LoRAs of one rank.
+        density: the share of the numbers, above 0 and at most 1, that the methods keep which thin out. The dare methods
+            draw from torch's random numbers.
+        majority_sign_method: "total" or "frequency", for the ties methods.
+        svd_rank: the new rank of the svd methods; by default the largest rank among the adapters.
+        svd_clamp: clamp both factors of an SVD to plus or minus this quantile of their numbers.
+
+    Raises:
+        InputError: for what cannot be combined so, naming the layer and the adapter. The model is then unchanged.
+
     Source: PEFT's `LoraModel.add_weighted_adapter`, with which the results agree, except with use_rslora: there PEFT's
-    sum is √r times too large.
+        sum is √r times too large.
     """
     combination = Combination(method, density, majority_sign_method, svd_rank, svd_clamp)
     if not names or len(names) != len(weights):

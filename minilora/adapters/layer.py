@@ -213,6 +213,12 @@ class LoRALinear(AdaptedLayer):
 
     y = ((b + s₁B₁A₁x) + s₂B₂A₂x + …) + Wx: the small terms first, so that the one large product accumulates onto
     them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
+
+    Args:
+        base_layer: the layer; attributes that this one lacks are read from it.
+
+    Raises:
+        InputError: where the layer cannot take an adapter.
     """
 
     def shared_part(self, x: Tensor) -> LoRAProduct | None:

@@ -24,7 +24,8 @@ from minilora.errors import InputError
 class IA3Config(AdapterConfig):
     """Which layers to scale, in the names of PEFT's `IA3Config`.
 
-    Raises InputError where feedforward_modules is not given.
+    Raises:
+        InputError: where feedforward_modules is not given.
     """
 
     peft_type: ClassVar[str] = "IA3"

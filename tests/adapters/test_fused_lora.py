@@ -111,7 +111,7 @@ def test_a_second_derivative_is_refused_and_torch_func_gives_it() -> None:
 
 
 def kept(run: Callable[[], Any]) -> int:
-    """The numbers that are kept for the way back, apart from parameters, in storages counted once."""
+    """The numbers that are saved for backward, apart from parameters, in storages counted once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

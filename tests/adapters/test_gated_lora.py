@@ -98,7 +98,7 @@ def test_a_layer_gives_the_same_as_one_by_one(dtype: torch.dtype, nf4: bool, bia
 
 
 def kept(run: Callable[[], Any], layer: nn.Module) -> int:
-    """The numbers that are kept for the way back, apart from weights, in storages counted once."""
+    """The numbers that are saved for backward, apart from weights, in storages counted once."""
     weights = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     sizes: dict[int, int] = {}
 
