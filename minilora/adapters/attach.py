@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from minilora.adapters.adapted_module import adapted
@@ -62,8 +61,8 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     By path, on the layer's device.
     """
     variant = adapter_class(config)
-    layers = {path: model.get_submodule(path) for path in targets}
-    bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
+    modules = modules_before_adapters(model)
+    bases = {path: modules[path] for path in targets}
     shared = variant.share(config, bases)
     adapters: dict[str, Adapter] = {}
     # a start like PiSSA's takes every weight apart
@@ -71,15 +70,11 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
         adapters[path] = variant.build(base, config, path, shared)
     adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
-    modules = modules_before_adapters(model)
-    return {
-        path: adapter.to(_device(modules[path])).train(modules[path].training) for path, adapter in adapters.items()
-    }
-
-
-def _device(layer: nn.Module) -> torch.device:
-    """Where the layer's weight lies; a packed one is a buffer."""
-    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+    for path, adapter in adapters.items():
+        layer = modules[path]
+        weight = next(itertools.chain(layer.parameters(), layer.buffers()))  # a packed one is a buffer
+        adapter.to(weight.device).train(layer.training)
+    return adapters
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
@@ -101,7 +96,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             layer = adapted(adapter.base_for(layer))
             if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
                 layer.register_forward_hook(_is_called)
-            _replace(model, path, layer)
+            model.set_submodule(path, layer)
         layer.adapters[name] = adapter
     follow_checkpointing(model)
     set_adapter(model, name)
@@ -116,7 +111,7 @@ def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: st
         elif name in layer.adapters:
             del layer.adapters[name]
             if not layer.adapters:
-                _replace(model, path, layer.base_layer)
+                model.set_submodule(path, layer.base_layer)
 
 
 def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
@@ -130,11 +125,6 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
     if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -207,7 +197,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
-            _replace(model, path, layer.base_layer)
+            model.set_submodule(path, layer.base_layer)
     if not adapter_names(model):
         forget_checkpointing(model)
 
@@ -292,7 +282,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """
     (_merge if merge else unmerge)(model)
     for path, layer in adapted_layers(model).items():
-        _replace(model, path, layer.base_layer)
+        model.set_submodule(path, layer.base_layer)
     forget_checkpointing(model)
     if merge:
         settle_tie(model)

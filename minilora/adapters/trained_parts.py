@@ -91,8 +91,7 @@ class OwnBias(Part):
         return W
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        assert self.bias is not None
-        return {"bias": self.bias}
+        return {"bias": self.get_parameter("bias")}
 
 
 def _own_biases(

@@ -7,7 +7,6 @@
 Kopiczko, Blankevoort and Asano 2024, arXiv 2310.11454, equation 2 and section 3.3.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -67,14 +66,9 @@ class Projections(nn.Module):
     def __init__(self, config: VeRAConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        self.register_buffer("A", kaiming(config.r, in_features, generator), config.save_projection)
-        self.register_buffer("B", kaiming(out_features, config.r, generator), config.save_projection)
-
-
-def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """(rows, columns), uniform with variance 2 / columns."""
-    bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(columns)
-    return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        for name, shape in (("A", (config.r, in_features)), ("B", (out_features, config.r))):
+            matrix = torch.empty(shape, dtype=torch.float32, device="cpu")
+            self.register_buffer(name, nn.init.kaiming_uniform_(matrix, generator=generator), config.save_projection)
 
 
 @register
