@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minilora.adapters import LoRA, LoRAConfig, LoRALinear
 from minilora.adapters.gated_lora import gated_lora
-from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA
-from minilora.adapters.lora_config import LoRAConfig
 from minilora.models.shared_input import project_swiglu
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 

@@ -10,8 +10,11 @@ from helpers.adapters import logits, randomize, tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
+    adapted_layers,
     adapter_names,
+    adapters_for_rows,
     add_adapter,
     delete_adapter,
     disable_adapters,
@@ -19,11 +22,8 @@ from minilora.adapters.attach import (
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora_config import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
-from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {

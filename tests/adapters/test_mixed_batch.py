@@ -22,27 +22,22 @@ from transformers import (
     Phi3Config,
 )
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
     adapter_parameters,
+    adapters_for_rows,
     add_adapter,
     disable_adapters,
     merge,
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora_config import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.evaluation.evaluate import evaluate
-from minilora.evaluation.generate import generate, generate_tokens
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.nf4 import linear
-from minilora.nf4.linear import NF4Linear
-from minilora.training.config import TrainConfig
-from minilora.training.train import train
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
+from minilora.evaluation import evaluate, generate, generate_tokens
+from minilora.models import ModelConfig, Transformer
+from minilora.nf4 import NF4Linear, linear
+from minilora.training import TrainConfig, train
+from minilora.variants import IA3Config, LoHaConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order

@@ -23,9 +23,11 @@ from helpers.training import LLAMA, quantized, random_rows, run, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
     adapter_names,
     adapter_parameters,
+    adapters_for_rows,
     add_adapter,
     after_step,
     disable_adapters,
@@ -35,22 +37,12 @@ from minilora.adapters.attach import (
     unload,
     unmerge,
 )
-from minilora.adapters.lora_config import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.formats.load import load
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.formats.save_pretrained import save_pretrained
-from minilora.merging.into_nf4 import merge_to_nf4
-from minilora.merging.report import merge_report
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.adalora import AdaLoRAConfig
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
-from minilora.variants.lokr import LoKrConfig
-from minilora.variants.vera import VeRAConfig
+from minilora.formats import load, load_adapter, save_adapter, save_pretrained
+from minilora.merging import merge_report, merge_to_nf4
+from minilora.models import ModelConfig, Transformer
+from minilora.nf4 import NF4Linear
+from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"

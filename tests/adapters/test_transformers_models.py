@@ -33,11 +33,18 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters, merge, unload, unmerge
-from minilora.adapters.lora_config import LoRAConfig
-from minilora.adapters.targets import find_targets
+from minilora.adapters import (
+    LoRAConfig,
+    adapter_parameters,
+    add_adapter,
+    disable_adapters,
+    find_targets,
+    merge,
+    unload,
+    unmerge,
+)
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.formats import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minilora.adapters.attach import adapter_parameters
+from minilora.adapters import adapter_parameters
 
 SHAPE = {
     "vocab_size": 64,

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 # float32 sums of a few dozen products, in the layer's order and in that of another routine
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}

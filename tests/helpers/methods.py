@@ -8,9 +8,8 @@ import torch
 from helpers.adapters import IDS
 from torch import Tensor, nn
 
-from minilora.adapters.adapter import AdapterConfig
-from minilora.adapters.attach import adapters_named, add_adapter, merge, unmerge
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.adapters import AdapterConfig, adapters_named, add_adapter, merge, unmerge
+from minilora.formats import load_adapter, save_adapter
 
 FLOAT32 = 1e-5  # of the largest number: two layers of sums over dozens of terms, in another order than PEFT's
 FLOAT64 = 1e-9  # the same in float64, where 10 steps of AdamW have divided small gradients by their own size

@@ -9,8 +9,7 @@ from helpers.adapters import IDS, logits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilora.adapters.attach import adapter_parameters, adapters_named, add_adapter
-from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters import LoRAConfig, adapter_parameters, adapters_named, add_adapter
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 

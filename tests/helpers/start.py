@@ -11,12 +11,9 @@ from helpers.adapters import peft_parameters
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRA
-from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters import LoRA, LoRAConfig, adapter_parameters, add_adapter, kind_of
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 IN, OUT, R, ALPHA = 24, 20, 4, 6
 KINDS = ["linear", "conv1d", "nf4"]

@@ -25,12 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapters_named, add_adapter, after_step, merge, regularization
-from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters import LoRAConfig, adapters_named, add_adapter, after_step, merge, regularization
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.adalora import AdaLoRAConfig
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import AdaLoRAConfig
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 12}

@@ -11,12 +11,11 @@ from helpers.methods import assert_near, both, check_equals_peft, check_folders_
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import add_adapter, merge, set_adapter
-from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, merge, set_adapter
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.ia3 import IA3Config
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import IA3Config
 
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 

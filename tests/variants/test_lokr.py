@@ -14,7 +14,8 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.variants.lokr import LoKrConfig, factors
+from minilora.variants import LoKrConfig
+from minilora.variants.lokr import factors
 
 
 def configs(**values: Any) -> tuple[LoKrConfig, peft.LoKrConfig]:

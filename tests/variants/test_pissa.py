@@ -25,10 +25,9 @@ from helpers.start import (
 )
 from torch import nn
 
-from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
-from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, disable_adapters, set_adapter
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 from minilora.torch_helpers import randomized_svd
 
 
