@@ -13,14 +13,7 @@ from helpers.chat import CHATML, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MixtralConfig,
-    Phi3Config,
-)
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, Phi3Config
 
 from minilora.adapters import (
     LoRAConfig,

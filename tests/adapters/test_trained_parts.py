@@ -11,14 +11,7 @@ import pytest
 import torch
 from helpers.adapters import IDS, logits, tiny_llama
 from helpers.chat import CHATML, tiny
-from helpers.peft import (
-    FLOAT32,
-    assert_same_logits_and_gradients,
-    ours_on,
-    peft_on,
-    shake,
-    tiny_gpt2,
-)
+from helpers.peft import FLOAT32, assert_same_logits_and_gradients, ours_on, peft_on, shake, tiny_gpt2
 from helpers.training import LLAMA, quantized, random_rows, run, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
