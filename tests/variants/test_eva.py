@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from helpers.adapters import logits, peft_parameters, randomize, tiny_llama
-from helpers.start import assert_refused, conv, embedding
+from helpers.start import Start, refused
 from helpers.training import tiny_base
 from peft import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
@@ -224,8 +224,7 @@ def test_other_adapters_and_the_mode_are_let_be() -> None:
 
 
 def test_where_it_cannot_be_is_refused() -> None:
-    assert_refused("eva", conv(), "linear layer, not Conv2d")
-    assert_refused("eva", embedding(), "linear layer, not Embedding")
+    Start("eva").check_takes_linear_layers_only()
 
 
 @pytest.mark.parametrize(
@@ -245,12 +244,8 @@ def test_what_stops_it_is_named_and_leaves_the_model_alone(
 ) -> None:
     monkeypatch.setattr(eva, "MOST_PASSES", 2)
     model = ours(**config)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=message):
+    with refused(model, message):
         eva.initialize(model, data, **options, forward=language_model_loss)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(layer._forward_pre_hooks or not layer.enabled for layer in adapted_layers(model).values())
 
 
 def test_a_merged_model_is_refused() -> None:
