@@ -120,6 +120,11 @@ class Trial:
             shake(model, name, seed)
         return model
 
+    def model_and_input(self, layer: str, *names: str, **changed: Any) -> tuple[nn.Sequential, Tensor]:
+        """The same model, and what it takes."""
+        model = self.model(layer, *names, **changed)
+        return model, example_input(model)
+
     def takes(self, layer: str) -> bool:
         """True if the variant can adapt this kind of layer; for an nn.Linear that it cannot, the InputError."""
         try:
@@ -129,6 +134,17 @@ class Trial:
                 raise
             return False
         return True
+
+    def expect(self, holds: bool, expected: str, found: str, look_at: str) -> None:
+        """Fail where the condition does not hold, saying what to look at: the name of a method or attribute."""
+        if not holds:
+            raise AssertionError(f"expected {expected}; found {found}; look at {self.variant.__name__}.{look_at}")
+
+    def expect_equal(self, a: Tensor, b: Tensor, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
+        """Fail where |a − b| / |b| is not below the tolerance."""
+        error, same_shape = distance(a, b), a.shape == b.shape
+        found = f"a relative error of {error:.1e}" if same_shape else f"shapes {tuple(a.shape)}, {tuple(b.shape)}"
+        self.expect(error < tolerance, f"{expected} (within {tolerance:.0e})", found, look_at)
 
 
 @torch.no_grad()
@@ -239,19 +255,6 @@ def check(*layers: str) -> Callable[[Function], Check]:
         return CHECKS[-1]
 
     return decorate
-
-
-def expect(holds: bool, trial: Trial, expected: str, found: str, look_at: str) -> None:
-    """Fail where the condition does not hold, saying what to look at: the name of a method or attribute."""
-    if not holds:
-        raise AssertionError(f"expected {expected}; found {found}; look at {trial.variant.__name__}.{look_at}")
-
-
-def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
-    """Fail where |a − b| / |b| is not below the tolerance."""
-    error = distance(a, b)
-    found = f"a relative error of {error:.1e}" if a.shape == b.shape else f"shapes {tuple(a.shape)}, {tuple(b.shape)}"
-    expect(error < tolerance, trial, f"{expected} (within {tolerance:.0e})", found, look_at)
 
 
 def _method_that_raised(error: Exception, trial: Trial) -> str:
