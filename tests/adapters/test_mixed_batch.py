@@ -114,6 +114,17 @@ def close_to_scale(a: Tensor, b: Tensor) -> bool:
     return bool(size > 0) and close(a / size, b / size)
 
 
+def check_rows_alone(model: nn.Module, x: Tensor) -> None:
+    """Outputs and gradients of a mixed batch are those of its rows, each alone with its adapter."""
+    with torch.no_grad():
+        with adapters_for_rows(model, NAMES):
+            mixed = model(x)
+        assert close(mixed, alone(model, NAMES, lambda i: model(x[i : i + 1])))
+    expected = gradients_alone(model, lambda i: model(x[i : i + 1]))
+    for key, gradient in gradients_mixed(model, lambda: model(x)).items():
+        assert close_to_scale(gradient, expected[key]), key
+
+
 # --- what a row computes ---------------------------------------------------------------------------------------------
 
 
@@ -299,13 +310,7 @@ def test_dora_and_lora_in_one_batch(quantized: bool) -> None:
         for parameter in adapter_parameters(model, name).values():
             nn.init.normal_(parameter, std=0.3)
     x = torch.randn(5, 3, 64)
-    with torch.no_grad():
-        with adapters_for_rows(model, NAMES):
-            mixed = model(x)
-        assert close(mixed, alone(model, NAMES, lambda i: model(x[i : i + 1])))
-    expected = gradients_alone(model, lambda i: model(x[i : i + 1]))
-    for key, gradient in gradients_mixed(model, lambda: model(x)).items():
-        assert close_to_scale(gradient, expected[key]), key
+    check_rows_alone(model, x)
 
 
 def test_any_variants_in_one_batch_on_any_layers() -> None:
@@ -318,13 +323,7 @@ def test_any_variants_in_one_batch_on_any_layers() -> None:
         for parameter in adapter_parameters(model, name).values():
             nn.init.normal_(parameter, mean=0.5, std=0.3)
     ids = torch.arange(35).reshape(5, 7) * 3 % 11
-    with torch.no_grad():
-        with adapters_for_rows(model, NAMES):
-            mixed = model(ids)
-        assert close(mixed, alone(model, NAMES, lambda i: model(ids[i : i + 1])))
-    expected = gradients_alone(model, lambda i: model(ids[i : i + 1]))
-    for key, gradient in gradients_mixed(model, lambda: model(ids)).items():
-        assert close_to_scale(gradient, expected[key]), key
+    check_rows_alone(model, ids)
 
 
 # --- generate --------------------------------------------------------------------------------------------------------

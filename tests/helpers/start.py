@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.adapters import peft_parameters
+from helpers.layers import rel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,11 +43,6 @@ def as_linear(model: nn.Sequential) -> nn.Sequential:
 
 def adapter(model: nn.Module) -> LoRA:
     return model[0].adapters["default"]
-
-
-def rel(a: Tensor, b: Tensor) -> float:
-    """|a − b| / |b| in float64, Frobenius norms."""
-    return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
 
 
 @contextmanager
