@@ -52,8 +52,8 @@ class AdapterConfig:
                 object.__setattr__(self, field.name, sorted(value, key=str))
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             names = getattr(self, key)
-            if names is not None and not (isinstance(names, str | list | tuple) and all(type(n) is str for n in names)):
-                raise InputError(f"{key} must be a string or a list of strings, not {names!r}")
+            are_names = isinstance(names, str | list | tuple) and all(type(name) is str for name in names)
+            self.require(key, names is None or are_names, "a string or a list of strings")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(
                 "layers_pattern says where a block's number stands: give the numbers in layers_to_transform"
@@ -106,15 +106,16 @@ class Adapter(nn.Module):
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
     additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
     changes_weight: ClassVar[bool] = True  # W' is not W
+    any_module: ClassVar[bool] = False  # it may sit on a module of no kind, whose `kind` is None then
     replaces: ClassVar[bool] = False  # y takes no account of W, so that two of them cannot act together
     held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:
         super().__init__()
         kind = kind_of(layer)
-        if kind is None:
+        if kind is None and not self.any_module:
             raise InputError(f"{path or 'the layer'} is a {type(layer).__name__}: it cannot take an adapter")
-        self.kind: LayerKind = kind
+        self.kind: LayerKind = kind  # type: ignore[assignment]
         self.config: Any = config
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)  # see train_bias

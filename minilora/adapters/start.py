@@ -28,10 +28,8 @@ def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, 
     Raises InputError where as_lora is asked of what is no LoRA, or belongs on a base that LoftQ made.
     """
     lost = any(
-        not_derivable(getattr(adapter.config, "init_lora_weights", None))
-        or _starts_in_4_bits(adapter)
-        or _starts_elsewhere_in_peft(adapter)
-        for adapter in adapters.values()
+        not_derivable(getattr(adapter.config, "init_lora_weights", None)) or _why_it_differs(path, adapter)
+        for path, adapter in adapters.items()
     )
     return _plain(adapters) if as_lora or lost else adapters
 
@@ -56,22 +54,23 @@ def not_derivable(init_lora_weights: Any) -> bool:
 def check_derived_start(adapters: Mapping[str, Adapter]) -> None:
     """Raises InputError where adapters built to be loaded would start from other weights than those of the file."""
     for path, adapter in adapters.items():
-        if _starts_in_4_bits(adapter):
-            raise InputError(
-                f"init_lora_weights={adapter.config.init_lora_weights!r} starts from the full weights, and {path} is in"
-                " 4 bits: load the model without quantize=, and from there save_adapter(..., as_lora=True)"
-            )
-        if _starts_elsewhere_in_peft(adapter):
-            raise InputError(
-                f"init_lora_weights='olora' on {path}, a Conv1D, whose weight PEFT decomposes transposed: the start is"
-                " not OLoRA's; merge the adapter where it was trained, with PEFT's merge_and_unload()"
-            )
+        if why := _why_it_differs(path, adapter):
+            raise InputError(why)
 
 
-def _starts_in_4_bits(adapter: Adapter) -> bool:
-    return isinstance(adapter, LoRA) and adapter.start_A is not None and isinstance(adapter.kind, NF4Kind)
-
-
-def _starts_elsewhere_in_peft(adapter: Adapter) -> bool:
-    is_olora = isinstance(adapter, LoRA) and adapter.config.init_lora_weights == "olora"
-    return is_olora and isinstance(adapter.kind, TransposedLinearKind)
+def _why_it_differs(path: str, adapter: Adapter) -> str | None:
+    """Why B₀A₀ derived here is another than what is derived elsewhere; None where it is the same."""
+    if not isinstance(adapter, LoRA):
+        return None
+    init = adapter.config.init_lora_weights
+    if adapter.start_A is not None and isinstance(adapter.kind, NF4Kind):
+        return (
+            f"init_lora_weights={init!r} starts from the full weights, and {path} is in"
+            " 4 bits: load the model without quantize=, and from there save_adapter(..., as_lora=True)"
+        )
+    if init == "olora" and isinstance(adapter.kind, TransposedLinearKind):
+        return (
+            f"init_lora_weights='olora' on {path}, a Conv1D, whose weight PEFT decomposes transposed: the start is"
+            " not OLoRA's; merge the adapter where it was trained, with PEFT's merge_and_unload()"
+        )
+    return None

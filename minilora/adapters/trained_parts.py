@@ -60,11 +60,7 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
 class Part(Adapter):
     """A trained part of the model that is not an update of a layer's weight; the layer may be any module."""
 
-    def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-        self.kind = kind_of(layer)  # type: ignore[assignment]  # None on a module that only a Part can train
-        self.register_parameter("bias", None)
+    any_module = True
 
     def updates(self) -> dict[str, Tensor]:
         """What it adds to parameters of the module, by name."""

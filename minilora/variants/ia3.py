@@ -70,12 +70,10 @@ class IA3(Adapter):
         if isinstance(self.kind, EmbeddingKind):
             raise InputError(f"{path or 'the layer'} is an embedding: (IA)³ scales linear layers and convolutions")
         self.is_feedforward = config.is_feedforward(path)
-        shape: tuple[int, ...]
+        channels = self.kind.in_features if self.is_feedforward else self.kind.out_features
+        shape: tuple[int, ...] = (1, channels) if self.is_feedforward else (channels, 1)
         if isinstance(self.kind, ConvKind):
-            channels = self.kind.in_features if self.is_feedforward else self.kind.out_features
             shape = (1, channels, *[1] * (len(self.kind.shape) - 2))
-        else:
-            shape = (1, self.kind.in_features) if self.is_feedforward else (self.kind.out_features, 1)
         self.ia3_l = nn.Parameter(torch.randn(shape, dtype=torch.float32))
         if config.init_ia3_weights:
             nn.init.ones_(self.ia3_l)
