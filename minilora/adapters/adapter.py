@@ -73,10 +73,7 @@ class AdapterConfig:
 
 
 def ends_with(pattern: str, path: str) -> bool:
-    """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern.
-
-    Raises InputError for what is no regular expression.
-    """
+    """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", path) is not None
     except re.error as error:
@@ -276,10 +273,7 @@ def register(variant: type[Adapter]) -> type[Adapter]:
 
 
 def adapter_class(config: AdapterConfig) -> type[Adapter]:
-    """The variant for a configuration: of those that handle it, the one registered last.
-
-    Raises InputError where none does.
-    """
+    """The variant for a configuration: of those that handle it, the one registered last."""
     for variant in reversed(_variants):
         if variant.handles(config):
             return variant
@@ -287,7 +281,7 @@ def adapter_class(config: AdapterConfig) -> type[Adapter]:
 
 
 def config_class(peft_type: str) -> type[AdapterConfig]:
-    """The configuration class for PEFT's name of a method. Raises InputError where no variant has that name."""
+    """The configuration class for PEFT's name of a method."""
     classes = {variant.config_class.peft_type: variant.config_class for variant in _variants}
     if peft_type not in classes:
         raise InputError(f"peft_type is {peft_type!r}, which is not one of {sorted(classes)}")

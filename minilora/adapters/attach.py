@@ -56,10 +56,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
 
 def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
-    """An adapter for the layer at each of these paths and all else that the configuration trains, not yet on the model.
-
-    By path, on the layer's device.
-    """
+    """By path an adapter for each of these layers, on its device, and what else the configuration trains; not attached."""
     variant = adapter_class(config)
     modules = modules_before_adapters(model)
     bases = {path: modules[path] for path in targets}
@@ -140,10 +137,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """The adapters of this name by the path of their layer, in the model's order.
-
-    Raises InputError where the model has none.
-    """
+    """The adapters of this name by the path of their layer, in the model's order; InputError where there are none."""
     check_names(model, [name])
     layers = adapted_layers(model).items()
     return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
@@ -307,10 +301,7 @@ def refuse_merged(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The adapter's parameters by `<path of the layer>.lora_A`, `.lora_B` and so on, in the model's order.
-
-    One that a tied pair shares is named once. Raises InputError where the model has no such adapter.
-    """
+    """The adapter's parameters by `<path of the layer>.lora_A` and so on; one that a tied pair shares is named once."""
     found: dict[nn.Parameter, str] = {}
     for path, adapter in adapters_named(model, name).items():
         for key, parameter in adapter.named_parameters():

@@ -141,10 +141,7 @@ class LoRA(Adapter):
         return self.new_base[0] if self.new_base else layer
 
     def as_plain(self) -> "LoRA":
-        """A copy with the same update that starts where LoRA always does: its factors are its parameters.
-
-        Raises InputError for an adapter of LoftQ, whose update is meant for the base that LoftQ made.
-        """
+        """A copy with the same update that starts where LoRA always does: its factors are its parameters."""
         if self.config.init_lora_weights == "loftq":
             raise InputError(
                 "an adapter that LoftQ initialized belongs on the 4-bit base that LoftQ made, and is none for another:"

@@ -71,10 +71,7 @@ class ParameterLoRA(Part):
 
 
 def parameter_updates(model: nn.Module, config: AdapterConfig) -> dict[str, ParameterLoRA]:
-    """The updates that `target_parameters` asks for, by the path of the module that has the parameters.
-
-    Raises InputError for a name that is no parameter's, for a layer's weight, and for what PEFT does not combine.
-    """
+    """The updates that `target_parameters` asks for, by the path of the module that has the parameters."""
     targets = getattr(config, "target_parameters", None)
     if not targets:
         return {}

@@ -23,10 +23,7 @@ from minilora.errors import InputError
 
 
 def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, Adapter]:
-    """These adapters, by path, or plain ones in their place, if asked for or if their start would be lost.
-
-    Raises InputError where as_lora is asked of what is no LoRA, or belongs on a base that LoftQ made.
-    """
+    """These adapters, by path, or plain LoRAs in their place, if asked for or if their start would be lost."""
     lost = any(
         not_derivable(getattr(adapter.config, "init_lora_weights", None)) or _why_it_differs(path, adapter)
         for path, adapter in adapters.items()

@@ -193,10 +193,7 @@ def _names_to_save(config: AdapterConfig) -> list[str]:
 
 
 def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm".
-
-    Raises InputError where one has adapters inside, or is inside another.
-    """
+    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm"."""
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
@@ -214,11 +211,7 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
-    """A list in which one name of several is misspelled would silently train less than was asked for.
-
-    Raises InputError for a name in target_modules or modules_to_save, or a number in layers_to_transform, that matches
-    nothing in the model.
-    """
+    """A list in which one name of several is misspelled would silently train less than was asked for."""
     paths = list(modules_before_adapters(model))
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key)
@@ -236,10 +229,7 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def check_every_pattern_matches(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
-    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for.
-
-    Raises InputError for a key of rank_pattern or alpha_pattern that no target's path ends with.
-    """
+    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for."""
     of_parameters = dict(model.named_parameters()) if getattr(config, "target_parameters", None) else {}
     of_adalora = [f"{path}.lora_E" for path in targets]
     for key in ("rank_pattern", "alpha_pattern"):

@@ -34,10 +34,7 @@ from minilora.nf4 import NF4Linear
 
 
 def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
-    """Add to the adapters of the target layers, by path, what else the configuration trains; the model is not changed.
-
-    Raises InputError where a layer is named twice, and for token ids that are not in the embedding.
-    """
+    """Add to the adapters of the target layers, by path, what else the configuration trains."""
     modules = modules_before_adapters(model)
     tie_updates(model, config, adapters)
     copies = {path: TrainedCopy(modules[path], config) for path in find_modules_to_save(model, config)}

@@ -32,10 +32,9 @@ def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Ad
 
 
 class TiedLoRA(Adapter):
-    """The LoRA of a head that has its weight from the embedding: ΔW (tokens, dim) is the embedding's, transposed.
+    """The LoRA of a tied head, without parameters of its own: ΔW (tokens, dim) is the embedding's, transposed.
 
-    It has no parameters of its own. The factors start as the head's would: with the same seed at PEFT's numbers, in
-    another order.
+    The factors start as the head's would: with the same seed at PEFT's numbers, in another order.
     """
 
     def __init__(self, layer: nn.Module, path: str, head: LoRA, embedding: LoRA) -> None:

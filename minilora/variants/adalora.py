@@ -105,7 +105,6 @@ class AdaLoRA(Adapter):
     """lora_A (r, in·kernel), lora_E (r, 1) and lora_B (out, r) of a linear layer or an nn.Conv2d.
 
     r is init_r; less once it is loaded with the rank_pattern of a training that is over: then `after_step` leaves it.
-    Raises InputError for any other layer, and for grouped convolutions.
     """
 
     config_class = AdaLoRAConfig

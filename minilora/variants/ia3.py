@@ -56,11 +56,7 @@ class IA3Config(AdapterConfig):
 
 @register
 class IA3(Adapter):
-    """ia3_l: (out, 1), or (1, in) in a feed-forward layer; for a convolution (1, channels, 1, …).
-
-    Raises InputError for an embedding, and for a name in feedforward_modules that no target has.
-    Source: arXiv 2205.05638, section 3.3.
-    """
+    """ia3_l: (out, 1), or (1, in) in a feed-forward layer; for a convolution (1, channels, 1, …)."""
 
     config_class = IA3Config
     additive = False

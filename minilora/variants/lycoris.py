@@ -57,10 +57,7 @@ class LycorisConfig(AdapterConfig):
 
 
 class Lycoris(Adapter):
-    """An adapter whose ΔW is `update()`: a subclass implements that alone, in the `shape` (out, in/groups, *kernel).
-
-    Linear layers, nn.Conv1d and nn.Conv2d, as in PEFT. Raises InputError for any other.
-    """
+    """An adapter whose ΔW is `update()`: a subclass implements that alone, in the `shape` (out, in/groups, *kernel)."""
 
     rescales_rows = True  # rank dropout makes up for what it dropped
 

@@ -55,10 +55,7 @@ class VeRAConfig(AdapterConfig):
 
 
 class Projections(nn.Module):
-    """The frozen pair that all layers share: A (r, largest in_features), B (largest out_features, r).
-
-    The same key draws the same numbers as in PEFT.
-    """
+    """The frozen A (r, largest in_features) and B (largest out_features, r), drawn as PEFT draws them."""
 
     A: Tensor
     B: Tensor
@@ -73,10 +70,7 @@ class Projections(nn.Module):
 
 @register
 class VeRA(Adapter):
-    """vera_lambda_b (out_features,) and vera_lambda_d (r,) of one linear layer, and the pair that all layers share.
-
-    Raises InputError for any other layer.
-    """
+    """vera_lambda_b (out_features,) and vera_lambda_d (r,) of one linear layer, and the pair that all layers share."""
 
     config_class = VeRAConfig
 

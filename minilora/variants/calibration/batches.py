@@ -35,10 +35,7 @@ def attended_tokens(batch: Any) -> Tensor | None:
 
 
 def loras_to_start(model: nn.Module, name: str, init_lora_weights: str) -> dict[str, LoRA]:
-    """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data.
-
-    Raises InputError where the model has no such adapter or is merged, and for another method or initialisation.
-    """
+    """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data."""
     found = {path: each for path, each in adapters_named(model, name).items() if isinstance(each, LoRA)}
     if not found:
         raise InputError(f"adapter {name!r} is no LoRA: there is nothing to initialize from data")
@@ -50,7 +47,7 @@ def loras_to_start(model: nn.Module, name: str, init_lora_weights: str) -> dict[
 
 
 def as_list(batches: Iterable[Any]) -> list[Any]:
-    """The batches, to go through more than once. Raises InputError where there are none."""
+    """The batches, at least one, to go through more than once."""
     found = list(batches)
     if not found:
         raise InputError("there are no batches to look at")
