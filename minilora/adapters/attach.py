@@ -56,7 +56,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
 
 def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
-    """By path an adapter for each of these layers, on its device, and what else the configuration trains; not attached."""
+    """By path an adapter for each of these layers, on its device, and what else the configuration trains."""
     variant = adapter_class(config)
     modules = modules_before_adapters(model)
     bases = {path: modules[path] for path in targets}

@@ -193,7 +193,7 @@ def _names_to_save(config: AdapterConfig) -> list[str]:
 
 
 def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm"."""
+    """Paths of the modules whose end modules_to_save names, as in PEFT: "norm" is the end of "input_layernorm"."""
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
