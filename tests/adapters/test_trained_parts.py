@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.adapters import IDS, logits, tiny_llama
 from helpers.chat import CHATML, tiny
-from helpers.peft import FLOAT32, assert_same_logits_and_gradients, ours_on, peft_on, shake, tiny_gpt2
+from helpers.peft import FLOAT32, assert_same_logits_and_gradients, check_both_ways, ours_on, peft_on, shake, tiny_gpt2
 from helpers.training import LLAMA, quantized, random_rows, run, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -97,16 +97,8 @@ def test_both_ways_through_the_folder(case: str, tmp_path: Path) -> None:
     base = MODELS[model]()
     ours = ours_on(copy.deepcopy(base), config)
     shake(ours)
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
     assert not torch.allclose(logits(ours), logits(base), **FLOAT32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(base)
-    load_adapter(again, tmp_path / "theirs", "again")
-    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
-    with disable_adapters(again):
-        assert torch.equal(logits(again), logits(base))
+    check_both_ways(ours, base, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -504,13 +496,7 @@ def test_every_method_takes_them_along(method: str, tmp_path: Path) -> None:
     after_step(ours, 1)
     for name, parameter in adapter_parameters(ours).items():
         assert parameter.grad is not None, name
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(base)
-    load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
+    check_both_ways(ours, base, tmp_path)
     with disable_adapters(ours):
         assert torch.equal(logits(ours), logits(base))
     tuned = logits(ours)
