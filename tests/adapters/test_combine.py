@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import logits, tiny_llama
+from helpers.adapters import ALL, logits, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -26,7 +26,6 @@ from minilora.formats import load_adapter, save_adapter
 from minilora.nf4 import NF4Linear
 from minilora.variants import IA3Config, LoHaConfig
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAME_RANK: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
     "de": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "up_proj"]},

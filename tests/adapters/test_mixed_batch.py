@@ -5,10 +5,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import peft
 import pytest
 import torch
-from helpers.adapters import IDS, SHAPE, logits, peft_parameters, randomize, tiny_llama
+from helpers.adapters import (
+    ALL,
+    IDS,
+    SHAPE,
+    close,
+    logits,
+    peft_parameters,
+    peft_with_adapters,
+    randomize,
+    tiny_llama,
+    with_adapters,
+)
 from helpers.chat import CHATML, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,9 +42,6 @@ from minilora.nf4 import NF4Linear, linear
 from minilora.training import TrainConfig, train
 from minilora.variants import IA3Config, LoHaConfig
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order
-
 CONFIGS: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
     "de": {"r": 2, "target_modules": ["v_proj", "up_proj"], "rank_pattern": {"layers.1.*v_proj": 5}},
@@ -42,32 +49,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 NAMES = ["fr", "__base__", "de", "pl", "fr"]
 ROWS = torch.arange(60).reshape(5, 12) * 7 % SHAPE["vocab_size"]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, **FLOAT32)
-
-
-def with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], scale: float = 1.0) -> nn.Module:
-    for seed, (name, config) in enumerate(configs.items()):
-        add_adapter(model, LoRAConfig(**config), name)
-        randomize(model, name, seed)
-        for key, parameter in adapter_parameters(model, name).items():
-            if key.endswith("lora_A"):
-                parameter.data *= scale
-    return model.eval()
-
-
-def peft_with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], task: str | None = "CAUSAL_LM") -> Any:
-    theirs: Any = None
-    for seed, (name, config) in enumerate(configs.items()):
-        peft_config = peft.LoraConfig(task_type=task, **config)
-        if theirs is None:
-            theirs = peft.get_peft_model(copy.deepcopy(model), peft_config, name)
-        else:
-            theirs.add_adapter(name, peft_config)
-        randomize(theirs, name, seed)
-    return theirs.eval()
 
 
 def alone(model: nn.Module, names: list[str], run: Callable[[int], Tensor]) -> Tensor:

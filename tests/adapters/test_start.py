@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import IDS, logits, tiny_llama
+from helpers.adapters import ALL, FLOAT32, IDS, logits, tiny_llama
 from helpers.peft import tiny_gpt2
 from helpers.training import PADDING, random_rows, tiny_base
 from peft import LoraGAConfig
@@ -27,9 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # PEFT's
 ]
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = [{"input_ids": IDS, "labels": IDS}]
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 
 DERIVABLE = ["pissa", "olora"]
 LOST = ["pissa_niter_4", "lora_ga"]

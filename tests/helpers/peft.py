@@ -6,14 +6,12 @@ from typing import Any
 
 import peft
 import torch
-from helpers.adapters import IDS, logits
+from helpers.adapters import FLOAT32, IDS, logits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.adapters import LoRAConfig, adapter_parameters, adapters_named, add_adapter, disable_adapters
 from minilora.formats import load_adapter, save_adapter
-
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:

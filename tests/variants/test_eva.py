@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import logits, peft_parameters, randomize, tiny_llama
+from helpers.adapters import ALL, logits, peft_parameters, randomize, tiny_llama
 from helpers.start import Start, refused
 from helpers.training import tiny_base
 from peft import EvaConfig, initialize_lora_eva_weights
@@ -32,7 +32,6 @@ from minilora.variants import eva
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization used")  # PEFT's
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 APART = ["o_proj", "down_proj"]  # layers whose inputs no other layer has
 
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.adapters import IDS, logits, peft_parameters, tiny_llama
+from helpers.adapters import ALL, IDS, logits, peft_parameters, tiny_llama
 from helpers.start import IN, KINDS, OUT, R, Start, adapter, as_linear, base, refused, rel, seeded
 from helpers.training import tiny_base
 from peft import LoraGAConfig
@@ -20,7 +20,6 @@ from minilora.variants import lora_ga
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = 1e-5  # gradients through two blocks of sums of dozens of terms, 6e-8 each
 OPTIONS: list[dict[str, Any]] = [
     {},
