@@ -129,8 +129,8 @@ class Adapter(nn.Module):
 
     @classmethod
     def build(cls, layer: nn.Module, config: Any, path: str, shared: Any) -> "Adapter":
-        """The adapter of one layer; a variant that overrides `share` overrides this too, to receive it."""
-        return cls(layer, config, path)
+        """The adapter of one layer; what `share` made, if anything, is the constructor's last argument."""
+        return cls(layer, config, path, *([] if shared is None else [shared]))
 
     # --- what an additive variant implements
 

@@ -223,15 +223,13 @@ class LoRALinear(AdaptedLayer):
 
     def shared_part(self, x: Tensor) -> LoRAProduct | None:
         """What forward computes, for `shared_input.project`; None but where one plain LoRA acts on a frozen W and b."""
-        adapter, base = self._only_adapter(x), self.base_layer
-        W = None if adapter is None else _frozen_weight(base, x.dtype)
-        low_rank = None if adapter is None or W is None else adapter.low_rank()
-        return None if W is None or low_rank is None else LoRAProduct(W, base.bias, *low_rank)
+        low_rank = self._only_low_rank(x)
+        W = None if low_rank is None else _frozen_weight(self.base_layer, x.dtype)
+        return None if W is None or low_rank is None else LoRAProduct(W, self.base_layer.bias, *low_rank)
 
     def after_swiglu(self, gate: Tensor, up: Tensor) -> Tensor | None:
         """forward(silu(gate) · up), for `shared_input.project_swiglu`; None but where one plain LoRA acts."""
-        adapter = self._only_adapter(up)
-        low_rank = None if adapter is None else adapter.low_rank()
+        low_rank = self._only_low_rank(up)
         start = self.start([], up.dtype)
         if low_rank is None or (start is not None and start.requires_grad):
             return None
@@ -239,13 +237,13 @@ class LoRALinear(AdaptedLayer):
         x, update = gated_lora(gate.reshape(-1, width), up.reshape(-1, width), start, *low_rank)
         return self.onto(update.view(*up.shape[:-1], update.shape[1]), x.view(up.shape))
 
-    def _only_adapter(self, x: Tensor) -> Adapter | None:
-        """The one adapter that acts on x, if nothing but the layer's product and its update would be in y."""
+    def _only_low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A, B, s of the one adapter that acts on x, if nothing but the layer's product and s·B(A x) would be in y."""
         adapters = self.acting_adapters()
         if self.row_names is not None or len(adapters) != 1 or type(self).forward is not AdaptedLayer.forward:
             return None
         plain = is_plainly_called(adapters[0]) and adapters[0]._parameters["bias"] is None and runs_as_written(x)
-        return adapters[0] if plain else None
+        return adapters[0].low_rank() if plain else None
 
     def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
         base = self.base_layer

@@ -141,10 +141,6 @@ class AdaLoRA(Adapter):
     def share(cls, config: AdaLoRAConfig, layers: Mapping[str, nn.Module]) -> int:
         return len(layers)
 
-    @classmethod
-    def build(cls, layer: nn.Module, config: AdaLoRAConfig, path: str, shared: int) -> "AdaLoRA":
-        return cls(layer, config, path, shared)
-
     # --- the update
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:

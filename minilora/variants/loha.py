@@ -50,15 +50,7 @@ class LoHa(Lycoris):
         else:
             self.hada_w1_a, self.hada_w1_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
             self.hada_w2_a, self.hada_w2_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-uniform all but one factor, in the order in which PEFT draws."""
-        for name, factor in self.named_parameters():
-            if name == "hada_w2_b" and self.config.init_weights:
-                nn.init.zeros_(factor)
-            else:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.reset_parameters(zero=["hada_w2_b"] if config.init_weights else [])
 
     def update(self) -> Tensor:
         p = self.float32_factors()

@@ -76,18 +76,8 @@ class LoKr(Lycoris):
             self.lokr_t2 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
         else:
             self.lokr_w2_a, self.lokr_w2_b = empty(c, r), empty(r, d * math.prod(kernel))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-uniform all but one factor, in the order in which PEFT draws."""
-        zeros: dict[bool | str, tuple[str, ...]] = {
-            True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()
-        }  # fmt: skip
-        for name, factor in self.named_parameters():
-            if name in zeros[self.config.init_weights]:
-                nn.init.zeros_(factor)
-            else:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        zero = {True: ["lokr_w1", "lokr_w1_a"], "lycoris": ["lokr_w2", "lokr_w2_b"], False: []}[config.init_weights]
+        self.reset_parameters(zero)
 
     def update(self) -> Tensor:
         p = self.float32_factors()

@@ -7,6 +7,8 @@
 Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, section 3.
 """
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -75,6 +77,14 @@ class Lycoris(Adapter):
         self.scaling = first_match(config.alpha_pattern, path, config.alpha) / self.r
         # a kernel of one point is a matrix already
         self.factors_kernel = config.use_effective_conv2d and max(kernel, default=1) > 1
+
+    def reset_parameters(self, zero: Collection[str]) -> None:
+        """Kaiming-uniform all factors but those named, in the order in which PEFT draws."""
+        for name, factor in self.named_parameters():
+            if name in zero:
+                nn.init.zeros_(factor)
+            else:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def update(self) -> Tensor:
         """ΔW/s in the order of W's elements, and of as many."""

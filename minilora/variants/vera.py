@@ -93,10 +93,6 @@ class VeRA(Adapter):
             raise InputError(f"{path} is a {type(layers[path]).__name__}: VeRA adapts linear layers only")
         return Projections(config, max(k.in_features for k in linear), max(k.out_features for k in linear))
 
-    @classmethod
-    def build(cls, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> "VeRA":
-        return cls(layer, config, path, shared)
-
     def projections(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of this layer: the first columns and rows of the shared ones, in its own dtype."""
         A, B = self.shared.A[:, : self.kind.in_features], self.shared.B[: self.kind.out_features]
