@@ -29,6 +29,7 @@ class AdapterConfig:
 
     peft_type: ClassVar[str] = ""  # PEFT's name of the method, written to adapter_config.json
     peft_lacks: ClassVar[frozenset[str]] = frozenset()  # keys that PEFT's configuration of this method does not have
+    pattern_suffix: ClassVar[str] = ""  # what follows a layer's path in what rank_pattern matches
 
     target_modules: str | list[str] | None = None
     """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""

@@ -142,7 +142,7 @@ class LoRA(Adapter):
 
     def as_plain(self) -> "LoRA":
         """A copy with the same update that starts where LoRA always does: its factors are its parameters."""
-        if self.config.init_lora_weights == "loftq":
+        if self.new_base:
             raise InputError(
                 "an adapter that LoftQ initialized belongs on the 4-bit base that LoftQ made, and is none for another:"
                 " merge it, unload(model, merge=True), and save the whole model with save_pretrained"

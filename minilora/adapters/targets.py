@@ -230,12 +230,13 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
 
 def check_every_pattern_matches(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
     """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for."""
-    of_parameters = dict(model.named_parameters()) if getattr(config, "target_parameters", None) else {}
-    of_adalora = [f"{path}.lora_E" for path in targets]
+    names = [f"{path}{config.pattern_suffix}" for path in targets]
+    if getattr(config, "target_parameters", None):
+        names += dict(model.named_parameters())
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key, None) or {}:
-            if not any(ends_with(pattern, path) for path in [*targets, *of_parameters, *of_adalora]):
-                near = nearest_names([pattern], [*targets, *of_parameters])
+            if not any(ends_with(pattern, name) for name in names):
+                near = nearest_names([pattern], names)
                 raise InputError(f"{key}: {pattern!r} matches no layer that is adapted; {near}")
 
 

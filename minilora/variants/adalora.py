@@ -41,6 +41,7 @@ class AdaLoRAConfig(LoRAConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    pattern_suffix: ClassVar[str] = ".lora_E"
 
     target_r: int = 8
     """the average rank of a layer at the end"""
