@@ -62,7 +62,7 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     bases = {path: modules[path] for path in targets}
     shared = variant.share(config, bases)
     adapters: dict[str, Adapter] = {}
-    # a start like PiSSA's takes every weight apart
+    # a start like PiSSA's decomposes every weight: it takes a while
     for path, base in with_progress(bases.items(), len(bases), "Making adapters", "layers"):
         adapters[path] = variant.build(base, config, path, shared)
     adapters |= parameter_updates(model, config)

@@ -12,8 +12,8 @@ product with W:
     ∂L/∂up = ∂L/∂x · silu(gate)
     ∂L/∂gate = ∂L/∂x · up · silu′(gate)
 
-The product with W is apart because it saves nothing for backward: gradient checkpointing stops a block's recomputation
-at the last saved tensor, and so does not make the block's last product, a quarter of an MLP block's work, in vain.
+The product with W is separate because it saves nothing for backward: gradient checkpointing recomputes a block up to
+the last saved tensor, and so does not make the block's last product, a quarter of an MLP block's work, in vain.
 """
 
 from typing import Any

@@ -108,10 +108,9 @@ def require_linear(adapter: Factors, layer: nn.Module) -> None:
 
 
 def weight_to_decompose(adapter: Factors, layer: nn.Module) -> Tensor:
-    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
+    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that decomposes it.
 
-    Raises InputError for another layer, for a rank that W cannot have, for a scaling that is not positive and where W
-    has NaN or infinity.
+    Raises InputError where the layer, r, the scaling or W itself does not allow it.
     """
     require_linear(adapter, layer)
     W = adapter.kind.weight(layer).detach().float()

@@ -63,7 +63,7 @@ def takes_or_refuses_each_kind_of_layer(trial: Trial, layer: str) -> None:
 
 
 def _train(model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list[float]:
-    """The losses of so many steps of Adam on the trainable parameters, with all that training does for a variant."""
+    """The loss before each step of Adam on the trainable parameters, with all that training does for a variant."""
     optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=1e-2)
     losses = []
     for step in range(1, steps + 1):

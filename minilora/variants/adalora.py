@@ -48,11 +48,11 @@ class AdaLoRAConfig(LoRAConfig):
     init_r: int = 12
     """the rank of every layer at the start"""
     tinit: int = 0
-    """so many steps before the first triplet goes"""
+    """steps before the budget begins to fall"""
     tfinal: int = 0
-    """so many steps at the end with the ranks as they are"""
+    """steps at the end with fixed ranks"""
     deltaT: int = 1  # noqa: N815 - PEFT's name
-    """take triplets away in one step of so many"""
+    """steps between two allocations of the budget"""
     beta1: float = 0.85
     """smoothing of the importance"""
     beta2: float = 0.85
@@ -60,7 +60,7 @@ class AdaLoRAConfig(LoRAConfig):
     orth_reg_weight: float = 0.5
     """weight of the term that keeps A and B orthogonal"""
     total_step: int | None = None
-    """how many steps the training will have: the ranks come down on the way"""
+    """how many steps the training will have, over which the ranks come down"""
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
     """which triplets each layer has kept, of the init_r that it had: found in training, and written by save_adapter"""
 
@@ -247,7 +247,7 @@ class AdaLoRA(Adapter):
 
 
 def allocate(layers: list[AdaLoRA], budget: int) -> None:
-    """Keep the triplets of the highest importance, so many in all layers together, and set E = 0 for the others."""
+    """Keep the `budget` triplets of highest importance over all layers, and set E = 0 for the others."""
     scores = [layer.triplet_importance() for layer in layers]
     together = torch.cat([score.to(scores[0].device) for score in scores])
     surplus = len(together) - budget

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.layers import kept, lora_layer, rel
+from helpers.layers import lora_layer, rel, saved_for_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -104,19 +104,19 @@ def test_a_second_derivative_is_refused_and_torch_func_gives_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_only_x_and_xa_are_kept_of_layers_that_share_x(kind: str) -> None:
+def test_only_x_and_xa_are_saved_for_layers_that_share_x(kind: str) -> None:
     bases = [nn.Linear(IN, OUT).bfloat16() for _ in range(3)]
     layers = [random_lora(NF4Linear.from_linear(base) if kind == "nf4" else base) for base in bases]
     x = torch.randn(2, TOKENS, IN).bfloat16().requires_grad_()
     parts = [layer.shared_part(x) for layer in layers]
     rows = 2 * TOKENS
-    assert kept(lambda: fused_lora(x, parts), *layers) == rows * (IN + 3 * R)
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == rows * (IN + 3 * R)
     for part in parts:
         part.A.requires_grad_(False)  # LoRA-FA
-    assert kept(lambda: fused_lora(x, parts), *layers) == rows * 3 * R
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == rows * 3 * R
     for part in parts:
         part.B.requires_grad_(False)
-    assert kept(lambda: fused_lora(x, parts), *layers) == 0
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == 0
 
 
 def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no_gradient(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.layers import kept, lora_layer
+from helpers.layers import lora_layer, saved_for_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -91,15 +91,15 @@ def test_a_layer_gives_the_same_as_one_by_one(dtype: torch.dtype, nf4: bool, bia
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_only_gate_up_and_xa_are_kept(nf4: bool) -> None:
+def test_only_gate_up_and_xa_are_saved(nf4: bool) -> None:
     base = nn.Linear(IN, OUT).bfloat16()
     layer = random_lora(NF4Linear.from_linear(base, compute_dtype=torch.bfloat16) if nf4 else base)
     gate, up = (torch.randn(2, TOKENS, IN).bfloat16().requires_grad_() for _ in range(2))
     rows = 2 * TOKENS
-    assert kept(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
-    assert kept(lambda: one_by_one(gate, up, layer), layer) > rows * 4 * IN
+    assert saved_for_backward(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
+    assert saved_for_backward(lambda: one_by_one(gate, up, layer), layer) > rows * 4 * IN
     layer.adapters["default"].lora_A.requires_grad_(False)
-    assert kept(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
+    assert saved_for_backward(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
 
 
 def test_what_it_is_not_for_is_called() -> None:

@@ -43,7 +43,7 @@ def lora_layer(base: nn.Module, *names: str, seed: int | None = None, **config: 
     return layer
 
 
-def kept(run: Callable[[], Any], *layers: nn.Module) -> int:
+def saved_for_backward(run: Callable[[], Any], *layers: nn.Module) -> int:
     """The numbers that are saved for backward, apart from the layers' own, in storages counted once."""
     own = {t.untyped_storage().data_ptr() for layer in layers for t in (*layer.parameters(), *layer.buffers())}
     sizes: dict[int, int] = {}
