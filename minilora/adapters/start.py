@@ -37,9 +37,9 @@ def _plain(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
             raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
     # what the adapter trains beside its updates stays as it is
     plain = {path: each.as_plain() if isinstance(each, LoRA) else copy.copy(each) for path, each in adapters.items()}
-    config = next(each.config for each in plain.values() if isinstance(each, LoRA))
+    configs = [each.config for each in plain.values() if isinstance(each, LoRA)]
     for each in plain.values():
-        each.config = config
+        each.config = configs[0] if configs else each.config
     return plain
 
 

@@ -66,6 +66,15 @@ def tied_head(model: nn.Module) -> str | None:
     return pair and pair[1]
 
 
+def ensures_tying(config: AdapterConfig) -> bool:
+    return bool(getattr(config, "ensure_weight_tying", False))
+
+
+def pair_to_tie(model: nn.Module, config: AdapterConfig) -> tuple[str, str] | None:
+    """The tied pair, where the configuration asks that what trains of both trains as one."""
+    return tied_pair(model) if ensures_tying(config) else None
+
+
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
 
@@ -136,7 +145,7 @@ def _check_nothing_is_hidden(model: nn.Module, config: AdapterConfig) -> None:
 
 def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:
     """The paths; with ensure_weight_tying, where one of them is of a tied pair, also the other."""
-    pair = tied_pair(model) if getattr(config, "ensure_weight_tying", False) else None
+    pair = pair_to_tie(model, config)
     if pair is None or not any(path in paths for path in pair):
         return paths
     return [path for path in modules_before_adapters(model) if path in paths or path in pair]

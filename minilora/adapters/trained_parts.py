@@ -22,13 +22,15 @@ from minilora.adapters.adapted_module import parameter_dtypes
 from minilora.adapters.adapter import Adapter, AdapterConfig, Below, at_least_float32
 from minilora.adapters.layer_kinds import EmbeddingKind, NF4Kind, kind_of
 from minilora.adapters.targets import (
+    ensures_tying,
     find_modules_to_save,
     input_embedding,
     modules_before_adapters,
     nearest_names,
+    pair_to_tie,
     tied_pair,
 )
-from minilora.adapters.tying import ensures_tying, tie_updates
+from minilora.adapters.tying import tie_updates
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 
@@ -40,8 +42,8 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
     copies = {path: TrainedCopy(modules[path], config) for path in find_modules_to_save(model, config)}
     if both := sorted(copies.keys() & adapters.keys()):
         raise InputError(f"{both[0]} is named in target_modules and, by its end, in modules_to_save")
-    pair = tied_pair(model)
-    if pair and ensures_tying(config) and copies.keys() >= set(pair):
+    pair = pair_to_tie(model, config)
+    if pair is not None and copies.keys() >= set(pair):
         embedding, head = pair
         copies[head].module.weight = copies[embedding].module.weight
     rows = _trained_rows(model, config)

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, AdapterConfig
 from minilora.adapters.lora import LoRA
-from minilora.adapters.targets import input_embedding, modules_before_adapters, output_head, tied_pair
+from minilora.adapters.targets import (
+    ensures_tying,
+    input_embedding,
+    modules_before_adapters,
+    output_head,
+    pair_to_tie,
+    tied_pair,
+)
 from minilora.errors import InputError
-
-
-def ensures_tying(config: AdapterConfig) -> bool:
-    return bool(getattr(config, "ensure_weight_tying", False))
 
 
 def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
@@ -73,8 +76,8 @@ class TiedLoRA(Adapter):
 
 def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
     """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
-    pair = tied_pair(model)
-    if not ensures_tying(config) or pair is None or not adapters.keys() >= set(pair):
+    pair = pair_to_tie(model, config)
+    if pair is None or not adapters.keys() >= set(pair):
         return
     embedding, head = pair
     of_embedding, of_head = adapters[embedding], adapters[head]

@@ -114,6 +114,15 @@ def test_a_derivable_start_goes_both_ways_as_it_is(tmp_path: Path, init: str, co
     assert not torch.allclose(logits(model), logits(tiny_llama()), rtol=0.1, atol=0.1), "or nothing was tested"
 
 
+def test_updates_of_parameters_alone_are_plain_as_they_are(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.weights = nn.Parameter(torch.randn(4, 8, 8))
+    add_adapter(model, LoRAConfig(r=2, target_parameters=["experts.weights"]))
+    save_adapter(model, tmp_path, as_lora=True)
+    assert config_in(tmp_path)["target_parameters"] == ["experts.weights"]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("init", [*DERIVABLE, *LOST, "orthogonal", "gaussian"])
 def test_as_plain_lora_any_adapter_serves_anywhere(tmp_path: Path, init: str, config: dict[str, Any]) -> None:
