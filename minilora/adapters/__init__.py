@@ -36,14 +36,14 @@ from minilora.adapters.attach import (
     unmerge,
 )
 from minilora.adapters.combine import combine_adapters
-from minilora.adapters.evaluating import evaluating
+from minilora.adapters.evaluating import evaluating, refuse_row_names
 from minilora.adapters.initialization import kaiming, register_initialization, require_linear, weight_to_decompose
 from minilora.adapters.layer import AdaptedLayer, LoRALinear
 from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, NF4Kind, TransposedLinearKind, kind_of
 from minilora.adapters.lora import LoRA
 from minilora.adapters.lora_config import LoRAConfig, first_match
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
-from minilora.adapters.mixed_batch import adapters_for_rows, refuse_row_names
+from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters.targets import (
     adapted_layers,

@@ -53,12 +53,3 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str]) -> Iterator[RowNam
     finally:
         for layer, previous in zip(layers.values(), before, strict=True):
             layer.row_names = previous
-
-
-def refuse_row_names(model: nn.Module) -> None:
-    """Raise InputError inside `adapters_for_rows`: for functions that make batches of rows in an order of their own."""
-    if any(layer.row_names is not None for layer in adapted_layers(model).values()):
-        raise InputError(
-            "inside adapters_for_rows the rows must stay in order, and here they are batched in another one: leave the"
-            " `with` first; generate takes adapter_names=[...] instead"
-        )
