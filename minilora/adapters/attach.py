@@ -159,11 +159,12 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"{names} has a name twice, whose update would count twice: give each once")
     refuse_merged(model)
-    for path, layer in adapted_layers(model).items():
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
         together = [name for name in names if name in layer.adapters]
         if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
             raise InputError(f"{together} cannot act together: one of them puts a {path} in the place of all else")
-    for layer in adapted_layers(model).values():
+    for layer in layers.values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
@@ -184,15 +185,16 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     check_names(model, [name])
     refuse_merged(model)
-    if any(layer.row_names and name in layer.row_names.names for layer in adapted_layers(model).values()):
+    layers = adapted_layers(model)
+    if any(layer.row_names and name in layer.row_names.names for layer in layers.values()):
         raise InputError(f"{name!r} is in use for rows of a batch: delete it after `with adapters_for_rows(...)`")
-    for path, layer in adapted_layers(model).items():
+    for path, layer in layers.items():
         layer.active = [other for other in layer.active if other != name]
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
             model.set_submodule(path, layer.base_layer)
-    if not adapter_names(model):
+    if not any(layer.adapters for layer in layers.values()):
         forget_checkpointing(model)
 
 

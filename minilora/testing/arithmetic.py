@@ -14,6 +14,7 @@ from minilora.adapters import (
     AdaptedLayer,
     Adapter,
     LoRAConfig,
+    adapter_parameters,
     add_adapter,
     disable_adapters,
     merge,
@@ -235,7 +236,7 @@ def keeps_float32_on_a_half_precision_base(trial: Trial, layer: str) -> None:
         finally:
             torch.set_default_dtype(default)
         shake(model)
-        parameters = {key: p for adapter in adapters_of(model) for key, p in adapter.named_parameters()}
+        parameters = adapter_parameters(model)
         for name, parameter in parameters.items():
             found = f"{name} in {parameter.dtype}"
             trial.expect(parameter.dtype == torch.float32, f"float32 parameters on a {dtype} base", found, "__init__")

@@ -10,7 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import AdaptedLayer, Adapter, AdapterConfig, adapter_class, adapters_named, add_adapter
+from minilora.adapters import (
+    AdaptedLayer,
+    Adapter,
+    AdapterConfig,
+    adapter_class,
+    adapter_parameters,
+    adapters_named,
+    add_adapter,
+)
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 
@@ -151,10 +159,9 @@ class Trial:
 def shake(model: nn.Module, name: str = "default", seed: int = 0) -> None:
     """Move every trained number of an adapter away from where it starts, so that it changes the model."""
     generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters_named(model, name).values():
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    for parameter in adapter_parameters(model, name).values():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def adapters_of(model: nn.Module, name: str = "default") -> list[Adapter]:
@@ -163,15 +170,8 @@ def adapters_of(model: nn.Module, name: str = "default") -> list[Adapter]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What the active adapters train, by the layer's and the parameter's name."""
-    adapted = {name: layer for name, layer in model.named_children() if isinstance(layer, AdaptedLayer)}
-    return {
-        f"{name}.{key}": parameter
-        for name, layer in adapted.items()
-        for adapter in layer.active_adapters()
-        for key, parameter in adapter.named_parameters()
-        if parameter.requires_grad
-    }
+    """What the adapter trains, by the layer's and the parameter's name."""
+    return {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
 
 
 def in_float64(model: nn.Module) -> nn.Module:
