@@ -139,10 +139,20 @@ def caught_by(check: Check, message: str) -> Callable[[type[LoRA]], type[LoRA]]:
     return remember
 
 
-@caught_by(arithmetic.starts_as_the_base_model, "look at StartsElsewhere.__init__")
-class StartsElsewhere(LoRA):
+class Spoilt(LoRA):
+    """A LoRA to which something is done once it is made."""
+
     def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
+        self.spoil(layer, path)
+
+    def spoil(self, layer: nn.Module, path: str) -> None:
+        raise NotImplementedError
+
+
+@caught_by(arithmetic.starts_as_the_base_model, "look at StartsElsewhere.__init__")
+class StartsElsewhere(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         nn.init.normal_(self.lora_B)
 
 
@@ -177,9 +187,8 @@ class MergesIntoTheWeightItself(LoRA):
 
 
 @caught_by(arithmetic.merges_among_other_adapters, "with one of these and then one of these active, merged as unmerged")
-class MergesOntoTheWeightItRemembers(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class MergesOntoTheWeightItRemembers(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.register_buffer("W", self.kind.weight(layer).detach().clone())
 
     def merged_weight(self, W: Tensor) -> Tensor:
@@ -221,9 +230,8 @@ class TakesBatchesOnly(LoRA):
 
 
 @caught_by(arithmetic.keeps_float32_on_a_half_precision_base, "float32 parameters on a torch.bfloat16 base")
-class TakesTheDtypeOfTheBase(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class TakesTheDtypeOfTheBase(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if layer.weight.is_floating_point():
             self.to(layer.weight.dtype)
 
@@ -246,36 +254,32 @@ class MixesDtypesUnderAutocast(LoRA):
 
 
 @caught_by(arithmetic.disabled_is_the_base_bit_for_bit, "disabled: the base")
-class ChangesTheBase(LoRA):
+class ChangesTheBase(Spoilt):
     """PEFT starts PiSSA and OLoRA like this."""
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+    def spoil(self, layer: nn.Module, path: str) -> None:
         nn.init.normal_(self.lora_B)
         if layer.weight.is_floating_point():
             layer.weight.data -= self.kind.stored(self.delta().detach()).to(layer.weight)
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "found ValueError: no embeddings")
-class RefusesWithAnotherError(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesWithAnotherError(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(self.kind, EmbeddingKind):
             raise ValueError("no embeddings")
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "one line that names the layer")
-class RefusesNoLayerByName(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesNoLayerByName(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(self.kind, EmbeddingKind):
             raise InputError("no embeddings")
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "expected an adapter on nf4 layers; found 'first is in 4 bits'")
-class RefusesNF4(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesNF4(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(layer, NF4Linear):
             raise InputError(f"{path} is in 4 bits")
 
@@ -288,25 +292,22 @@ class TakesNoPart(LoRA):
 
 
 @caught_by(life.trains, "no change in ['first.unused', 'second.unused']")
-class HasAnUnusedParameter(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HasAnUnusedParameter(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.unused = nn.Parameter(torch.zeros(3))
 
 
 @caught_by(life.leaves_the_base_frozen, "it must not keep the layer as a submodule")
-class KeepsTheLayer(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class KeepsTheLayer(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.layer = layer
 
 
 @caught_by(life.shares_no_parameter, "first.lora_A of adapter 'two' in the memory of first.lora_A of adapter 'one'")
-class SharesA(LoRA):
+class SharesA(Spoilt):
     known: ClassVar[dict[tuple[int, ...], nn.Parameter]] = {}
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.lora_A = self.known.setdefault(tuple(self.lora_A.shape), self.lora_A)
 
 
@@ -321,11 +322,10 @@ class CountsItsCalls(LoRA):
 
 
 @caught_by(life.several_live_on_one_base, "what this adapter gives when it is alone")
-class UsesTheLatest(LoRA):
+class UsesTheLatest(Spoilt):
     latest: ClassVar[dict[tuple[int, ...], "UsesTheLatest"]] = {}
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.latest[self.kind.shape] = self
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -341,9 +341,8 @@ class MixesRows(LoRA):
 
 
 @caught_by(life.deepcopies, "a copy that follows its own parameters")
-class HoldsAClosure(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HoldsAClosure(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.compute = lambda: LoRA.factors(self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -351,9 +350,8 @@ class HoldsAClosure(LoRA):
 
 
 @caught_by(life.state_dict_holds_everything, "the same output after load_state_dict")
-class HidesARandomTensor(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HidesARandomTensor(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.hidden = [torch.randn(self.r)]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -362,9 +360,8 @@ class HidesARandomTensor(LoRA):
 
 
 @caught_by(life.moves_to_dtypes_and_devices, "look at StaysOnItsDevice.forward")
-class StaysOnItsDevice(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class StaysOnItsDevice(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.scale = torch.ones(self.kind.out_features)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
