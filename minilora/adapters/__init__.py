@@ -1,7 +1,8 @@
 """Adapters on a model: LoRA, the contract that every variant fulfils, and putting them on, off, and together.
 
 Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters) and attach.py (add_adapter and
-what follows). targets.py finds the layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
+what follows). lora_config.py is LoRA's configuration and initialization.py where A and B start. targets.py finds the
+layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
 """
 
 from minilora.adapters.adapter import (
