@@ -1,10 +1,19 @@
 """Adapters on a model: LoRA, the contract that every variant fulfils, and putting them on, off, and together.
 
 Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters) and attach.py (add_adapter and
-what follows). targets.py finds the layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
+what follows). lora_config.py is LoRA's configuration and initialization.py where A and B start. targets.py finds the
+layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
 """
 
-from minilora.adapters.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
+from minilora.adapters.adapter import (
+    Adapter,
+    AdapterConfig,
+    Below,
+    adapter_class,
+    at_least_float32,
+    config_class,
+    register,
+)
 from minilora.adapters.attach import (
     BASE,
     adapter_names,
@@ -28,13 +37,14 @@ from minilora.adapters.attach import (
     unmerge,
 )
 from minilora.adapters.combine import combine_adapters
-from minilora.adapters.evaluating import evaluating
+from minilora.adapters.evaluating import evaluating, refuse_row_names
 from minilora.adapters.initialization import kaiming, register_initialization, require_linear, weight_to_decompose
 from minilora.adapters.layer import AdaptedLayer, LoRALinear
 from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, NF4Kind, TransposedLinearKind, kind_of
-from minilora.adapters.lora import LoRA, LoRAConfig, first_match
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig, first_match
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
-from minilora.adapters.mixed_batch import adapters_for_rows, refuse_row_names
+from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters.targets import (
     adapted_layers,
@@ -70,6 +80,7 @@ __all__ = [
     "adapters_to_write",
     "add_adapter",
     "after_step",
+    "at_least_float32",
     "attach",
     "build_adapters",
     "check_derived_start",

@@ -77,7 +77,7 @@ class AdaptedModule(AdaptedLayer):
             parameter.data = parameter.data.to(dtypes[key])
         if safe and not all(parameter.isfinite().all() for parameter in merged.parameters()):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity; nothing was merged")
-        self._unmerged, self.base_layer, self.merged = [base], merged, list(self.active)
+        self.put_in_place(merged)
 
     def folded(self) -> nn.Module:
         """A module that computes what the active adapters make of this one, in float32; it shares their memory."""

@@ -29,6 +29,7 @@ class AdapterConfig:
 
     peft_type: ClassVar[str] = ""  # PEFT's name of the method, written to adapter_config.json
     peft_lacks: ClassVar[frozenset[str]] = frozenset()  # keys that PEFT's configuration of this method does not have
+    pattern_suffix: ClassVar[str] = ""  # what follows a layer's path in what rank_pattern matches
 
     target_modules: str | list[str] | None = None
     """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
@@ -52,8 +53,8 @@ class AdapterConfig:
                 object.__setattr__(self, field.name, sorted(value, key=str))
         for key in ("target_modules", "exclude_modules", "modules_to_save"):
             names = getattr(self, key)
-            if names is not None and not (isinstance(names, str | list | tuple) and all(type(n) is str for n in names)):
-                raise InputError(f"{key} must be a string or a list of strings, not {names!r}")
+            are_names = isinstance(names, str | list | tuple) and all(type(name) is str for name in names)
+            self.require(key, names is None or are_names, "a string or a list of strings")
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError(
                 "layers_pattern says where a block's number stands: give the numbers in layers_to_transform"
@@ -66,37 +67,53 @@ class AdapterConfig:
         if isinstance(self.modules_to_save, str):
             raise InputError(f"modules_to_save must be a list of names, such as [{self.modules_to_save!r}]")
 
+    def require(self, key: str, holds: bool, what: str) -> None:
+        """Raise InputError, naming the key and its value, unless it is what it must be."""
+        if not holds:
+            raise InputError(f"{type(self).__name__}: {key} must be {what}, not {getattr(self, key)!r}")
+
 
 def ends_with(pattern: str, path: str) -> bool:
-    """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern.
-
-    Raises InputError for what is no regular expression.
-    """
+    """True if the regular expression matches the path or its end after a dot: PEFT's rule for rank_pattern."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", path) is not None
     except re.error as error:
         raise InputError(f"{pattern!r} is not a regular expression ({error})") from None
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where its dtype is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class Adapter(nn.Module):
     """One adapter of one layer, y = W x + b: the contract of every variant.
 
-    The constructor takes the layer to adapt, the configuration and the layer's path in the model, and keeps of the
-    layer only its `kind`: how it multiplies, not its weight. Parameters are float32, whatever the model's dtype.
+    Of the layer it keeps only the `kind`: how it multiplies, not its weight. Parameters are float32, whatever the
+    model's dtype. Its guide is docs/write_your_own_variant.md.
+
+    Args:
+        layer: the layer to adapt.
+        config: the configuration of the variant, a `config_class`.
+        path: the layer's path in the model, for error messages.
+
+    Raises:
+        InputError: where the layer cannot take an adapter.
     """
 
     config_class: ClassVar[type[AdapterConfig]] = AdapterConfig
     additive: ClassVar[bool] = True  # y = W x + b + ΔW x, so that the updates of several adapters add up
     changes_weight: ClassVar[bool] = True  # W' is not W
+    any_module: ClassVar[bool] = False  # it may sit on a module of no kind, whose `kind` is None then
     replaces: ClassVar[bool] = False  # y takes no account of W, so that two of them cannot act together
     held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:
         super().__init__()
         kind = kind_of(layer)
-        if kind is None:
+        if kind is None and not self.any_module:
             raise InputError(f"{path or 'the layer'} is a {type(layer).__name__}: it cannot take an adapter")
-        self.kind: LayerKind = kind
+        self.kind: LayerKind = kind  # type: ignore[assignment]
         self.config: Any = config
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)  # see train_bias
@@ -113,8 +130,8 @@ class Adapter(nn.Module):
 
     @classmethod
     def build(cls, layer: nn.Module, config: Any, path: str, shared: Any) -> "Adapter":
-        """The adapter of one layer; a variant that overrides `share` overrides this too, to receive it."""
-        return cls(layer, config, path)
+        """The adapter of one layer; what `share` made, if anything, is the constructor's last argument."""
+        return cls(layer, config, path, *([] if shared is None else [shared]))
 
     # --- what an additive variant implements
 
@@ -150,8 +167,7 @@ class Adapter(nn.Module):
         """Give the adapter a bias of its own, float32, that takes the place of the layer's wherever that is used."""
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            dtype = torch.promote_types(bias.dtype, torch.float32)
-            self.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
+            self.bias = nn.Parameter(at_least_float32(bias.detach()).clone())
 
     # --- what a variant may want
 
@@ -234,8 +250,16 @@ _variants: list[type[Adapter]] = []
 def register(variant: type[Adapter]) -> type[Adapter]:
     """Class decorator: make `add_adapter` and `load_adapter` know this variant.
 
-    Raises InputError where its configuration has no peft_type, or that of another one, which a file could not tell
-    apart. Of the same name it is the same, edited: the cell of a notebook, run again.
+    A configuration of the same name is the same one, edited: the cell of a notebook, run again.
+
+    Args:
+        variant: the adapter's class.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        InputError: where its configuration has no peft_type, or that of another one, which a file could not tell apart.
     """
     config = variant.config_class
     if not config.peft_type:
@@ -250,10 +274,7 @@ def register(variant: type[Adapter]) -> type[Adapter]:
 
 
 def adapter_class(config: AdapterConfig) -> type[Adapter]:
-    """The variant for a configuration: of those that handle it, the one registered last.
-
-    Raises InputError where none does.
-    """
+    """The variant for a configuration: of those that handle it, the one registered last."""
     for variant in reversed(_variants):
         if variant.handles(config):
             return variant
@@ -261,7 +282,7 @@ def adapter_class(config: AdapterConfig) -> type[Adapter]:
 
 
 def config_class(peft_type: str) -> type[AdapterConfig]:
-    """The configuration class for PEFT's name of a method. Raises InputError where no variant has that name."""
+    """The configuration class for PEFT's name of a method."""
     classes = {variant.config_class.peft_type: variant.config_class for variant in _variants}
     if peft_type not in classes:
         raise InputError(f"peft_type is {peft_type!r}, which is not one of {sorted(classes)}")

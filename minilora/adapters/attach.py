@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from minilora.adapters.adapted_module import adapted
@@ -35,7 +34,14 @@ BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
 def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> None:
     """Put a new adapter on every targeted layer and make it the active one; the first adapter freezes the model.
 
-    Raises InputError for a name in use, a target that matches nothing, or a merged model; the model is then unchanged.
+    Args:
+        model: any nn.Module, changed in place.
+        config: the method, such as `LoRAConfig`, with the layers to adapt.
+        name: what to call it; a word without dots.
+
+    Raises:
+        InputError: for a name in use, a target that matches nothing or cannot take the adapter, and a merged model. The
+            model is then unchanged.
     """
     if not isinstance(config, AdapterConfig):
         kind = f"{type(config).__module__}.{type(config).__name__}"
@@ -50,29 +56,22 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
 
 def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, Adapter]:
-    """An adapter for the layer at each of these paths and all else that the configuration trains, not yet on the model.
-
-    By path, on the layer's device.
-    """
+    """By path an adapter for each of these layers, on its device, and what else the configuration trains."""
     variant = adapter_class(config)
-    layers = {path: model.get_submodule(path) for path in targets}
-    bases = {path: layer.base_layer if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
+    modules = modules_before_adapters(model)
+    bases = {path: modules[path] for path in targets}
     shared = variant.share(config, bases)
     adapters: dict[str, Adapter] = {}
-    # a start like PiSSA's takes every weight apart
+    # a start like PiSSA's decomposes every weight: it takes a while
     for path, base in with_progress(bases.items(), len(bases), "Making adapters", "layers"):
         adapters[path] = variant.build(base, config, path, shared)
     adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
-    modules = modules_before_adapters(model)
-    return {
-        path: adapter.to(_device(modules[path])).train(modules[path].training) for path, adapter in adapters.items()
-    }
-
-
-def _device(layer: nn.Module) -> torch.device:
-    """Where the layer's weight lies; a packed one is a buffer."""
-    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+    for path, adapter in adapters.items():
+        layer = modules[path]
+        weight = next(itertools.chain(layer.parameters(), layer.buffers()))  # a packed one is a buffer
+        adapter.to(weight.device).train(layer.training)
+    return adapters
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
@@ -94,7 +93,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             layer = adapted(adapter.base_for(layer))
             if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
                 layer.register_forward_hook(_is_called)
-            _replace(model, path, layer)
+            model.set_submodule(path, layer)
         layer.adapters[name] = adapter
     follow_checkpointing(model)
     set_adapter(model, name)
@@ -109,7 +108,7 @@ def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: st
         elif name in layer.adapters:
             del layer.adapters[name]
             if not layer.adapters:
-                _replace(model, path, layer.base_layer)
+                model.set_submodule(path, layer.base_layer)
 
 
 def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
@@ -125,21 +124,20 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on the model, sorted."""
+    """The names of the adapters on the model, sorted.
+
+    Args:
+        model: any nn.Module.
+
+    Returns:
+        The names, active or not; [] where the model has no adapter.
+    """
     return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
 
 
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """The adapters of this name by the path of their layer, in the model's order.
-
-    Raises InputError where the model has none.
-    """
+    """The adapters of this name by the path of their layer, in the model's order; InputError where there are none."""
     check_names(model, [name])
     layers = adapted_layers(model).items()
     return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
@@ -148,18 +146,25 @@ def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make these adapters, and no others, act and train; the updates of several add up.
 
-    Raises InputError for a name that the model does not have or that is given twice, and on a merged model.
+    Args:
+        model: a model with adapters.
+        names: one name or several, in the order in which the adapters are applied; [] for the base model.
+
+    Raises:
+        InputError: for a name that the model does not have or that is given twice, for several of which one replaces
+            what the others change, and on a merged model.
     """
     names = [names] if isinstance(names, str) else list(names)
     check_names(model, names)
     if len(set(names)) < len(names):
         raise InputError(f"{names} has a name twice, whose update would count twice: give each once")
     refuse_merged(model)
-    for path, layer in adapted_layers(model).items():
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
         together = [name for name in names if name in layer.adapters]
         if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
             raise InputError(f"{together} cannot act together: one of them puts a {path} in the place of all else")
-    for layer in adapted_layers(model).values():
+    for layer in layers.values():
         layer.active = list(names)
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in names)
@@ -169,20 +174,27 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Take this adapter off and forget it; a layer without any other is the plain layer again.
 
     The other active adapters stay active; where it was the only one, the model is the base model until `set_adapter`.
-    Raises InputError for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a
-    merged model.
+
+    Args:
+        model: a model with adapters.
+        name: which one.
+
+    Raises:
+        InputError: for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a merged
+            model.
     """
     check_names(model, [name])
     refuse_merged(model)
-    if any(layer.row_names and name in layer.row_names.names for layer in adapted_layers(model).values()):
+    layers = adapted_layers(model)
+    if any(layer.row_names and name in layer.row_names.names for layer in layers.values()):
         raise InputError(f"{name!r} is in use for rows of a batch: delete it after `with adapters_for_rows(...)`")
-    for path, layer in adapted_layers(model).items():
+    for path, layer in layers.items():
         layer.active = [other for other in layer.active if other != name]
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
-            _replace(model, path, layer.base_layer)
-    if not adapter_names(model):
+            model.set_submodule(path, layer.base_layer)
+    if not any(layer.adapters for layer in layers.values()):
         forget_checkpointing(model)
 
 
@@ -196,7 +208,11 @@ def check_names(model: nn.Module, names: list[str]) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory."""
+    """Inside the `with` the model is the base model, merged or not, at no cost in compute or memory.
+
+    Args:
+        model: a model with or without adapters.
+    """
     layers = list(adapted_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
@@ -214,8 +230,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module, safe: bool = True) -> None:
     """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
 
-    Raises InputError naming the layer where the sum is not finite; the model is then unmerged, as it was. safe=False
-    saves the time of looking. Raises it too where the model has adapters and none of them is active.
+    The layers as they were are kept for `unmerge`.
+
+    Args:
+        model: a model with adapters, changed in place.
+        safe: look whether each merged weight is finite; False saves the time.
+
+    Raises:
+        InputError: naming the layer, where the sum is not finite or the layer cannot be merged, and where the model has
+            adapters and none of them is active. The model is then unmerged, as it was.
     """
     layers = adapted_layers(model)
     if layers and not any(layer.active for layer in layers.values()):
@@ -229,7 +252,11 @@ def merge(model: nn.Module, safe: bool = True) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every layer is what it was, bit for bit."""
+    """Undo `merge`: every layer is what it was, bit for bit.
+
+    Args:
+        model: a model, merged or not.
+    """
     for layer in adapted_layers(model).values():
         layer.unmerge()
 
@@ -237,12 +264,21 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
 
-    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too. Raises
-    InputError as `merge` does.
+    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too.
+
+    Args:
+        model: a model with adapters.
+        merge: fold the active adapters into the weights first.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InputError: as `merge` does.
     """
     (_merge if merge else unmerge)(model)
     for path, layer in adapted_layers(model).items():
-        _replace(model, path, layer.base_layer)
+        model.set_submodule(path, layer.base_layer)
     forget_checkpointing(model)
     if merge:
         settle_tie(model)
@@ -267,10 +303,7 @@ def refuse_merged(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The adapter's parameters by `<path of the layer>.lora_A`, `.lora_B` and so on, in the model's order.
-
-    One that a tied pair shares is named once. Raises InputError where the model has no such adapter.
-    """
+    """The adapter's parameters by `<path of the layer>.lora_A` and so on; one that a tied pair shares is named once."""
     found: dict[nn.Parameter, str] = {}
     for path, adapter in adapters_named(model, name).items():
         for key, parameter in adapter.named_parameters():
@@ -279,7 +312,14 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that requires a gradient, by path, in the model's order."""
+    """Every parameter that requires a gradient, by path, in the model's order.
+
+    Args:
+        model: any nn.Module.
+
+    Returns:
+        The parameters, for an optimizer; one that is shared is there once.
+    """
     return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -313,9 +353,16 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def regularization(model: nn.Module) -> Tensor | float:
-    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors; 0.0 where none does.
+    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors.
 
-    (loss + regularization(model)).backward()
+    Args:
+        model: a model with adapters.
+
+    Returns:
+        The term, a scalar; 0.0 where no adapter adds any.
+
+    Example:
+        (loss + regularization(model)).backward()
     """
     layers = adapted_layers(model).values()
     return summed_regularization(adapter for layer in layers for adapter in layer.acting_adapters())
@@ -328,14 +375,17 @@ def summed_regularization(adapters: Iterable[Adapter]) -> Tensor | float:
 
 
 def after_step(model: nn.Module, step: int) -> None:
-    """What the active adapters do after optimizer step `step`, counted from 1: AdaLoRA brings its ranks to the budget.
+    """What the active adapters do after an optimizer step: AdaLoRA brings its ranks to the budget.
 
     Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
+
+    Args:
+        model: a model with adapters.
+        step: the number of the step, from 1.
+
+    Raises:
+        InputError: where the gradients are gone already, or an earlier step was left out.
     """
-    by_name: dict[str, dict[str, Adapter]] = {}
-    for path, layer in adapted_layers(model).items():
-        for name in layer.active:
-            if name in layer.adapters:
-                by_name.setdefault(name, {})[path] = cast(Adapter, layer.adapters[name])
-    for adapters in by_name.values():
+    for name in dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.active):
+        adapters = adapters_named(model, name)
         adapter_class(next(iter(adapters.values())).config).after_step(adapters, step)

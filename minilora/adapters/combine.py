@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.adapter import Adapter, AdapterConfig
+from minilora.adapters.adapter import Adapter, AdapterConfig, at_least_float32
 from minilora.adapters.attach import adapters_named, attach, build_adapters, check_new_name, refuse_merged
 from minilora.adapters.layer import AdaptedLayer
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
 from minilora.progress import with_progress
@@ -104,8 +105,7 @@ class Weighted(NamedTuple):
         """w·s, A and B with w·ΔW = (w·s)·BA; A and B in float32 or better."""
         assert isinstance(self.adapter, LoRA)
         A, B = self.adapter.factors()
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return self.weight * self.adapter.scaling, A.to(dtype), B.to(dtype)
+        return self.weight * self.adapter.scaling, at_least_float32(A), at_least_float32(B)
 
     def rank(self) -> int:
         return len(self.product()[1])
@@ -114,8 +114,7 @@ class Weighted(NamedTuple):
         """ΔW (out, in, *kernel) = W' − W, in float32 or better."""
         if self.adapter.additive:
             return self.adapter.delta()
-        W = layer.kind.weight(layer.base_layer)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        W = at_least_float32(layer.kind.weight(layer.base_layer))
         return self.adapter.merged_weight(W) - W
 
 
@@ -131,18 +130,29 @@ def combine_adapters(
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
 ) -> None:
-    """Combine these adapters, weighted, into a new LoRA of the model and make it the active one; see above for how.
+    """Combine these adapters, weighted, into a new LoRA of the model and make it the active one.
 
-    weights: any numbers, also negative: −1 takes back what an adapter has learnt.
-    density: the share of the numbers, above 0 and at most 1, that the methods keep which thin out. The dare methods
-    draw from torch's random numbers. majority_sign_method: "total" or "frequency", for ties and dare_ties.
-    svd_rank: by default the largest rank among the adapters. svd_clamp: both factors are clamped to plus or minus
-    this quantile of their numbers.
-    cat takes LoRAs of any ranks and scalings; svd and …_svd every variant that changes W and nothing else; the others
-    plain LoRAs of one rank. A single adapter is thinned out or truncated too, where PEFT always takes "linear".
-    Raises InputError for what cannot be combined so, naming the layer and the adapter; the model is then unchanged.
+    A single adapter is thinned out or truncated too, where PEFT always takes "linear".
+
+    Args:
+        model: a model with these adapters, not merged.
+        names: which adapters.
+        weights: a number for each, also negative: −1 takes back what an adapter has learnt.
+        new_name: what to call the new one.
+        method: "cat", for LoRAs of any ranks and scalings; "svd" and the methods that end in "_svd", for every variant
+            that changes W and nothing else; "linear", "magnitude_prune", "dare_linear", "ties", "dare_ties", for plain
+            LoRAs of one rank.
+        density: the share of the numbers, above 0 and at most 1, that the methods keep which thin out. The dare methods
+            draw from torch's random numbers.
+        majority_sign_method: "total" or "frequency", for the ties methods.
+        svd_rank: the new rank of the svd methods; by default the largest rank among the adapters.
+        svd_clamp: clamp both factors of an SVD to plus or minus this quantile of their numbers.
+
+    Raises:
+        InputError: for what cannot be combined so, naming the layer and the adapter. The model is then unchanged.
+
     Source: PEFT's `LoraModel.add_weighted_adapter`, with which the results agree, except with use_rslora: there PEFT's
-    sum is √r times too large.
+        sum is √r times too large.
     """
     combination = Combination(method, density, majority_sign_method, svd_rank, svd_clamp)
     if not names or len(names) != len(weights):

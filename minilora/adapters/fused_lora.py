@@ -1,8 +1,8 @@
-"""LoRA on frozen linear layers that share their input, as one function with its own way back.
+"""LoRA on frozen linear layers that share their input, as one function with its own backward pass.
 
     y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ              x (M, in), W_i (out_i, in), A_i (r_i, in), B_i (out_i, r_i)
 
-Kept for the way back: x, and h = x Aᵀ (M, r₁ + r₂ + …) with A the A_i one above the other, so that h is one product,
+Saved for backward: x, and h = x Aᵀ (M, r₁ + r₂ + …) with A the A_i one above the other, so that h is one product,
 with one read of x. W_i and b_i are frozen. With g_i = ∂L/∂y_i, the chain rule gives
 
     y_i = … + s_i h_i B_iᵀ      ∂L/∂B_i = s_i g_iᵀ h_i
@@ -82,9 +82,9 @@ class _FusedLoRA(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable  # h is kept without how it came from x and A; torch.func differentiates as often as asked
+    @once_differentiable  # h is saved without how it came from x and A; torch.func differentiates as often as asked
     def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
-        with without_autocast(gs[0].device):  # there was none on the way forward
+        with without_autocast(gs[0].device):  # there was none in the forward pass
             return _gradients(ctx, gs)
 
 

@@ -1,10 +1,10 @@
-"""The low-rank term of a layer that follows SwiGLU, as one function that keeps SwiGLU's factors and not its product.
+"""The low-rank term of a layer after SwiGLU, as one function that saves SwiGLU's factors for backward, not the product.
 
     x = silu(gate) · up                                 (M, in), as are gate and up
     h = x Aᵀ
     y₀ = b + s h Bᵀ                                     then y = y₀ + x Wᵀ is any frozen layer's product, made elsewhere
 
-Kept for the way back: gate, up and h; x is computed again. With g = ∂L/∂y₀, and p = ∂L/∂x of what else x goes into, the
+Saved for backward: gate, up and h; x is computed again. With g = ∂L/∂y₀, and p = ∂L/∂x of what else x goes into, the
 product with W:
 
     ∂L/∂B = s gᵀ h              u := ∂L/∂h = s g B
@@ -12,8 +12,8 @@ product with W:
     ∂L/∂up = ∂L/∂x · silu(gate)
     ∂L/∂gate = ∂L/∂x · up · silu′(gate)
 
-The product with W is apart because it has nothing to keep: a checkpoint that recomputes a block stops at the last thing
-that is kept, and so does not make the block's last product, a quarter of an MLP block's work, in vain.
+The product with W is separate because it saves nothing for backward: gradient checkpointing recomputes a block up to
+the last saved tensor, and so does not make the block's last product, a quarter of an MLP block's work, in vain.
 """
 
 from typing import Any

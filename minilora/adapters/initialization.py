@@ -1,6 +1,6 @@
-"""Where A and B of a LoRA start: the registry of the values of `init_lora_weights`, and those that need no file.
+"""Where A and B of a LoRA start: the registry of the values of `init_lora_weights`, and the plain ones.
 
-Those that take the weight apart, or look at data, are in minilora/variants/.
+Those that decompose the weight, or look at data, are in minilora/variants/.
 """
 
 import math
@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from minilora.adapters.layer_kinds import LayerKind
+from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, LayerKind
 from minilora.errors import InputError
 
 Initialization = Callable[[Any, nn.Module], None]  # sets lora_A and lora_B of a LoRA, given the layer that it adapts
@@ -28,6 +29,7 @@ class Factors(Protocol):
     lora_alpha: float
     scaling: float
     kind: LayerKind
+    config: Any
 
 
 def register_initialization(name: str, options: type | None = None) -> Callable[[Initialization], Initialization]:
@@ -52,6 +54,40 @@ def initialization(name: bool | str) -> Initialization | None:
     return next((function for key, function in initializations.items() if re.fullmatch(key, str(name))), None)
 
 
+@torch.no_grad()
+def initialize(adapter: Factors, layer: nn.Module, path: str) -> None:
+    """Set A and B as `init_lora_weights` says, given the layer that they adapt."""
+    function = initialization(adapter.config.init_lora_weights)
+    assert function is not None  # LoRAConfig has checked
+    if isinstance(adapter.kind, EmbeddingKind) and function in (kaiming, gaussian):
+        nn.init.zeros_(adapter.lora_A)  # a token's column of A is used for that token only; B is common to all
+        nn.init.normal_(adapter.lora_B)
+        return
+    try:
+        function(adapter, layer)
+    except InputError as error:
+        start = adapter.config.init_lora_weights
+        raise InputError(f"{path or 'the layer'}: init_lora_weights={start!r} {error}") from None
+
+
+def draw(kind: LayerKind, r: int) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the shapes that a layer of this kind needs, drawn as PEFT does: same seed, same numbers."""
+    if isinstance(kind, EmbeddingKind):
+        return nn.Parameter(torch.randn(r, kind.in_features)), nn.Parameter(torch.randn(kind.out_features, r))
+    # The layers are made for the numbers that their constructors draw, and dropped.
+    if isinstance(kind, ConvKind):
+        if r % kind.groups:
+            raise InputError(f"r={r} cannot be divided among the groups={kind.groups} of a convolution")
+        kernel = kind.shape[2:]
+        Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+        A: nn.Module = Conv(kind.in_features, r, kernel, bias=False, dtype=torch.float32)  # type: ignore[arg-type]
+        B: nn.Module = Conv(r, kind.out_features, 1, groups=kind.groups, bias=False, dtype=torch.float32)
+    else:
+        A = nn.Linear(kind.in_features, r, bias=False, dtype=torch.float32)
+        B = nn.Linear(r, kind.out_features, bias=False, dtype=torch.float32)
+    return A.get_parameter("weight"), B.get_parameter("weight")
+
+
 def read_options(key: str, options: type, values: Any) -> Any:
     """The options that LoRAConfig holds under this key. Raises InputError for one that is unknown or out of range."""
     known = [field.name for field in fields(options)]
@@ -72,10 +108,9 @@ def require_linear(adapter: Factors, layer: nn.Module) -> None:
 
 
 def weight_to_decompose(adapter: Factors, layer: nn.Module) -> Tensor:
-    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that takes it apart into r parts.
+    """W (out, in) of a linear layer in float32, dequantized, for an initialisation that decomposes it.
 
-    Raises InputError for another layer, for a rank that W cannot have, for a scaling that is not positive and where W
-    has NaN or infinity.
+    Raises InputError where the layer, r, the scaling or W itself does not allow it.
     """
     require_linear(adapter, layer)
     W = adapter.kind.weight(layer).detach().float()

@@ -112,7 +112,6 @@ class AdaptedLayer(nn.Module):
         bias = self.own_bias(adapters)
         if bias is None:
             return Below(self.base_layer, self._base, self.kind, adapters, getattr(self.base_layer, "bias", None))
-
         return Below(self.base_layer, partial(self._base_with_own_bias, adapters), self.kind, adapters, bias)
 
     def _base_with_own_bias(self, adapters: list[Adapter], x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -171,8 +170,7 @@ class AdaptedLayer(nn.Module):
         W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
         if safe and not all(tensor.isfinite().all() for tensor in (W, bias) if tensor is not None):
             raise InputError(f"{name}: merging {self.active} gives NaN or infinity in {dtype}; nothing was merged")
-        dense = self.kind.with_weight(base, W, bias)
-        self.put_in_place(dense)
+        self.put_in_place(self.kind.with_weight(base, W, bias))
 
     def put_in_place(self, merged: nn.Module) -> None:
         """Use this layer, which holds the active adapters, for base_layer, and keep that one aside for `unmerge`."""
@@ -215,19 +213,23 @@ class LoRALinear(AdaptedLayer):
 
     y = ((b + s₁B₁A₁x) + s₂B₂A₂x + …) + Wx: the small terms first, so that the one large product accumulates onto
     them in float32 and y is rounded once. Rounding Wx and then the sum, in bfloat16, errs 1.4 times as far.
+
+    Args:
+        base_layer: the layer; attributes that this one lacks are read from it.
+
+    Raises:
+        InputError: where the layer cannot take an adapter.
     """
 
     def shared_part(self, x: Tensor) -> LoRAProduct | None:
         """What forward computes, for `shared_input.project`; None but where one plain LoRA acts on a frozen W and b."""
-        adapter, base = self._only_adapter(x), self.base_layer
-        W = None if adapter is None else _frozen_weight(base, x.dtype)
-        low_rank = None if adapter is None or W is None else adapter.low_rank()
-        return None if W is None or low_rank is None else LoRAProduct(W, base.bias, *low_rank)
+        low_rank = self._only_low_rank(x)
+        W = None if low_rank is None else _frozen_weight(self.base_layer, x.dtype)
+        return None if W is None or low_rank is None else LoRAProduct(W, self.base_layer.bias, *low_rank)
 
     def after_swiglu(self, gate: Tensor, up: Tensor) -> Tensor | None:
         """forward(silu(gate) · up), for `shared_input.project_swiglu`; None but where one plain LoRA acts."""
-        adapter = self._only_adapter(up)
-        low_rank = None if adapter is None else adapter.low_rank()
+        low_rank = self._only_low_rank(up)
         start = self.start([], up.dtype)
         if low_rank is None or (start is not None and start.requires_grad):
             return None
@@ -235,13 +237,13 @@ class LoRALinear(AdaptedLayer):
         x, update = gated_lora(gate.reshape(-1, width), up.reshape(-1, width), start, *low_rank)
         return self.onto(update.view(*up.shape[:-1], update.shape[1]), x.view(up.shape))
 
-    def _only_adapter(self, x: Tensor) -> Adapter | None:
-        """The one adapter that acts on x, if nothing but the layer's product and its update would be in y."""
+    def _only_low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A, B, s of the one adapter that acts on x, if nothing but the layer's product and s·B(A x) would be in y."""
         adapters = self.acting_adapters()
         if self.row_names is not None or len(adapters) != 1 or type(self).forward is not AdaptedLayer.forward:
             return None
         plain = is_plainly_called(adapters[0]) and adapters[0]._parameters["bias"] is None and runs_as_written(x)
-        return adapters[0] if plain else None
+        return adapters[0].low_rank() if plain else None
 
     def start(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor | None:
         base = self.base_layer

@@ -27,6 +27,7 @@ class LayerKind:
     """How one layer uses its weight, without holding it: W stands as (out_features, in_features, *kernel)."""
 
     is_linear: ClassVar[bool] = True
+    is_transposed: ClassVar[bool] = False  # the layer's own weight is (in, out)
     shape: tuple[int, ...]
 
     def __init__(self, layer: nn.Module) -> None:
@@ -45,7 +46,7 @@ class LayerKind:
         W = layer.weight
         if not isinstance(W, Tensor) or not W.is_floating_point():
             raise InputError("its weight is not floating-point numbers")
-        return W
+        return W.T if self.is_transposed else W
 
     def with_weight(self, layer: nn.Module, W: Tensor, bias: Tensor | None) -> nn.Module:
         """A dense layer that computes what `layer` would with this W (out, in, *kernel) and bias; both are frozen."""
@@ -58,7 +59,7 @@ class LayerKind:
 
     def stored(self, W: Tensor) -> Tensor:
         """W (out, in, *kernel) in the orientation of the layer's own `weight`; its own inverse."""
-        return W
+        return W.T.contiguous() if self.is_transposed else W
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         """W x without a bias, for any W of the layer's in_features and kernel, in the dtype of W."""
@@ -85,33 +86,23 @@ class NF4Kind(LayerKind):
 class TransposedLinearKind(LayerKind):
     """transformers' Conv1D, which is a linear layer that stores W as (in, out)."""
 
+    is_transposed = True
+
     def __init__(self, layer: nn.Module) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         self.shape = (weight.shape[1], weight.shape[0])
 
-    def weight(self, layer: nn.Module) -> Tensor:
-        return super().weight(layer).T
-
-    def stored(self, W: Tensor) -> Tensor:
-        return W.T.contiguous()
-
 
 class EmbeddingKind(LayerKind):
     """A lookup: column x of W, (dim, tokens). x holds token ids."""
 
-    is_linear = False
+    is_linear, is_transposed = False, True
 
     def __init__(self, layer: nn.Embedding) -> None:
         self.shape = (layer.embedding_dim, layer.num_embeddings)
         self.padding_idx = layer.padding_idx
         self.scale = getattr(layer, "embed_scale", None)  # Gemma multiplies what it looks up
-
-    def weight(self, layer: nn.Module) -> Tensor:
-        return super().weight(layer).T
-
-    def stored(self, W: Tensor) -> Tensor:
-        return W.T.contiguous()
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         return self.look_up(x, W.T, self.padding_idx)

@@ -22,13 +22,22 @@ from minilora.errors import InputError
 def adapters_for_rows(model: nn.Module, names: Sequence[str]) -> Iterator[RowNames]:
     """Inside the `with`, row i of the batch goes through the adapter names[i] alone, "__base__" through none.
 
-    names: one for each row of what the model is called with, along the first dimension; for a generate that multiplies
-    the rows (beams, several answers to a prompt), one for each row that it makes. Which adapters are active does not
-    matter; gradients reach those that train, which `set_adapter` decides. With gradient checkpointing, call backward
-    inside the `with` too: outside PyTorch raises an error, or with use_reentrant=True gives wrong gradients.
-    Raises InputError for a name that the model does not have and on a merged model; and, from the model, where a layer
-    with adapters sees another number of rows (an expert of a Mixture-of-Experts is given tokens from all of them), or
-    a module that an adapter has a copy of takes more than one input.
+    Which adapters are active does not matter; gradients reach those that train, which `set_adapter` decides. With
+    gradient checkpointing, call backward inside the `with` too: outside PyTorch fails, or with use_reentrant=True gives
+    wrong gradients.
+
+    Args:
+        model: a model with adapters.
+        names: one for each row of what the model is called with, along the first dimension; for a generate that
+            multiplies the rows (beams, several answers to a prompt), one for each row that it makes.
+
+    Yields:
+        The names of the rows, of which `use` takes other ones for a next batch.
+
+    Raises:
+        InputError: for a name that the model does not have, and on a merged model. And from the model inside, where a
+            layer with adapters sees another number of rows (an expert of a Mixture-of-Experts is given tokens from all
+            of them), or a module that an adapter has a copy of takes more than one input.
     """
     if isinstance(names, str):
         raise InputError(f"adapters_for_rows takes one name for each row of the batch, a list, not {names!r}")
@@ -44,12 +53,3 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str]) -> Iterator[RowNam
     finally:
         for layer, previous in zip(layers.values(), before, strict=True):
             layer.row_names = previous
-
-
-def refuse_row_names(model: nn.Module) -> None:
-    """Raise InputError inside `adapters_for_rows`: for functions that make batches of rows in an order of their own."""
-    if any(layer.row_names is not None for layer in adapted_layers(model).values()):
-        raise InputError(
-            "inside adapters_for_rows the rows must stay in order, and here they are batched in another one: leave the"
-            " `with` first; generate takes adapter_names=[...] instead"
-        )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from minilora.adapters.adapter import AdapterConfig
 from minilora.adapters.initialization import gaussian, kaiming
 from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.targets import modules_before_adapters, nearest_names
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.targets import matches, modules_before_adapters, nearest_names
 from minilora.adapters.trained_parts import Part
 from minilora.errors import InputError
 
@@ -71,10 +71,7 @@ class ParameterLoRA(Part):
 
 
 def parameter_updates(model: nn.Module, config: AdapterConfig) -> dict[str, ParameterLoRA]:
-    """The updates that `target_parameters` asks for, by the path of the module that has the parameters.
-
-    Raises InputError for a name that is no parameter's, for a layer's weight, and for what PEFT does not combine.
-    """
+    """The updates that `target_parameters` asks for, by the path of the module that has the parameters."""
     targets = getattr(config, "target_parameters", None)
     if not targets:
         return {}
@@ -85,16 +82,12 @@ def parameter_updates(model: nn.Module, config: AdapterConfig) -> dict[str, Para
         )
     modules = modules_before_adapters(model)
     named = [f"{path}.{name}" for path, module in modules.items() for name in module._parameters]
-    found: dict[str, ParameterLoRA] = {}
     for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in named):
+        if not any(matches([target], path) for path in named):
             raise InputError(f"target_parameters: {target!r} matches no parameter; {nearest_names([target], named)}")
+    found: dict[str, ParameterLoRA] = {}
     for path, module in modules.items():
-        names = [
-            name
-            for name, parameter in module.named_parameters(recurse=False)
-            if any(f"{path}.{name}" == target or f"{path}.{name}".endswith(f".{target}") for target in targets)
-        ]
+        names = [name for name, _ in module.named_parameters(recurse=False) if matches(targets, f"{path}.{name}")]
         if not names:
             continue
         if kind_of(module) is not None:

@@ -22,10 +22,7 @@ class RowNames:
             self.names, self._rows = list(names), {}
 
     def rows(self, x: Tensor, layer: nn.Module) -> dict[str, Tensor]:
-        """{name: numbers of its rows, int64 on the device of x}.
-
-        Raises InputError where x (rows, …), the input of this layer, has another number of rows, and on a merged layer.
-        """
+        """{name: numbers of its rows, int64 on the device of x}, for x (rows, …), the input of this layer."""
         if layer.merged:
             raise InputError(f"{layer.merged} are merged into {self.path(layer)}: call unmerge(model) first")
         if len(x) != len(self.names):

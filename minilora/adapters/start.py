@@ -17,20 +17,16 @@ from typing import Any
 
 from minilora.adapters.adapter import Adapter
 from minilora.adapters.layer_kinds import NF4Kind, TransposedLinearKind
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 
 
 def adapters_to_write(adapters: dict[str, Adapter], as_lora: bool) -> dict[str, Adapter]:
-    """These adapters, by path, or plain ones in their place, if asked for or if their start would be lost.
-
-    Raises InputError where as_lora is asked of what is no LoRA, or belongs on a base that LoftQ made.
-    """
+    """These adapters, by path, or plain LoRAs in their place, if asked for or if their start would be lost."""
     lost = any(
-        not_derivable(getattr(adapter.config, "init_lora_weights", None))
-        or _starts_in_4_bits(adapter)
-        or _starts_elsewhere_in_peft(adapter)
-        for adapter in adapters.values()
+        not_derivable(getattr(adapter.config, "init_lora_weights", None)) or _why_it_differs(path, adapter)
+        for path, adapter in adapters.items()
     )
     return _plain(adapters) if as_lora or lost else adapters
 
@@ -39,13 +35,12 @@ def _plain(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     for adapter in adapters.values():
         if type(adapter.config) is not LoRAConfig:
             raise InputError(f"as_lora: {adapter.config.peft_type} is another method, save it as it is")
-    plain: dict[str, Adapter] = {path: each.as_plain() for path, each in adapters.items() if isinstance(each, LoRA)}
-    config = next(iter(plain.values())).config
-    for path, adapter in adapters.items():
-        if path not in plain:  # what the adapter trains beside its updates, as it is
-            plain[path] = copy.copy(adapter)
-            plain[path].config = config
-    return {path: plain[path] for path in adapters}
+    # what the adapter trains beside its updates stays as it is
+    plain = {path: each.as_plain() if isinstance(each, LoRA) else copy.copy(each) for path, each in adapters.items()}
+    configs = [each.config for each in plain.values() if isinstance(each, LoRA)]
+    for each in plain.values():
+        each.config = configs[0] if configs else each.config
+    return plain
 
 
 def not_derivable(init_lora_weights: Any) -> bool:
@@ -56,22 +51,23 @@ def not_derivable(init_lora_weights: Any) -> bool:
 def check_derived_start(adapters: Mapping[str, Adapter]) -> None:
     """Raises InputError where adapters built to be loaded would start from other weights than those of the file."""
     for path, adapter in adapters.items():
-        if _starts_in_4_bits(adapter):
-            raise InputError(
-                f"init_lora_weights={adapter.config.init_lora_weights!r} starts from the full weights, and {path} is in"
-                " 4 bits: load the model without quantize=, and from there save_adapter(..., as_lora=True)"
-            )
-        if _starts_elsewhere_in_peft(adapter):
-            raise InputError(
-                f"init_lora_weights='olora' on {path}, a Conv1D, whose weight PEFT decomposes transposed: the start is"
-                " not OLoRA's; merge the adapter where it was trained, with PEFT's merge_and_unload()"
-            )
+        if why := _why_it_differs(path, adapter):
+            raise InputError(why)
 
 
-def _starts_in_4_bits(adapter: Adapter) -> bool:
-    return isinstance(adapter, LoRA) and adapter.start_A is not None and isinstance(adapter.kind, NF4Kind)
-
-
-def _starts_elsewhere_in_peft(adapter: Adapter) -> bool:
-    is_olora = isinstance(adapter, LoRA) and adapter.config.init_lora_weights == "olora"
-    return is_olora and isinstance(adapter.kind, TransposedLinearKind)
+def _why_it_differs(path: str, adapter: Adapter) -> str | None:
+    """Why B₀A₀ derived here is another than what is derived elsewhere; None where it is the same."""
+    if not isinstance(adapter, LoRA):
+        return None
+    init = adapter.config.init_lora_weights
+    if adapter.start_A is not None and isinstance(adapter.kind, NF4Kind):
+        return (
+            f"init_lora_weights={init!r} starts from the full weights, and {path} is in"
+            " 4 bits: load the model without quantize=, and from there save_adapter(..., as_lora=True)"
+        )
+    if init == "olora" and isinstance(adapter.kind, TransposedLinearKind):
+        return (
+            f"init_lora_weights='olora' on {path}, a Conv1D, whose weight PEFT decomposes transposed: the start is"
+            " not OLoRA's; merge the adapter where it was trained, with PEFT's merge_and_unload()"
+        )
+    return None

@@ -37,7 +37,7 @@ def input_embedding(model: nn.Module) -> str | None:
             return _path_of(model, get())
         except NotImplementedError:  # of sounds or images
             return None
-    paths = [path for path in modules_before_adapters(model) if _matches(["embed_tokens"], path)]
+    paths = [path for path in modules_before_adapters(model) if matches(["embed_tokens"], path)]
     return paths[0] if paths else None
 
 
@@ -51,13 +51,28 @@ def _path_of(model: nn.Module, layer: nn.Module | None) -> str | None:
     return next((path for path, module in model.named_modules() if module is layer), None)
 
 
-def tied_head(model: nn.Module) -> str | None:
-    """The path of the output head if its weight is the input embedding's."""
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """The paths of the input embedding and of the output head where they have one weight."""
     modules, embedding, head = modules_before_adapters(model), input_embedding(model), output_head(model)
-    if not embedding or not head or embedding == head or not {embedding, head} <= modules.keys():
+    if embedding == head or embedding not in modules or head not in modules:
         return None
     tied = getattr(modules[head], "weight", None) is getattr(modules[embedding], "weight", modules)
-    return head if tied else None
+    return (embedding, head) if tied else None
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The path of the output head if its weight is the input embedding's."""
+    pair = tied_pair(model)
+    return pair and pair[1]
+
+
+def ensures_tying(config: AdapterConfig) -> bool:
+    return bool(getattr(config, "ensure_weight_tying", False))
+
+
+def pair_to_tie(model: nn.Module, config: AdapterConfig) -> tuple[str, str] | None:
+    """The tied pair, where the configuration asks that what trains of both trains as one."""
+    return tied_pair(model) if ensures_tying(config) else None
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -69,8 +84,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     them. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
     """
     modules = modules_before_adapters(model)
-    kinds = {path: kind_of(module) for path, module in modules.items()}
-    possible = [path for path, kind in kinds.items() if kind is not None]
+    kinds = {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
     targets = config.target_modules
     if not targets and getattr(config, "target_parameters", None):
         return []
@@ -78,17 +92,18 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
     if isinstance(targets, str) and targets.lower() == "all-linear":
         left_out = _heads(model, config)
-        linear = [path for path, kind in kinds.items() if kind is not None and kind.is_linear]
+        linear = [path for path, kind in kinds.items() if kind.is_linear]
         matched = [path for path in linear if path not in left_out and not _is_never_called(modules, path)]
     else:
         matched = [path for path in modules if _is_targeted(config, path)]
     if not matched:
-        raise InputError(
-            f"target_modules={targets!r} matches no layer{_in_blocks(config)}; {nearest_names(targets, possible)}"
-        )
-    excluded = config.exclude_modules or []
-    saved = _names_to_save(config)
-    found = [path for path in matched if not _matches(excluded, path) and not _is_or_is_inside(saved, path)]
+        blocks = "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
+        raise InputError(f"target_modules={targets!r} matches no layer{blocks}; {nearest_names(targets, list(kinds))}")
+    excluded, saved = config.exclude_modules or [], _names_to_save(config)
+    found = [
+        path for path in matched
+        if not matches(excluded, path) and not any(f".{name}." in f".{path}." for name in saved)
+    ]  # fmt: skip
     found = _with_tied(model, config, found)
     if not found:
         keys = [key for key in ("exclude_modules", "modules_to_save") if getattr(config, key)]
@@ -124,24 +139,22 @@ def _check_nothing_is_hidden(model: nn.Module, config: AdapterConfig) -> None:
         for name, module in wrapper.base_layer.named_modules() if wrapper.any_module else ():
             kind, inside = kind_of(module), f"{path}.{name}"
             targeted = _is_targeted(config, inside) if by_name else kind is not None and kind.is_linear
-            if targeted and not _matches(config.exclude_modules or [], inside):
+            if targeted and not matches(config.exclude_modules or [], inside):
                 raise InputError(f"target_modules matches {inside}, and another adapter has its own {path}: exclude it")
 
 
 def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:
     """The paths; with ensure_weight_tying, where one of them is of a tied pair, also the other."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not getattr(config, "ensure_weight_tying", False) or not embedding or not head:
+    pair = pair_to_tie(model, config)
+    if pair is None or not any(path in paths for path in pair):
         return paths
-    if embedding not in paths and head not in paths:
-        return paths
-    return [path for path in modules_before_adapters(model) if path in paths or path in (embedding, head)]
+    return [path for path in modules_before_adapters(model) if path in paths or path in pair]
 
 
 def _is_targeted(config: AdapterConfig, path: str) -> bool:
     """PEFT's rule: a whole path in the list is meant in any block, the end of one in layers_to_transform only."""
     targets, blocks = config.target_modules or [], config.layers_to_transform
-    if not _matches(targets, path):
+    if not matches(targets, path):
         return False
     if isinstance(targets, str) or path in targets or blocks is None or blocks == []:
         return True
@@ -158,7 +171,7 @@ def block_number(config: AdapterConfig, path: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _matches(names: str | Iterable[str], path: str) -> bool:
+def matches(names: str | Iterable[str], path: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or ends of paths."""
     if not isinstance(names, str):
         return any(path == name or path.endswith(f".{name}") for name in names)
@@ -166,10 +179,6 @@ def _matches(names: str | Iterable[str], path: str) -> bool:
         return re.fullmatch(names, path) is not None
     except re.error as error:
         raise InputError(f"{names!r} is not a regular expression ({error}); to give names, use a list") from None
-
-
-def _is_or_is_inside(names: Iterable[str], path: str) -> bool:
-    return any(f".{name}." in f".{path}." for name in names)
 
 
 def _heads(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -193,10 +202,7 @@ def _names_to_save(config: AdapterConfig) -> list[str]:
 
 
 def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that modules_to_save names the end of, as in PEFT: "norm" is the end of "input_layernorm".
-
-    Raises InputError where one has adapters inside, or is inside another.
-    """
+    """Paths of the modules whose end modules_to_save names, as in PEFT: "norm" is the end of "input_layernorm"."""
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
@@ -214,16 +220,12 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
-    """A list in which one name of several is misspelled would silently train less than was asked for.
-
-    Raises InputError for a name in target_modules or modules_to_save, or a number in layers_to_transform, that matches
-    nothing in the model.
-    """
+    """A list in which one name of several is misspelled would silently train less than was asked for."""
     paths = list(modules_before_adapters(model))
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key)
         for name in [] if names is None or isinstance(names, str) else names:
-            if not any(path.endswith(name) if key == "modules_to_save" else _matches([name], path) for path in paths):
+            if not any(path.endswith(name) if key == "modules_to_save" else matches([name], path) for path in paths):
                 what = "layer" if key == "target_modules" else "module"
                 hint = _parameter_of(model, name) or nearest_names([name], paths)
                 raise InputError(f"{key}: {name!r} matches no {what}; {hint}")
@@ -236,26 +238,20 @@ def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def check_every_pattern_matches(model: nn.Module, config: AdapterConfig, targets: list[str]) -> None:
-    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for.
-
-    Raises InputError for a key of rank_pattern or alpha_pattern that no target's path ends with.
-    """
-    of_parameters = dict(model.named_parameters()) if getattr(config, "target_parameters", None) else {}
-    of_adalora = [f"{path}.lora_E" for path in targets]
+    """A misspelled pattern would silently leave the default rank or lora_alpha where another was asked for."""
+    names = [f"{path}{config.pattern_suffix}" for path in targets]
+    if getattr(config, "target_parameters", None):
+        names += dict(model.named_parameters())
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key, None) or {}:
-            if not any(ends_with(pattern, path) for path in [*targets, *of_parameters, *of_adalora]):
-                near = nearest_names([pattern], [*targets, *of_parameters])
+            if not any(ends_with(pattern, name) for name in names):
+                near = nearest_names([pattern], names)
                 raise InputError(f"{key}: {pattern!r} matches no layer that is adapted; {near}")
-
-
-def _in_blocks(config: AdapterConfig) -> str:
-    return "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
 
 
 def _parameter_of(model: nn.Module, name: str) -> str | None:
     """Where a name means the weights of a Mixture-of-Experts' experts, which are one tensor, and not layers."""
-    path = next((path for path, _ in model.named_parameters() if _matches([name], path)), None)
+    path = next((path for path, _ in model.named_parameters() if matches([name], path)), None)
     owner = path.rpartition(".")[0] if path else ""
     return f"it is a parameter of {owner}, and not a layer: name it in target_parameters" if path else None
 

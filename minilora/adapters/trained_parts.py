@@ -19,32 +19,32 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.adapters.adapted_module import parameter_dtypes
-from minilora.adapters.adapter import Adapter, AdapterConfig, Below
+from minilora.adapters.adapter import Adapter, AdapterConfig, Below, at_least_float32
 from minilora.adapters.layer_kinds import EmbeddingKind, NF4Kind, kind_of
 from minilora.adapters.targets import (
+    ensures_tying,
     find_modules_to_save,
     input_embedding,
     modules_before_adapters,
     nearest_names,
-    tied_head,
+    pair_to_tie,
+    tied_pair,
 )
-from minilora.adapters.tying import ensures_tying, tie_updates
+from minilora.adapters.tying import tie_updates
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 
 
 def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
-    """Add to the adapters of the target layers, by path, what else the configuration trains; the model is not changed.
-
-    Raises InputError where a layer is named twice, and for token ids that are not in the embedding.
-    """
+    """Add to the adapters of the target layers, by path, what else the configuration trains."""
     modules = modules_before_adapters(model)
     tie_updates(model, config, adapters)
     copies = {path: TrainedCopy(modules[path], config) for path in find_modules_to_save(model, config)}
     if both := sorted(copies.keys() & adapters.keys()):
         raise InputError(f"{both[0]} is named in target_modules and, by its end, in modules_to_save")
-    embedding, head = input_embedding(model), tied_head(model)
-    if head in copies and embedding in copies and ensures_tying(config):
+    pair = pair_to_tie(model, config)
+    if pair is not None and copies.keys() >= set(pair):
+        embedding, head = pair
         copies[head].module.weight = copies[embedding].module.weight
     rows = _trained_rows(model, config)
     for path in rows:
@@ -53,18 +53,13 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
                 f"trainable_token_indices trains rows of {path}, which target_modules or modules_to_save names too"
             )
     biases = _own_biases(modules, config, adapters, copies)
-    for path, part in (copies | rows | biases).items():
-        adapters[path] = part
+    adapters |= copies | rows | biases
 
 
 class Part(Adapter):
     """A trained part of the model that is not an update of a layer's weight; the layer may be any module."""
 
-    def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
-        nn.Module.__init__(self)
-        self.config = config
-        self.kind = kind_of(layer)  # type: ignore[assignment]  # None on a module that only a Part can train
-        self.register_parameter("bias", None)
+    any_module = True
 
     def updates(self) -> dict[str, Tensor]:
         """What it adds to parameters of the module, by name."""
@@ -91,8 +86,7 @@ class OwnBias(Part):
         return W
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        assert self.bias is not None
-        return {"bias": self.bias}
+        return {"bias": self.get_parameter("bias")}
 
 
 def _own_biases(
@@ -138,7 +132,7 @@ class TrainedCopy(Part):
         self.module = _dense(layer)
         for parameter in self.module.parameters():
             if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameter.data = at_least_float32(parameter.data)
 
     def call(self, original: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the copy's parameters, in the dtypes in which the original uses its own."""
@@ -197,8 +191,7 @@ class TrainedRows(Part):
         self.rows: nn.Parameter
         self.is_tied = tied_to is not None
         stored = self.kind.stored(self.kind.weight(layer).detach())  # (all tokens, dim)
-        dtype = torch.promote_types(stored.dtype, torch.float32)
-        self.rows = tied_to.rows if tied_to is not None else nn.Parameter(stored[ids].to(dtype))
+        self.rows = tied_to.rows if tied_to is not None else nn.Parameter(at_least_float32(stored[ids]))
         self.token_ids = ids
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
 
@@ -218,14 +211,14 @@ class TrainedRows(Part):
         return y if add is None else y + add
 
     def merged_weight(self, W: Tensor) -> Tensor:
-        stored = self.kind.stored(W).to(torch.promote_types(W.dtype, torch.float32))
+        stored = at_least_float32(self.kind.stored(W))
         return self.kind.stored(stored.index_copy(0, self.ids, self.rows.detach().to(stored.dtype)))
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return {} if self.is_tied else {"token_adapter.trainable_tokens_delta": self.rows}
 
 
-def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, Adapter]:
+def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, "TrainedRows"]:
     """The rows that trainable_token_indices names, by the path of their layer; the tied head of an embedding follows.
 
     As in PEFT, a tied head for which other tokens are named has rows of its own.
@@ -233,8 +226,9 @@ def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, Adapter]
     named = getattr(config, "trainable_token_indices", None)
     if named is None:
         return {}
-    modules, embedding, head = modules_before_adapters(model), input_embedding(model), tied_head(model)
+    modules = modules_before_adapters(model)
     if isinstance(named, list):
+        embedding = input_embedding(model)
         if embedding is None:
             raise InputError("trainable_token_indices: name the embedding, {name: token ids}; this model does not tell")
         named = {embedding: named}
@@ -248,14 +242,11 @@ def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, Adapter]
         for path in paths:
             _check_token_ids(path, modules[path], ids)
             found[path] = ids
-    rows: dict[str, Adapter] = {}
-    for path, ids in found.items():
-        rows[path] = TrainedRows(modules[path], config, ids)
-    if head and embedding in found:
+    rows = {path: TrainedRows(modules[path], config, ids) for path, ids in found.items()}
+    embedding, head = tied_pair(model) or ("", "")
+    if embedding in found:
         if found.get(head, found[embedding]) == found[embedding]:
-            tied_to = rows[embedding]
-            assert isinstance(tied_to, TrainedRows)
-            rows[head] = TrainedRows(modules[head], config, found[embedding], tied_to)
+            rows[head] = TrainedRows(modules[head], config, found[embedding], tied_to=rows[embedding])
         elif ensures_tying(config):
             raise InputError(f"ensure_weight_tying: trainable_token_indices differ between {embedding} and {head}")
     return rows

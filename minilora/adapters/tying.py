@@ -12,29 +12,32 @@ from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, AdapterConfig
 from minilora.adapters.lora import LoRA
-from minilora.adapters.targets import input_embedding, modules_before_adapters, output_head, tied_head
+from minilora.adapters.targets import (
+    ensures_tying,
+    input_embedding,
+    modules_before_adapters,
+    output_head,
+    pair_to_tie,
+    tied_pair,
+)
 from minilora.errors import InputError
-
-
-def ensures_tying(config: AdapterConfig) -> bool:
-    return bool(getattr(config, "ensure_weight_tying", False))
 
 
 def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
     """Raises InputError where ensure_weight_tying has nothing to tie."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not ensures_tying(config) or head in adapters:
+    if not ensures_tying(config):
         return
-    if head is None:
+    pair = tied_pair(model)
+    if pair is None:
         raise InputError("ensure_weight_tying: the model has no output head that shares the embedding's weight")
-    raise InputError(f"ensure_weight_tying: neither {embedding} nor {head} is named for training")
+    if pair[1] not in adapters:
+        raise InputError(f"ensure_weight_tying: neither {pair[0]} nor {pair[1]} is named for training")
 
 
 class TiedLoRA(Adapter):
-    """The LoRA of a head that has its weight from the embedding: ΔW (tokens, dim) is the embedding's, transposed.
+    """The LoRA of a tied head, without parameters of its own: ΔW (tokens, dim) is the embedding's, transposed.
 
-    It has no parameters of its own. The factors start as the head's would: with the same seed at PEFT's numbers, in
-    another order.
+    The factors start as the head's would: with the same seed at PEFT's numbers, in another order.
     """
 
     def __init__(self, layer: nn.Module, path: str, head: LoRA, embedding: LoRA) -> None:
@@ -73,9 +76,10 @@ class TiedLoRA(Adapter):
 
 def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
     """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
-    embedding, head = input_embedding(model), tied_head(model)
-    if not ensures_tying(config) or head not in adapters or embedding not in adapters:
+    pair = pair_to_tie(model, config)
+    if pair is None or not adapters.keys() >= set(pair):
         return
+    embedding, head = pair
     of_embedding, of_head = adapters[embedding], adapters[head]
     if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
         raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")

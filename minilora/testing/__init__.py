@@ -29,15 +29,18 @@ def check_variant(
 ) -> None:
     """Try every check on the variant that is registered for this configuration.
 
-    The models have two layers named "first" (16 features to 12) and "second" (12 to 8), for options that take names;
-    `target_modules` is set to both. Choose small ranks.
+    The models have two layers named "first" (16 features to 12) and "second" (12 to 8), for options that take names.
 
-    add: puts an adapter on a model, for a variant that needs more than `add_adapter(model, config, name)`, such as
-    data; `example_input(model)` is what the model takes.
-    exceptions: {name of a check: why the variant fails it by design}. It must then fail, so that no exception outlives
-    its reason. A method that takes no gradient by design needs none: `held_constant` in the class declares it.
+    Args:
+        config: the variant's configuration, with small ranks; `target_modules` is set to both layers.
+        add: puts an adapter on a model, for a variant that needs more than `add_adapter(model, config, name)`, such as
+            data; `example_input(model)` is what the model takes.
+        exceptions: {name of a check: why the variant fails it by design}. It must then fail, so that no exception
+            outlives its reason. A method that takes no gradient by design needs none: `held_constant` in the class
+            declares it.
 
-    Raises AssertionError at the first check that fails: what was expected, what was found, and where to look.
+    Raises:
+        AssertionError: at the first check that fails: what was expected, what was found, and where to look.
     """
     for check in with_progress(CHECKS, len(CHECKS), f"Trying {type(config).__name__}", "checks"):
         check(config, add=add, exceptions=exceptions)

@@ -14,6 +14,7 @@ from minilora.adapters import (
     AdaptedLayer,
     Adapter,
     LoRAConfig,
+    adapter_parameters,
     add_adapter,
     disable_adapters,
     merge,
@@ -31,8 +32,6 @@ from minilora.testing.trial import (
     check,
     distance,
     example_input,
-    expect,
-    expect_equal,
     in_float64,
     shake,
     tokens,
@@ -48,7 +47,7 @@ def starts_as_the_base_model(trial: Trial, layer: str) -> None:
     before = model(x)
     trial.put_on(model, "default")
     look_at = f"__init__ (where it starts) and {trial.computes} (does it add `add`?)"
-    expect_equal(model(x), before, trial, "the base model's output after add_adapter", look_at)
+    trial.expect_equal(model(x), before, "the base model's output after add_adapter", look_at)
 
 
 @check(*LAYERS)
@@ -68,10 +67,10 @@ def gradients_equal_finite_differences(trial: Trial, layer: str) -> None:
             for name, leaf in leaves.items():  # one by one, to name it
                 problem = _wrong_gradient(model, x, leaf)
                 expected = f"the gradient of {name} that finite differences give"
-                expect(problem is None, trial, expected, f"{problem}", trial.computes)
+                trial.expect(problem is None, expected, f"{problem}", trial.computes)
     if trial.variant.held_constant:
         names, honest = ", ".join(trial.variant.held_constant), _wrong_gradient(model, x, *leaves.values()) is not None
-        expect(honest, trial, f"no gradient through {names}", "the whole gradient", "held_constant")
+        trial.expect(honest, f"no gradient through {names}", "the whole gradient", "held_constant")
 
 
 def _wrong_gradient(model: nn.Module, x: Tensor, *leaves: Tensor) -> str | None:
@@ -126,29 +125,27 @@ def _merges(trial: Trial) -> str:
 @check(*LAYERS)
 def merge_equals_forward(trial: Trial, layer: str) -> None:
     """The merged model, and the plain model that `unload(merge=True)` gives, compute what the adapted one does."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     wanted = model(x)
     merge(model)
-    expect_equal(model(x), wanted, trial, "the adapted model's output after merge", _merges(trial))
+    trial.expect_equal(model(x), wanted, "the adapted model's output after merge", _merges(trial))
     unload(model, merge=True)
     left = [type(module).__name__ for module in model.modules() if isinstance(module, AdaptedLayer | Adapter)]
-    expect(not left, trial, "plain layers after unload(merge=True)", f"{left}", "base_for")
-    expect_equal(model(x), wanted, trial, "the adapted model's output after unload(merge=True)", _merges(trial))
+    trial.expect(not left, "plain layers after unload(merge=True)", f"{left}", "base_for")
+    trial.expect_equal(model(x), wanted, "the adapted model's output after unload(merge=True)", _merges(trial))
 
 
 @check(*LAYERS)
 def unmerge_restores_the_bits(trial: Trial, layer: str) -> None:
     """After merge and unmerge, the state dict and the output are bit for bit what they were."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     before, wanted = bits(model), model(x)
     merge(model)
     unmerge(model)
     changed = changed_bits(before, bits(model))
     look_at = "delta" if trial.variant.additive else "merged_weight (it must not change the W that it is given)"
-    expect(not changed, trial, "every bit as before merge and unmerge", f"other bits in {changed}", look_at)
-    expect(torch.equal(model(x), wanted), trial, "the output as before, bit for bit", "another one", look_at)
+    trial.expect(not changed, "every bit as before merge and unmerge", f"other bits in {changed}", look_at)
+    trial.expect(torch.equal(model(x), wanted), "the output as before, bit for bit", "another one", look_at)
 
 
 @check(*LAYERS)
@@ -163,7 +160,7 @@ def merges_among_other_adapters(trial: Trial, layer: str) -> None:
         wanted = model(x)
         merge(model)
         names = " and then ".join("the LoRA" if name == "lora" else "one of these" for name in order)
-        expect_equal(model(x), wanted, trial, f"with {names} active, merged as unmerged", _merges(trial))
+        trial.expect_equal(model(x), wanted, f"with {names} active, merged as unmerged", _merges(trial))
 
 
 @check(*LAYERS)
@@ -175,8 +172,8 @@ def adds_onto_what_it_is_given(trial: Trial, layer: str) -> None:
     x, adapter = example_input(model), adapters_of(model)[0]
     add = torch.randn_like(trial.base(layer).get_submodule("first")(x))
     product = adapter.kind.apply(x, adapter.delta())
-    expect_equal(adapter(x), product, trial, "the product of x with delta()", "forward (or delta)")
-    expect_equal(adapter(x, add=add), product + add, trial, "the result without `add`, + add", "forward")
+    trial.expect_equal(adapter(x), product, "the product of x with delta()", "forward (or delta)")
+    trial.expect_equal(adapter(x, add=add), product + add, "the result without `add`, + add", "forward")
 
 
 # --- dropout, shapes, dtypes -----------------------------------------------------------------------------------------
@@ -188,11 +185,11 @@ def drops_in_training_only(trial: Trial, layer: str) -> None:
     for name in [field.name for field in fields(trial.config) if field.name.endswith("_dropout")]:
         model, without = trial.model(layer, **{name: 0.5}), trial.model(layer, **{name: 0.0})
         x = example_input(model)
-        expect_equal(model(x), without(x), trial, f"in evaluation no effect of {name}=0.5", trial.computes)
+        trial.expect_equal(model(x), without(x), f"in evaluation no effect of {name}=0.5", trial.computes)
         model.train()
         outputs = [model(x) for _ in range(20)]
         drops = any(not torch.equal(y, outputs[0]) for y in outputs)
-        expect(drops, trial, f"in training with {name}=0.5 another output each time", "the same", trial.computes)
+        trial.expect(drops, f"in training with {name}=0.5 another output each time", "the same", trial.computes)
         if name not in ("rank_dropout", "module_dropout"):  # these drop a part of the update for all rows
             _check_expectation(trial, model)
 
@@ -205,7 +202,7 @@ def _check_expectation(trial: Trial, model: nn.Sequential) -> None:
     error = (y.mean(0) - layer.eval()(x[:1]).double()).abs() / (y.std(0) / len(y) ** 0.5).clamp_min(1e-6)
     worst = float(error.detach().max())  # normally distributed: 5 deviations happen once in a million
     found = f"{worst:.0f} standard errors from it"
-    expect(worst < 5, trial, "in training, on average, the output without dropout", found, "forward (divide by 1 - p)")
+    trial.expect(worst < 5, "in training, on average, the output without dropout", found, "forward (divide by 1 - p)")
 
 
 @check("linear", "nf4")
@@ -216,7 +213,7 @@ def takes_any_batch_shape(trial: Trial, layer: str) -> None:
         x = tokens(*shape)
         rows = model(x.reshape(-1, 16)) if x.numel() else torch.empty(0, 8)
         expected = f"for an input {tuple(x.shape)} what its rows give one by one"
-        expect_equal(model(x), rows.view(*shape, 8), trial, expected, trial.computes)
+        trial.expect_equal(model(x), rows.view(*shape, 8), expected, trial.computes)
 
 
 # A half-precision number is within one unit of the exact one. Each layer rounds its factors, A x, the update and the
@@ -239,39 +236,38 @@ def keeps_float32_on_a_half_precision_base(trial: Trial, layer: str) -> None:
         finally:
             torch.set_default_dtype(default)
         shake(model)
-        parameters = {key: p for adapter in adapters_of(model) for key, p in adapter.named_parameters()}
+        parameters = adapter_parameters(model)
         for name, parameter in parameters.items():
             found = f"{name} in {parameter.dtype}"
-            expect(parameter.dtype == torch.float32, trial, f"float32 parameters on a {dtype} base", found, "__init__")
+            trial.expect(parameter.dtype == torch.float32, f"float32 parameters on a {dtype} base", found, "__init__")
         x = example_input(model).to(dtype)
         y = model(x)
-        expect(y.dtype == dtype, trial, f"an output in the input's {dtype}", f"{y.dtype}", trial.computes)
+        trial.expect(y.dtype == dtype, f"an output in the input's {dtype}", f"{y.dtype}", trial.computes)
         exact = in_float64(copy.deepcopy(model))(x.double())
-        expect_equal(y, exact, trial, f"in {dtype} nearly what float64 gives", trial.computes, tolerance=4 * unit)
+        trial.expect_equal(y, exact, f"in {dtype} nearly what float64 gives", trial.computes, tolerance=4 * unit)
         y.float().pow(2).sum().backward()
         for name, parameter in parameters.items():
             if parameter.requires_grad:
                 gradient = parameter.grad
                 finite = gradient is not None and bool(gradient.isfinite().all())
-                expect(finite, trial, f"a finite gradient of {name} on a {dtype} base", f"{gradient}", trial.computes)
+                trial.expect(finite, f"a finite gradient of {name} on a {dtype} base", f"{gradient}", trial.computes)
 
 
 @check("linear", "nf4")
 def works_under_autocast(trial: Trial, layer: str) -> None:
     """Under autocast to bfloat16: the dtype that the base model gives, near the float32 output, float32 gradients."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
         with disable_adapters(model):
             base = model(x)
-    expect(y.dtype == base.dtype, trial, f"the base model's {base.dtype}", f"{y.dtype}", trial.computes)
+    trial.expect(y.dtype == base.dtype, f"the base model's {base.dtype}", f"{y.dtype}", trial.computes)
     tolerance = 8 * UNITS[torch.bfloat16]  # here W and x are rounded too
-    expect_equal(y, model(x), trial, "under autocast nearly the float32 output", trial.computes, tolerance)
+    trial.expect_equal(y, model(x), "under autocast nearly the float32 output", trial.computes, tolerance)
     y.float().pow(2).sum().backward()
     for name, parameter in trained(model).items():
         found = "none" if parameter.grad is None else f"{parameter.grad.dtype}"
-        expect(found == "torch.float32", trial, f"a float32 gradient of {name}", found, trial.computes)
+        trial.expect(found == "torch.float32", f"a float32 gradient of {name}", found, trial.computes)
 
 
 @check(*LAYERS)
@@ -287,9 +283,9 @@ def disabled_is_the_base_bit_for_bit(trial: Trial, layer: str) -> None:
         with disable_adapters(model):
             found = distance(model(x), wanted)
             state = "merged and disabled" if merged else "disabled"
-            expect(torch.equal(model(x), wanted), trial, f"{state}: the base", f"an error of {found:.1e}", look_at)
+            trial.expect(torch.equal(model(x), wanted), f"{state}: the base", f"an error of {found:.1e}", look_at)
     unmerge(model)
-    expect(torch.equal(model(x), acting), trial, "enabled again, the same output as before", "another", trial.computes)
+    trial.expect(torch.equal(model(x), acting), "enabled again, the same output as before", "another", trial.computes)
     unload(model)
     changed = changed_bits(bits(base), bits(model))
-    expect(not changed, trial, "after unload, the base layers", f"other bits in {changed}", look_at)
+    trial.expect(not changed, "after unload, the base layers", f"other bits in {changed}", look_at)

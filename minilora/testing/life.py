@@ -30,8 +30,6 @@ from minilora.testing.trial import (
     check,
     distance,
     example_input,
-    expect,
-    expect_equal,
     shake,
     trained,
 )
@@ -50,22 +48,22 @@ def takes_or_refuses_each_kind_of_layer(trial: Trial, layer: str) -> None:
             trial.put_on(model, "default")
         except InputError as error:
             message = str(error)
-            expect(kind not in ("linear", "nf4"), trial, f"an adapter on {kind} layers", repr(message), "__init__")
+            trial.expect(kind not in ("linear", "nf4"), f"an adapter on {kind} layers", repr(message), "__init__")
             named = NAMES[0] in message or NAMES[1] in message
             expected = f"on {kind} layers, one line that names the layer (its path is an argument)"
-            expect(named and "\n" not in message, trial, expected, repr(message), "__init__")
+            trial.expect(named and "\n" not in message, expected, repr(message), "__init__")
             changed = changed_bits(before, bits(model))
-            expect(not changed, trial, f"an unchanged {kind} model after the InputError", f"{changed}", "__init__")
+            trial.expect(not changed, f"an unchanged {kind} model after the InputError", f"{changed}", "__init__")
         except Exception as error:
             found = f"{type(error).__name__}: {error}"
-            expect(False, trial, f"an adapter on {kind} layers, or an InputError", found, "__init__")
+            trial.expect(False, f"an adapter on {kind} layers, or an InputError", found, "__init__")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
 def _train(model: nn.Module, x: Tensor, target: Tensor, steps: int) -> list[float]:
-    """The losses of so many steps of Adam on the trainable parameters, with all that training does for a variant."""
+    """The loss before each step of Adam on the trainable parameters, with all that training does for a variant."""
     optimizer = torch.optim.Adam(trainable_parameters(model).values(), lr=1e-2)
     losses = []
     for step in range(1, steps + 1):
@@ -86,13 +84,13 @@ def trains(trial: Trial, layer: str) -> None:
     x = example_input(model)
     parameters = trained(model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    expect(bool(before), trial, "parameters that require a gradient", "none", "__init__")
+    trial.expect(bool(before), "parameters that require a gradient", "none", "__init__")
     losses = _train(model, x, teacher(x).detach(), steps=50)
     found = f"{losses[0]:.3g} at the start and {losses[-1]:.3g} at the end"
-    expect(losses[-1] < 0.9 * losses[0], trial, "a loss that falls by a tenth or more", found, trial.computes)
+    trial.expect(losses[-1] < 0.9 * losses[0], "a loss that falls by a tenth or more", found, trial.computes)
     idle = [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
     look_at = f"{trial.computes} (does it take part?)"
-    expect(not idle, trial, "every trained parameter to move", f"no change in {idle}", look_at)
+    trial.expect(not idle, "every trained parameter to move", f"no change in {idle}", look_at)
 
 
 @check("linear", "nf4", "embedding")
@@ -107,10 +105,10 @@ def leaves_the_base_frozen(trial: Trial, layer: str) -> None:
                 key for key, p in module.base_layer.named_parameters() if p.requires_grad or p.grad is not None
             ]
             look_at = "__init__ (it must not keep the layer as a submodule)"
-            expect(not in_training, trial, f"a frozen base layer {name}", f"{in_training} in training", look_at)
+            trial.expect(not in_training, f"a frozen base layer {name}", f"{in_training} in training", look_at)
     own = {key.replace("base_layer.", ""): value for key, value in bits(model).items() if ".adapters." not in key}
     changed = changed_bits(bits(base), own)
-    expect(not changed, trial, "the bits of the base model", f"others in {changed}", "__init__")
+    trial.expect(not changed, "the bits of the base model", f"others in {changed}", "__init__")
 
 
 @check("linear")
@@ -123,7 +121,7 @@ def shares_no_parameter(trial: Trial, layer: str) -> None:
             for key, parameter in adapter.named_parameters():
                 place, owner = _place(parameter), f"{path}.{key} of adapter {adapter_name!r}"
                 found = f"{owner} in the memory of {owners.get(place)}"
-                expect(place not in owners, trial, "memory of its own for each parameter", found, "__init__ or share")
+                trial.expect(place not in owners, "memory of its own for each parameter", found, "__init__ or share")
                 owners[place] = owner
 
 
@@ -140,7 +138,7 @@ def works_under_gradient_checkpointing(trial: Trial, layer: str) -> None:
         for name, gradient in plain.items():
             found = f"another gradient of {name} (use_reentrant={use_reentrant})"
             same, look_at = torch.equal(gradient, recomputed[name]), f"{trial.computes} (does it give the same twice?)"
-            expect(same, trial, "the gradients that are found without checkpointing", found, look_at)
+            trial.expect(same, "the gradients that are found without checkpointing", found, look_at)
 
 
 def _gradients(model: nn.Module, use_reentrant: bool | None) -> dict[str, Tensor]:
@@ -167,7 +165,7 @@ def several_live_on_one_base(trial: Trial, layer: str) -> None:
         found = f"an error of {distance(both(x), alone[name]):.1e}"
         expected = f"after set_adapter({name!r}) what this adapter gives when it is alone"
         look_at = "__init__ (is something kept in the class, or drawn at random and not in the state dict?)"
-        expect(torch.equal(both(x), alone[name]), trial, expected, found, look_at)
+        trial.expect(torch.equal(both(x), alone[name]), expected, found, look_at)
     if trial.variant.additive:
         first = both.get_submodule("first")
         base, updates = trial.base(layer).get_submodule("first")(x), torch.tensor(0.0)
@@ -175,7 +173,7 @@ def several_live_on_one_base(trial: Trial, layer: str) -> None:
             set_adapter(both, name)
             updates = updates + (first(x) - base)
         set_adapter(both, ["one", "two"])
-        expect_equal(first(x), base + updates, trial, "with both active, the sum of their updates", "forward")
+        trial.expect_equal(first(x), base + updates, "with both active, the sum of their updates", "forward")
 
 
 def _alone(trial: Trial, layer: str, model: nn.Module, name: str) -> nn.Module:
@@ -189,8 +187,7 @@ def _alone(trial: Trial, layer: str, model: nn.Module, name: str) -> nn.Module:
 @check(*LAYERS)
 def serves_each_row_its_own_adapter(trial: Trial, layer: str) -> None:
     """Inside `adapters_for_rows`, each row of the batch is what its adapter, or the base, gives alone."""
-    model = trial.model(layer, "one", "two")
-    x = example_input(model)
+    model, x = trial.model_and_input(layer, "one", "two")
     x = torch.cat([x, x])
     with disable_adapters(model):
         alone = {BASE: model(x)}
@@ -201,7 +198,7 @@ def serves_each_row_its_own_adapter(trial: Trial, layer: str) -> None:
     with adapters_for_rows(model, names):
         y = model(x)
     for row, name in enumerate(names):
-        expect_equal(y[row], alone[name][row], trial, f"row {row} of a mixed batch as {name!r} alone", trial.computes)
+        trial.expect_equal(y[row], alone[name][row], f"row {row} of a mixed batch as {name!r} alone", trial.computes)
 
 
 # --- as a module -----------------------------------------------------------------------------------------------------
@@ -210,22 +207,20 @@ def serves_each_row_its_own_adapter(trial: Trial, layer: str) -> None:
 @check("linear", "nf4")
 def deepcopies(trial: Trial, layer: str) -> None:
     """A copy computes the same, from parameters of its own: to change the copy leaves the original alone."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     wanted, twin = model(x), copy.deepcopy(model)
-    expect(torch.equal(twin(x), wanted), trial, "a copy that computes the same", "another output", "__init__")
+    trial.expect(torch.equal(twin(x), wanted), "a copy that computes the same", "another output", "__init__")
     shake(twin, seed=7)
     look_at = "__init__ (a closure or a list that holds the original's parameters?)"
-    expect(torch.equal(model(x), wanted), trial, "the original as it was", "that changing the copy changed it", look_at)
+    trial.expect(torch.equal(model(x), wanted), "the original as it was", "that changing the copy changed it", look_at)
     follows = not torch.equal(twin(x), wanted)
-    expect(follows, trial, "a copy that follows its own parameters", "the same output with others", look_at)
+    trial.expect(follows, "a copy that follows its own parameters", "the same output with others", look_at)
 
 
 @check(*LAYERS)
 def state_dict_holds_everything(trial: Trial, layer: str) -> None:
     """The state dict of one model, loaded into another with other weights and a new adapter, gives the same output."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     other = trial.base(layer)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -233,24 +228,23 @@ def state_dict_holds_everything(trial: Trial, layer: str) -> None:
     trial.put_on(other, "default")
     other.load_state_dict(model.state_dict())
     look_at = "__init__ (is all that forward uses a parameter or a registered buffer?)"
-    expect_equal(other(x), model(x), trial, "the same output after load_state_dict", look_at, tolerance=1e-6)
+    trial.expect_equal(other(x), model(x), "the same output after load_state_dict", look_at, tolerance=1e-6)
 
 
 @check("linear")
 def moves_to_dtypes_and_devices(trial: Trial, layer: str) -> None:
     """All of it follows .to(): in float64 it computes the same, and on another device ("meta") nothing stays behind."""
-    model = trial.model(layer)
-    x = example_input(model)
+    model, x = trial.model_and_input(layer)
     wanted = model(x)
     double = copy.deepcopy(model).double()(x.double())
-    expect(double.dtype == torch.float64, trial, "float64 from .double()", f"{double.dtype}", trial.computes)
-    expect_equal(double, wanted, trial, "the same output in float64", trial.computes)
+    trial.expect(double.dtype == torch.float64, "float64 from .double()", f"{double.dtype}", trial.computes)
+    trial.expect_equal(double, wanted, "the same output in float64", trial.computes)
     devices = ["meta", "cuda"] if torch.cuda.is_available() else ["meta"]
     for device in devices:
         y = copy.deepcopy(model).to(device)(x.to(device))
-        expect(y.device.type == device, trial, f"an output on {device}", f"one on {y.device}", "__init__")
+        trial.expect(y.device.type == device, f"an output on {device}", f"one on {y.device}", "__init__")
         if device != "meta":
-            expect_equal(y.cpu(), wanted, trial, f"the same output on {device}", trial.computes)
+            trial.expect_equal(y.cpu(), wanted, f"the same output on {device}", trial.computes)
 
 
 @check("linear", "nf4")
@@ -264,11 +258,11 @@ def compiles_without_a_graph_break(trial: Trial, layer: str) -> None:
     torch._dynamo.reset()  # earlier layers count against the limit of recompilations
     compiled = torch.compile(first, backend="eager", fullgraph=True)
     wanted, y = first(x), compiled(x)
-    expect_equal(y, wanted, trial, "the same output compiled", trial.computes)
+    trial.expect_equal(y, wanted, "the same output compiled", trial.computes)
     parameters = [parameter for parameter in first.parameters() if parameter.requires_grad]
     eager, traced = (torch.autograd.grad(output.pow(2).sum(), parameters) for output in (wanted, y))
     for mine, other in zip(traced, eager, strict=True):
-        expect_equal(mine, other, trial, "the same gradients compiled", trial.computes)
+        trial.expect_equal(mine, other, "the same gradients compiled", trial.computes)
 
 
 @check(*LAYERS)
@@ -280,7 +274,7 @@ def saves_and_loads(trial: Trial, layer: str) -> None:
     look_at = "peft_name (one key for each parameter) and the config's fields (all but the parameters is made of them)"
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
-        expect(torch.equal(model(x), wanted), trial, "a model that saving leaves alone", "another output", look_at)
+        trial.expect(torch.equal(model(x), wanted), "a model that saving leaves alone", "another output", look_at)
         load_adapter(other, folder)
-    expect_equal(other(x), wanted, trial, "the saved adapter's output after load_adapter", look_at)
-    expect(bool(trained(other)), trial, "a loaded adapter that trains on", "nothing requires a gradient", "__init__")
+    trial.expect_equal(other(x), wanted, "the saved adapter's output after load_adapter", look_at)
+    trial.expect(bool(trained(other)), "a loaded adapter that trains on", "nothing requires a gradient", "__init__")

@@ -10,7 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import AdaptedLayer, Adapter, AdapterConfig, adapter_class, adapters_named, add_adapter
+from minilora.adapters import (
+    AdaptedLayer,
+    Adapter,
+    AdapterConfig,
+    adapter_class,
+    adapter_parameters,
+    adapters_named,
+    add_adapter,
+)
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 
@@ -120,6 +128,11 @@ class Trial:
             shake(model, name, seed)
         return model
 
+    def model_and_input(self, layer: str, *names: str, **changed: Any) -> tuple[nn.Sequential, Tensor]:
+        """The same model, and what it takes."""
+        model = self.model(layer, *names, **changed)
+        return model, example_input(model)
+
     def takes(self, layer: str) -> bool:
         """True if the variant can adapt this kind of layer; for an nn.Linear that it cannot, the InputError."""
         try:
@@ -130,15 +143,25 @@ class Trial:
             return False
         return True
 
+    def expect(self, holds: bool, expected: str, found: str, look_at: str) -> None:
+        """Fail where the condition does not hold, saying what to look at: the name of a method or attribute."""
+        if not holds:
+            raise AssertionError(f"expected {expected}; found {found}; look at {self.variant.__name__}.{look_at}")
+
+    def expect_equal(self, a: Tensor, b: Tensor, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
+        """Fail where |a − b| / |b| is not below the tolerance."""
+        error, same_shape = distance(a, b), a.shape == b.shape
+        found = f"a relative error of {error:.1e}" if same_shape else f"shapes {tuple(a.shape)}, {tuple(b.shape)}"
+        self.expect(error < tolerance, f"{expected} (within {tolerance:.0e})", found, look_at)
+
 
 @torch.no_grad()
 def shake(model: nn.Module, name: str = "default", seed: int = 0) -> None:
     """Move every trained number of an adapter away from where it starts, so that it changes the model."""
     generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters_named(model, name).values():
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    for parameter in adapter_parameters(model, name).values():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def adapters_of(model: nn.Module, name: str = "default") -> list[Adapter]:
@@ -147,15 +170,8 @@ def adapters_of(model: nn.Module, name: str = "default") -> list[Adapter]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What the active adapters train, by the layer's and the parameter's name."""
-    adapted = {name: layer for name, layer in model.named_children() if isinstance(layer, AdaptedLayer)}
-    return {
-        f"{name}.{key}": parameter
-        for name, layer in adapted.items()
-        for adapter in layer.active_adapters()
-        for key, parameter in adapter.named_parameters()
-        if parameter.requires_grad
-    }
+    """What the adapter trains, by the layer's and the parameter's name."""
+    return {name: parameter for name, parameter in adapter_parameters(model).items() if parameter.requires_grad}
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -239,19 +255,6 @@ def check(*layers: str) -> Callable[[Function], Check]:
         return CHECKS[-1]
 
     return decorate
-
-
-def expect(holds: bool, trial: Trial, expected: str, found: str, look_at: str) -> None:
-    """Fail where the condition does not hold, saying what to look at: the name of a method or attribute."""
-    if not holds:
-        raise AssertionError(f"expected {expected}; found {found}; look at {trial.variant.__name__}.{look_at}")
-
-
-def expect_equal(a: Tensor, b: Tensor, trial: Trial, expected: str, look_at: str, tolerance: float = FLOAT32) -> None:
-    """Fail where |a − b| / |b| is not below the tolerance."""
-    error = distance(a, b)
-    found = f"a relative error of {error:.1e}" if a.shape == b.shape else f"shapes {tuple(a.shape)}, {tuple(b.shape)}"
-    expect(error < tolerance, trial, f"{expected} (within {tolerance:.0e})", found, look_at)
 
 
 def _method_that_raised(error: Exception, trial: Trial) -> str:

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, ConvKind, LoRAConfig, register
+from minilora.adapters import Adapter, ConvKind, LoRAConfig, at_least_float32, register
 from minilora.errors import InputError
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -36,21 +36,23 @@ FACTORS = ("lora_A", "lora_E", "lora_B")
 class AdaLoRAConfig(LoRAConfig):
     """The settings of AdaLoRA, in the names and defaults of PEFT's `AdaLoraConfig`; r is not used.
 
-    Raises InputError for a value out of range, and for a setting of LoRA that means nothing here.
+    Raises:
+        InputError: where a value is out of range, or a setting of LoRA means nothing here.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    pattern_suffix: ClassVar[str] = ".lora_E"
 
     target_r: int = 8
     """the average rank of a layer at the end"""
     init_r: int = 12
     """the rank of every layer at the start"""
     tinit: int = 0
-    """so many steps before the first triplet goes"""
+    """steps before the budget begins to fall"""
     tfinal: int = 0
-    """so many steps at the end with the ranks as they are"""
+    """steps at the end with fixed ranks"""
     deltaT: int = 1  # noqa: N815 - PEFT's name
-    """take triplets away in one step of so many"""
+    """steps between two allocations of the budget"""
     beta1: float = 0.85
     """smoothing of the importance"""
     beta2: float = 0.85
@@ -58,7 +60,7 @@ class AdaLoRAConfig(LoRAConfig):
     orth_reg_weight: float = 0.5
     """weight of the term that keeps A and B orthogonal"""
     total_step: int | None = None
-    """how many steps the training will have: the ranks come down on the way"""
+    """how many steps the training will have, over which the ranks come down"""
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
     """which triplets each layer has kept, of the init_r that it had: found in training, and written by save_adapter"""
 
@@ -67,32 +69,22 @@ class AdaLoRAConfig(LoRAConfig):
         for key in ("use_dora", "use_rslora", "alpha_pattern"):
             if getattr(self, key):
                 raise InputError(f"AdaLoRAConfig: {key} has no effect in AdaLoRA: leave it out")
-        if not isinstance(self.init_lora_weights, bool):
-            raise InputError(f"AdaLoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of True, False")
+        self.require("init_lora_weights", isinstance(self.init_lora_weights, bool), "True or False")
         if self.r != LoRAConfig.r:
             warnings.warn("AdaLoRA does not use r: give init_r and target_r", stacklevel=3)
-        if self.total_step is None or self.total_step < 1:
-            raise InputError(
-                f"AdaLoRAConfig: total_step must be the number of training steps, at least 1, not {self.total_step!r}"
-            )
-        if not 0 <= self.tinit < self.total_step - self.tfinal <= self.total_step:
+        self.require("total_step", (self.total_step or 0) >= 1, "the number of training steps, at least 1")
+        if not 0 <= self.tinit < self.last_allocation <= (self.total_step or 0):
             raise InputError(
                 f"AdaLoRAConfig: of total_step={self.total_step} steps, tinit={self.tinit} and tfinal={self.tfinal}"
                 " leave none in which the ranks could come down"
             )
-        if not self.deltaT >= 1:
-            raise InputError(f"AdaLoRAConfig: deltaT must be at least 1, not {self.deltaT!r}")
+        self.require("deltaT", self.deltaT >= 1, "at least 1")
         for key in ("beta1", "beta2"):
-            if not 0 < getattr(self, key) < 1:
-                raise InputError(f"AdaLoRAConfig: {key} must lie between 0 and 1, not {getattr(self, key)!r}")
-        if not self.orth_reg_weight >= 0:
-            raise InputError(f"AdaLoRAConfig: orth_reg_weight must be at least 0, not {self.orth_reg_weight!r}")
+            self.require(key, 0 < getattr(self, key) < 1, "between 0 and 1")
+        self.require("orth_reg_weight", self.orth_reg_weight >= 0, "at least 0")
 
     def check_ranks(self) -> None:
-        if not 1 <= self.target_r <= self.init_r:
-            raise InputError(
-                f"AdaLoRAConfig: target_r must be at least 1 and at most init_r={self.init_r}, not {self.target_r!r}"
-            )
+        self.require("target_r", 1 <= self.target_r <= self.init_r, f"at least 1 and at most init_r={self.init_r}")
 
     @property
     def last_allocation(self) -> int:
@@ -114,7 +106,6 @@ class AdaLoRA(Adapter):
     """lora_A (r, in·kernel), lora_E (r, 1) and lora_B (out, r) of a linear layer or an nn.Conv2d.
 
     r is init_r; less once it is loaded with the rank_pattern of a training that is over: then `after_step` leaves it.
-    Raises InputError for any other layer, and for grouped convolutions.
     """
 
     config_class = AdaLoRAConfig
@@ -133,7 +124,7 @@ class AdaLoRA(Adapter):
         r = config.init_r if pattern is None else sum(pattern)
         alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
         self.scaling = alpha / (config.init_r + 1e-5)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(config.lora_dropout)
         out_features, *rest = self.kind.shape
         self.lora_A = nn.Parameter(torch.randn(r, math.prod(rest), dtype=torch.float32))
         self.lora_E = nn.Parameter(torch.randn(r, 1, dtype=torch.float32))
@@ -151,10 +142,6 @@ class AdaLoRA(Adapter):
     def share(cls, config: AdaLoRAConfig, layers: Mapping[str, nn.Module]) -> int:
         return len(layers)
 
-    @classmethod
-    def build(cls, layer: nn.Module, config: AdaLoRAConfig, path: str, shared: int) -> "AdaLoRA":
-        return cls(layer, config, path, shared)
-
     # --- the update
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -167,8 +154,7 @@ class AdaLoRA(Adapter):
 
     def delta(self) -> Tensor:
         """s·B diag(E) A (out, in, *kernel)."""
-        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
-        A, E, B = (factor.to(dtype) for factor in (self.lora_A, self.lora_E, self.lora_B))
+        A, E, B = (at_least_float32(factor) for factor in (self.lora_A, self.lora_E, self.lora_B))
         return (self.scaling * B @ (E * A)).view(self.kind.shape)
 
     def regularization(self) -> Tensor:
@@ -261,7 +247,7 @@ class AdaLoRA(Adapter):
 
 
 def allocate(layers: list[AdaLoRA], budget: int) -> None:
-    """Keep the triplets of the highest importance, so many in all layers together, and set E = 0 for the others."""
+    """Keep the `budget` triplets of highest importance over all layers, and set E = 0 for the others."""
     scores = [layer.triplet_importance() for layer in layers]
     together = torch.cat([score.to(scores[0].device) for score in scores])
     surplus = len(together) - budget

@@ -16,8 +16,7 @@ Paischer et al. 2024, arXiv 2410.07170, section 3. Numbers as PEFT's.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -34,14 +33,21 @@ from minilora.adapters import (
     disable_adapters,
     evaluating,
     kaiming,
-    refuse_merged,
     register_initialization,
     replace_adapters,
     require_linear,
 )
 from minilora.errors import InputError
 from minilora.progress import progress_bar
-from minilora.variants.calibration import Forward, IncrementalPCA, as_list, as_mapping, loras_named
+from minilora.variants.calibration import (
+    Forward,
+    IncrementalPCA,
+    as_list,
+    as_mapping,
+    attended_tokens,
+    looking_at_inputs,
+    loras_to_start,
+)
 
 MOST_PASSES = 100  # over the batches, for components that do not settle
 
@@ -80,19 +86,26 @@ def eva(adapter: LoRA, layer: nn.Module) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module, batches: Iterable[Any], name: str = "default", *, forward: Forward) -> None:
-    """Make the adapter anew by EVA: ranks, lora_alpha, A; a layer of rank 0 loses its adapter. Before the optimizer.
+    """Make the adapter anew by EVA: its ranks, lora_alpha and A, before the optimizer is made.
 
-    batches, forward: see variants/calibration/batches.py; the loss itself is not used. Batches are read once and kept,
-    and gone through, again if need be, until the components have settled. What else the adapter trains starts anew too.
-    Memory: one layer's inputs, and r·rho components for each different input.
-    Raises InputError for another adapter's name or initialisation, batches of fewer tokens than r·rho, and where the
-    components do not settle. The model is then unchanged.
+    A layer of rank 0 loses its adapter. What else the adapter trains starts anew too. Memory: one layer's inputs, and
+    r·rho components for each different input.
+
+    Args:
+        model: any model with an adapter that has init_lora_weights="eva".
+        batches: what the model is to be trained on, read once and kept; they are gone through, again if need be, until
+            the components have settled. `minilora.variants.calibration.batches` says what a batch is.
+        name: the adapter's.
+        forward: calls the model on a batch, forward(model, batch); what it returns is not used.
+
+    Raises:
+        InputError: for another adapter's name or initialisation, for batches of fewer tokens than r·rho, and where the
+            components do not settle. The model is then unchanged.
+
+    Source: arXiv 2410.07170, section 3.
     """
-    adapters = loras_named(model, name)
+    adapters = loras_to_start(model, name, "eva")
     config = next(iter(adapters.values())).config
-    if config.init_lora_weights != "eva":
-        raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "eva"')
-    refuse_merged(model)
     with disable_adapters(model), evaluating(model):
         components = find_components(model, adapters, as_list(batches), forward, config.init_options)
 
@@ -165,7 +178,8 @@ def find_components(
                 break
             check_progress(found, step, len(batches))
             batch = batches[step % len(batches)]
-            with looking_at_inputs(model, {first: found[first].take for first in unsettled}, batch, options):
+            look = {first: found[first].take for first in unsettled}
+            with looking_at_inputs(model, look, tokens_to_look_at(batch, options)):
                 forward(model, batch)
             if all(each.pca.n for each in found.values()):
                 ranks = distribute(found, leader, budget)
@@ -216,38 +230,17 @@ def first_with_same_input(
     def digest(path: str, x: Tensor) -> None:
         digests[path] = hashlib.sha256(x.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest()
 
-    with looking_at_inputs(model, {path: partial(digest, path) for path in paths}, batch, options):
+    look = {path: partial(digest, path) for path in paths}
+    with looking_at_inputs(model, look, tokens_to_look_at(batch, options)):
         forward(model, batch)
     first: dict[Any, str] = {}
     return {path: first.setdefault(digests.get(path, path), path) for path in paths}
 
 
-@contextmanager
-def looking_at_inputs(
-    model: nn.Module, look: Mapping[str, Callable[[Tensor], None]], batch: Any, options: EVAOptions
-) -> Iterator[None]:
-    """While in the `with`, give each layer's input (tokens, in_features) to its function."""
-    mask = token_mask(batch, options)
-
-    def hook(path: str, module: nn.Module, arguments: tuple[Tensor]) -> None:
-        x = arguments[0]
-        if mask is not None and mask.shape == x.shape[:-1]:  # not so in an expert, which gets some of the tokens
-            x = x[mask.to(x.device)]
-        look[path](x.reshape(-1, x.shape[-1]))
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(partial(hook, path)) for path in look]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def token_mask(batch: Any, options: EVAOptions) -> Tensor | None:
-    """True (B, T) at the tokens to look at; None where nothing says."""
-    values = as_mapping(batch)
-    mask: Tensor | None = values["attention_mask"].bool() if "attention_mask" in values else None
-    if options.use_label_mask and "labels" in values:
-        labelled = values["labels"] != options.label_mask_value
-        mask = labelled if mask is None else mask & labelled
-    return mask
+def tokens_to_look_at(batch: Any, options: EVAOptions) -> Tensor | None:
+    """True (B, T) there; None for all."""
+    mask, labels = attended_tokens(batch), as_mapping(batch).get("labels")
+    if not options.use_label_mask or labels is None:
+        return mask
+    labelled: Tensor = labels != options.label_mask_value
+    return labelled if mask is None else mask & labelled

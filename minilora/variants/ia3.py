@@ -24,7 +24,8 @@ from minilora.errors import InputError
 class IA3Config(AdapterConfig):
     """Which layers to scale, in the names of PEFT's `IA3Config`.
 
-    Raises InputError where feedforward_modules is not given.
+    Raises:
+        InputError: where feedforward_modules is not given.
     """
 
     peft_type: ClassVar[str] = "IA3"
@@ -55,11 +56,7 @@ class IA3Config(AdapterConfig):
 
 @register
 class IA3(Adapter):
-    """ia3_l: (out, 1), or (1, in) in a feed-forward layer; for a convolution (1, channels, 1, …).
-
-    Raises InputError for an embedding, and for a name in feedforward_modules that no target has.
-    Source: arXiv 2205.05638, section 3.3.
-    """
+    """ia3_l: (out, 1), or (1, in) in a feed-forward layer; for a convolution (1, channels, 1, …)."""
 
     config_class = IA3Config
     additive = False
@@ -69,12 +66,10 @@ class IA3(Adapter):
         if isinstance(self.kind, EmbeddingKind):
             raise InputError(f"{path or 'the layer'} is an embedding: (IA)³ scales linear layers and convolutions")
         self.is_feedforward = config.is_feedforward(path)
-        shape: tuple[int, ...]
+        channels = self.kind.in_features if self.is_feedforward else self.kind.out_features
+        shape: tuple[int, ...] = (1, channels) if self.is_feedforward else (channels, 1)
         if isinstance(self.kind, ConvKind):
-            channels = self.kind.in_features if self.is_feedforward else self.kind.out_features
             shape = (1, channels, *[1] * (len(self.kind.shape) - 2))
-        else:
-            shape = (1, self.kind.in_features) if self.is_feedforward else (self.kind.out_features, 1)
         self.ia3_l = nn.Parameter(torch.randn(shape, dtype=torch.float32))
         if config.init_ia3_weights:
             nn.init.ones_(self.ia3_l)

@@ -59,4 +59,4 @@ def loftq(adapter: LoRA, layer: nn.Module) -> None:
     weight, bias = layer.weight, layer._parameters.get("bias")
     assert isinstance(weight, Tensor)
     quantized = NF4Linear.from_quantized(packed, bias, compute_dtype=weight.dtype).train(layer.training)
-    adapter.new_base, adapter.kind = [quantized], NF4Kind(quantized)
+    adapter.new_base, adapter.kind = (quantized,), NF4Kind(quantized)

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters import register
-from minilora.variants.lycoris import Lycoris, LycorisConfig, empty, wide
+from minilora.variants.lycoris import Lycoris, LycorisConfig, empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoHaConfig(LycorisConfig):
-    """PEFT's `LoHaConfig`."""
+    """The settings of LoHa, in the names and defaults of PEFT's `LoHaConfig`.
+
+    Raises:
+        InputError: where a value is out of range.
+    """
 
     peft_type: ClassVar[str] = "LOHA"
 
@@ -39,31 +43,20 @@ class LoHa(Lycoris):
         super().__init__(layer, config, path)
         r, (out_features, in_features, *kernel) = self.r, self.shape
         if self.factors_kernel:
-            self.hada_t1 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
             self.hada_w1_a, self.hada_w1_b = empty(r, out_features), empty(r, in_features)
-            self.hada_t2 = empty(*self.hada_t1.shape)
             self.hada_w2_a, self.hada_w2_b = empty(r, out_features), empty(r, in_features)
+            self.hada_t1 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
+            self.hada_t2 = empty(*self.hada_t1.shape)
         else:
             self.hada_w1_a, self.hada_w1_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
             self.hada_w2_a, self.hada_w2_b = empty(out_features, r), empty(r, in_features * math.prod(kernel))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-uniform all but the last factor, in the order in which PEFT draws."""
-        for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-        if self.config.init_weights:
-            nn.init.zeros_(self.hada_w2_b)
-        else:
-            nn.init.kaiming_uniform_(self.hada_w2_b, a=math.sqrt(5))
-        if self.factors_kernel:
-            nn.init.kaiming_uniform_(self.hada_t1, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(self.hada_t2, a=math.sqrt(5))
+        self.reset_parameters(zero=["hada_w2_b"] if config.init_weights else [])
 
     def update(self) -> Tensor:
-        A1, B1, A2, B2 = (wide(p) for p in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+        p = self.float32_factors()
+        A1, B1, A2, B2 = p["hada_w1_a"], p["hada_w1_b"], p["hada_w2_a"], p["hada_w2_b"]
         if self.factors_kernel:
-            return tucker(wide(self.hada_t1), A1, B1) * tucker(wide(self.hada_t2), A2, B2)
+            return tucker(p["hada_t1"], A1, B1) * tucker(p["hada_t2"], A2, B2)
         return (A1 @ B1) * (A2 @ B2)
 
 

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters import register
-from minilora.errors import InputError
 from minilora.variants.loha import tucker
-from minilora.variants.lycoris import Lycoris, LycorisConfig, empty, wide
+from minilora.variants.lycoris import Lycoris, LycorisConfig, empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoKrConfig(LycorisConfig):
-    """PEFT's `LoKrConfig`. Raises InputError for a value out of range."""
+    """The settings of LoKr, in the names and defaults of PEFT's `LoKrConfig`.
+
+    Raises:
+        InputError: where a value is out of range.
+    """
 
     peft_type: ClassVar[str] = "LOKR"
 
@@ -39,15 +42,12 @@ class LoKrConfig(LycorisConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decompose_factor != -1 and self.decompose_factor < 1:
-            raise InputError(f"LoKrConfig: decompose_factor must be -1 or at least 1, not {self.decompose_factor!r}")
+        in_range = self.decompose_factor == -1 or self.decompose_factor >= 1
+        self.require("decompose_factor", in_range, "-1 or at least 1")
 
     def check_init_weights(self) -> None:
-        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
-            raise InputError(f'LoKrConfig: init_weights must be True, False or "lycoris", not {self.init_weights!r}')
-
-
-NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+        is_known = isinstance(self.init_weights, bool) or self.init_weights == "lycoris"
+        self.require("init_weights", is_known, 'True, False or "lycoris"')
 
 
 @register
@@ -58,9 +58,6 @@ class LoKr(Lycoris):
     """
 
     config_class = LoKrConfig
-    lokr_w1: nn.Parameter | None
-    lokr_w2: nn.Parameter | None
-    lokr_t2: nn.Parameter | None
 
     def __init__(self, layer: nn.Module, config: LoKrConfig, path: str = "") -> None:
         super().__init__(layer, config, path)
@@ -68,8 +65,6 @@ class LoKr(Lycoris):
         r, (out_features, in_features, *kernel) = self.r, self.shape
         a, c = factors(out_features, config.decompose_factor)
         b, d = factors(in_features, config.decompose_factor)
-        for name in NAMES:
-            self.register_parameter(name, None)
         if config.decompose_both and r < max(a, b) / 2:
             self.lokr_w1_a, self.lokr_w1_b = empty(a, r), empty(r, b)
         else:
@@ -77,32 +72,22 @@ class LoKr(Lycoris):
         if r >= max(c, d) / 2:
             self.lokr_w2 = empty(c, d, *kernel)
         elif self.factors_kernel:
-            self.lokr_t2 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
             self.lokr_w2_a, self.lokr_w2_b = empty(r, c), empty(r, d)
+            self.lokr_t2 = empty(r, r, *kernel, *[1] * (2 - len(kernel)))
         else:
             self.lokr_w2_a, self.lokr_w2_b = empty(c, r), empty(r, d * math.prod(kernel))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Kaiming-uniform all but one factor, in the order in which PEFT draws."""
-        zero = {"lycoris": ("lokr_w2", "lokr_w2_b"), True: ("lokr_w1", "lokr_w1_a"), False: ()}[
-            self.config.init_weights
-        ]
-        for name in NAMES:
-            factor = getattr(self, name)
-            if factor is not None and name in zero:
-                nn.init.zeros_(factor)
-            elif factor is not None:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        zero = {True: ["lokr_w1", "lokr_w1_a"], "lycoris": ["lokr_w2", "lokr_w2_b"], False: []}[config.init_weights]
+        self.reset_parameters(zero)
 
     def update(self) -> Tensor:
-        W1 = wide(self.lokr_w1) if self.lokr_w1 is not None else wide(self.lokr_w1_a) @ wide(self.lokr_w1_b)
-        if self.lokr_w2 is not None:
-            W2 = wide(self.lokr_w2)
-        elif self.lokr_t2 is not None:
-            W2 = tucker(wide(self.lokr_t2), wide(self.lokr_w2_a), wide(self.lokr_w2_b))
+        p = self.float32_factors()
+        W1 = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+        if "lokr_w2" in p:
+            W2 = p["lokr_w2"]
+        elif "lokr_t2" in p:
+            W2 = tucker(p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
         else:
-            W2 = wide(self.lokr_w2_a) @ wide(self.lokr_w2_b)
+            W2 = p["lokr_w2_a"] @ p["lokr_w2_b"]
         if W2.dim() == 3:
             # W₂ (c, d, kernel) of a 1d convolution. PEFT multiplies its last two dimensions by W₁: the same products in
             # another order, and an adapter from there must mean the same here.

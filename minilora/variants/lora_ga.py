@@ -14,7 +14,7 @@ transformers' Conv1D, PEFT 0.21 takes the number of inputs for out_features in t
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -29,14 +29,13 @@ from minilora.adapters import (
     LoRA,
     disable_adapters,
     kaiming,
-    refuse_merged,
     register_initialization,
     weight_to_decompose,
 )
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.torch_helpers import randomized_svd
-from minilora.variants.calibration import Forward, as_list, loras_named
+from minilora.variants.calibration import Forward, as_list, loras_to_start
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -81,23 +80,29 @@ def initialize(
     forward: Forward,
     layers_at_once: int | None = None,
 ) -> None:
-    """Start the adapter from the gradients of the weights over these batches. Before the optimizer is made.
+    """Start the adapter from the gradients of the weights over these batches, before the optimizer is made.
 
-    batches, forward: see variants/calibration/batches.py. The gradient is that of the mean loss of a batch, averaged
-    over the batches, of the base model in the mode (train or eval) in which it is. It is computed from the inputs and
-    the gradients of the outputs of each layer, so that a base in 4 bits has one too, in float32 whatever the model's
-    dtype.
-    A layer through which no gradient flows (an expert that no token chose) starts as without LoRA-GA.
-    Memory: what training of these layers in full would take without an optimizer, 4 bytes a weight; with
-    layers_at_once=n, for n layers at a time, at the price of going through the batches as many times more.
-    Raises InputError for another adapter's name or initialisation, and a loss that is not finite or does not depend on
-    the layers; the model is then unchanged.
+    The gradient is that of the mean loss of a batch, averaged over the batches, of the base model in the mode (train or
+    eval) in which it is. It is computed from the inputs and the gradients of the outputs of each layer, so that a base
+    in 4 bits has one too, in float32 whatever the model's dtype. A layer through which no gradient flows (an expert
+    that no token chose) starts as without LoRA-GA.
+
+    Args:
+        model: any model with an adapter that has init_lora_weights="lora_ga".
+        batches: what the model is to be trained on, read once and kept. `minilora.variants.calibration.batches` says
+            what a batch is.
+        name: the adapter's.
+        forward: gives the loss on a batch, forward(model, batch): `minilora.language_model_loss`, or your own.
+        layers_at_once: how many layers' gradients to hold at a time, 4 bytes a weight; fewer than all, the default,
+            take as many more passes over the batches.
+
+    Raises:
+        InputError: for another adapter's name or initialisation, and for a loss that is not finite or does not depend
+            on the layers. The model is then unchanged.
+
+    Source: arXiv 2407.05000, section 3.
     """
-    adapters = loras_named(model, name)
-    config = next(iter(adapters.values())).config
-    if config.init_lora_weights != "lora_ga":
-        raise InputError(f'adapter {name!r} has init_lora_weights={config.init_lora_weights!r}, not "lora_ga"')
-    refuse_merged(model)
+    adapters = loras_to_start(model, name, "lora_ga")
     kept = as_list(batches)
     layers = {path: cast(AdaptedLayer, model.get_submodule(path)) for path in adapters}
     n = layers_at_once or len(layers)
@@ -106,10 +111,9 @@ def initialize(
     with disable_adapters(model):
         for number, part in enumerate(parts, start=1):
             which = f"LoRA-GA, part {number} of {len(parts)}" if len(parts) > 1 else "LoRA-GA"
-            gradients = WeightGradients(part)
-            for batch in with_progress(kept, len(kept), f"{which}, gradients", "batches"):
-                gradients.add(model, batch, forward)
-            for path, G in with_progress(gradients.mean(), len(part), f"{which}, decompositions", "layers"):
+            shown = with_progress(kept, len(kept), f"{which}, gradients", "batches")
+            gradients = weight_gradients(model, part, shown, forward)
+            for path, G in with_progress(gradients.items(), len(part), f"{which}, decompositions", "layers"):
                 starts[path] = start(adapters[path], part[path].base_layer, G)
     if not starts:
         raise InputError("the loss depends on none of the adapter's layers")
@@ -140,48 +144,43 @@ def start(adapter: LoRA, layer: nn.Module, G: Tensor) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-class WeightGradients:
-    """dL/dW of some layers, by path, whether their weights are frozen, in 4 bits, or neither."""
+def weight_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward
+) -> dict[str, Tensor]:
+    """dL/dW by path, whether the weights are frozen, in 4 bits, or neither; of all layers that a gradient reaches.
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._sum: dict[str, Tensor] = {}
-        self._times: Counter[str] = Counter()
+    It is averaged over the times that one reached the layer. Nothing else gets a gradient.
+    """
+    sums: dict[str, Tensor] = {}
+    times: Counter[str] = Counter()
+    root = torch.zeros((), requires_grad=True)  # what every layer's output depends on: nothing else may need one
 
-    def add(self, model: nn.Module, batch: Any, forward: Forward) -> None:
-        """One forward and backward pass. Nothing else gets a gradient."""
-        root = torch.zeros((), requires_grad=True)  # what every layer's output depends on: nothing else may need one
-        hooks = [
-            layer.register_forward_hook(partial(self._observe, path, root)) for path, layer in self._layers.items()
-        ]
-        try:
-            with torch.enable_grad():
+    def record(path: str, x: Tensor, dy: Tensor) -> None:
+        G = dy.flatten(0, -2).float().T @ x.flatten(0, -2).float()  # dL/dW = Σ dL/dy xᵀ over tokens
+        sums[path] = sums[path].add_(G) if path in sums else G
+        times[path] += 1
+
+    def observe(path: str, layer: nn.Module, arguments: tuple[Tensor], y: Tensor) -> Tensor:
+        observed: Tensor = _Observed.apply(y, arguments[0], root, partial(record, path))
+        return observed
+
+    hooks = [layer.register_forward_hook(partial(observe, path)) for path, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            for batch in batches:
                 loss = forward(model, batch)
                 if not math.isfinite(loss.item()):
                     raise InputError(f"the loss on a batch is {loss.item()}: LoRA-GA cannot start from its gradient")
                 if loss.requires_grad:
                     torch.autograd.grad(loss, root)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _observe(self, path: str, root: Tensor, layer: nn.Module, arguments: tuple[Tensor], y: Tensor) -> Tensor:
-        observed: Tensor = _Observed.apply(y, arguments[0], root, partial(self._record, path))
-        return observed
-
-    def _record(self, path: str, x: Tensor, dy: Tensor) -> None:
-        G = dy.flatten(0, -2).float().T @ x.flatten(0, -2).float()  # dL/dW = Σ dL/dy xᵀ over tokens
-        self._sum[path] = self._sum[path].add_(G) if path in self._sum else G
-        self._times[path] += 1
-
-    def mean(self) -> Iterator[tuple[str, Tensor]]:
-        """Path and gradient, averaged over the times that one reached the layer, of all layers that had one."""
-        for path, G in self._sum.items():
-            yield path, G / self._times[path]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: G.div_(times[path]) for path, G in sums.items()}
 
 
 class _Observed(torch.autograd.Function):
-    """y as it is; on the way back `record` gets x, the input of the layer that made y, and dL/dy."""
+    """y as it is; in the backward pass `record` gets x, the input of the layer that made y, and dL/dy."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor, record: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -7,19 +7,21 @@
 Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, section 3.
 """
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, AdapterConfig, ConvKind, first_match
+from minilora.adapters import Adapter, AdapterConfig, ConvKind, at_least_float32, first_match
 from minilora.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class LycorisConfig(AdapterConfig):
-    """The settings of LoHa and LoKr, in PEFT's names and defaults. Raises InputError for a value out of range."""
+    """The settings of LoHa and LoKr, in PEFT's names and defaults."""
 
     peft_lacks: ClassVar[frozenset[str]] = frozenset({"bias", "lora_bias"})
 
@@ -42,28 +44,22 @@ class LycorisConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
         for r in (self.r, *self.rank_pattern.values()):
             if not isinstance(r, int) or r < 1:
-                raise InputError(f"{name}: a rank must be a whole number of at least 1, not {r!r}")
+                raise InputError(f"{type(self).__name__}: a rank must be a whole number of at least 1, not {r!r}")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float):
-                raise InputError(f"{name}: alpha must be a number, not {alpha!r}")
+                raise InputError(f"{type(self).__name__}: alpha must be a number, not {alpha!r}")
         for key in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise InputError(f"{name}: {key} must be at least 0 and below 1, not {getattr(self, key)!r}")
+            self.require(key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
         self.check_init_weights()
 
     def check_init_weights(self) -> None:
-        if not isinstance(self.init_weights, bool):
-            raise InputError(f"{type(self).__name__}: init_weights must be True or False, not {self.init_weights!r}")
+        self.require("init_weights", isinstance(self.init_weights, bool), "True or False")
 
 
 class Lycoris(Adapter):
-    """An adapter whose ΔW is `update()`: a subclass implements that alone, in the `shape` (out, in/groups, *kernel).
-
-    Linear layers, nn.Conv1d and nn.Conv2d, as in PEFT. Raises InputError for any other.
-    """
+    """An adapter whose ΔW is `update()`: a subclass implements that alone, in the `shape` (out, in/groups, *kernel)."""
 
     rescales_rows = True  # rank dropout makes up for what it dropped
 
@@ -82,9 +78,21 @@ class Lycoris(Adapter):
         # a kernel of one point is a matrix already
         self.factors_kernel = config.use_effective_conv2d and max(kernel, default=1) > 1
 
+    def reset_parameters(self, zero: Collection[str]) -> None:
+        """Kaiming-uniform all factors but those named, in the order in which PEFT draws."""
+        for name, factor in self.named_parameters():
+            if name in zero:
+                nn.init.zeros_(factor)
+            else:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
     def update(self) -> Tensor:
         """ΔW/s in the order of W's elements, and of as many."""
         raise NotImplementedError
+
+    def float32_factors(self) -> dict[str, Tensor]:
+        """The parameters by name, in float32, in which ΔW is made even where the masters were made bfloat16."""
+        return {name: at_least_float32(factor) for name, factor in self._parameters.items() if factor is not None}
 
     def delta(self) -> Tensor:
         return self.scaling * self.update().reshape(self.shape)
@@ -108,11 +116,6 @@ class Lycoris(Adapter):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
-
-
-def wide(parameter: Tensor) -> Tensor:
-    """The parameter in float32, in which products of factors are made even where the masters were made bfloat16."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def empty(*shape: int) -> nn.Parameter:

@@ -7,7 +7,6 @@
 Kopiczko, Blankevoort and Asano 2024, arXiv 2310.11454, equation 2 and section 3.3.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, AdapterConfig, kind_of, register
+from minilora.adapters import Adapter, AdapterConfig, at_least_float32, kind_of, register
 from minilora.errors import InputError
 
 
@@ -23,7 +22,8 @@ from minilora.errors import InputError
 class VeRAConfig(AdapterConfig):
     """The settings of VeRA, in the names and defaults of PEFT's `VeraConfig`.
 
-    Raises InputError for a value out of range.
+    Raises:
+        InputError: where a value is out of range.
     """
 
     peft_type: ClassVar[str] = "VERA"
@@ -48,19 +48,14 @@ class VeRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or self.r < 1:
-            raise InputError(f"VeRAConfig: r must be a whole number of at least 1, not {self.r!r}")
-        if not 0 <= self.vera_dropout < 1:
-            raise InputError(f"VeRAConfig: vera_dropout must be at least 0 and below 1, not {self.vera_dropout!r}")
+        self.require("r", isinstance(self.r, int) and self.r >= 1, "a whole number of at least 1")
+        self.require("vera_dropout", 0 <= self.vera_dropout < 1, "at least 0 and below 1")
         if self.bias not in ("none", "vera_only", "all"):
             raise InputError(f"VeRAConfig: bias={self.bias!r} is not one of 'none', 'vera_only', 'all'")
 
 
 class Projections(nn.Module):
-    """The frozen pair that all layers share: A (r, largest in_features), B (largest out_features, r).
-
-    The same key draws the same numbers as in PEFT.
-    """
+    """The frozen A (r, largest in_features) and B (largest out_features, r), drawn as PEFT draws them."""
 
     A: Tensor
     B: Tensor
@@ -68,29 +63,21 @@ class Projections(nn.Module):
     def __init__(self, config: VeRAConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        self.register_buffer("A", kaiming(config.r, in_features, generator), config.save_projection)
-        self.register_buffer("B", kaiming(out_features, config.r, generator), config.save_projection)
-
-
-def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """(rows, columns), uniform with variance 2 / columns."""
-    bound = math.sqrt(3) * math.sqrt(2) / math.sqrt(columns)
-    return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        for name, shape in (("A", (config.r, in_features)), ("B", (out_features, config.r))):
+            matrix = torch.empty(shape, dtype=torch.float32, device="cpu")
+            self.register_buffer(name, nn.init.kaiming_uniform_(matrix, generator=generator), config.save_projection)
 
 
 @register
 class VeRA(Adapter):
-    """vera_lambda_b (out_features,) and vera_lambda_d (r,) of one linear layer, and the pair that all layers share.
-
-    Raises InputError for any other layer.
-    """
+    """vera_lambda_b (out_features,) and vera_lambda_d (r,) of one linear layer, and the pair that all layers share."""
 
     config_class = VeRAConfig
 
     def __init__(self, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> None:
         super().__init__(layer, config, path)
         self.shared = shared
-        self.dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
+        self.dropout = nn.Dropout(config.vera_dropout)
         self.vera_lambda_b = nn.Parameter(torch.ones(self.kind.out_features, dtype=torch.float32))
         self.vera_lambda_d = nn.Parameter(torch.randn(config.r, dtype=torch.float32))
         if config.init_weights:
@@ -106,10 +93,6 @@ class VeRA(Adapter):
             raise InputError(f"{path} is a {type(layers[path]).__name__}: VeRA adapts linear layers only")
         return Projections(config, max(k.in_features for k in linear), max(k.out_features for k in linear))
 
-    @classmethod
-    def build(cls, layer: nn.Module, config: VeRAConfig, path: str, shared: Projections) -> "VeRA":
-        return cls(layer, config, path, shared)
-
     def projections(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of this layer: the first columns and rows of the shared ones, in its own dtype."""
         A, B = self.shared.A[:, : self.kind.in_features], self.shared.B[: self.kind.out_features]
@@ -124,8 +107,7 @@ class VeRA(Adapter):
 
     def delta(self) -> Tensor:
         """Λ_b B Λ_d A (out, in)."""
-        dtype = torch.promote_types(self.vera_lambda_b.dtype, torch.float32)
-        A, B = (projection.to(dtype) for projection in self.projections())
+        A, B = (at_least_float32(projection) for projection in self.projections())
         return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
 
     def shared_tensors(self) -> dict[str, Tensor]:

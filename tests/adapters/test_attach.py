@@ -7,41 +7,34 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import IDS, SHAPE, logits, peft_model, peft_parameters, randomize, tiny_llama
+from helpers.adapters import ALL, IDS, SHAPE, close, logits, peft_model, peft_parameters, randomize, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora.adapters.attach import (
-    ParameterCount,
+from minilora.adapters import (
+    LoRA,
+    LoRAConfig,
+    LoRALinear,
+    adapted_layers,
     adapter_names,
     adapter_parameters,
     add_adapter,
-    count_parameters,
     delete_adapter,
     disable_adapters,
+    find_targets,
     merge,
     set_adapter,
     trainable_parameters,
     unload,
     unmerge,
 )
-from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
-from minilora.adapters.targets import adapted_layers, find_targets
+from minilora.adapters.attach import ParameterCount, count_parameters
 from minilora.errors import InputError
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.nf4.linear import NF4Linear
+from minilora.models import ModelConfig, Transformer
+from minilora.nf4 import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(did not match|no modules were excluded)")  # PEFT's
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, **FLOAT32)
 
 
 def adapted_llama(**config: Any) -> nn.Module:

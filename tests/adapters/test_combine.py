@@ -6,20 +6,26 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import logits, tiny_llama
+from helpers.adapters import ALL, logits, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilora.adapters.attach import adapter_names, adapter_parameters, adapters_named, add_adapter, merge, set_adapter
-from minilora.adapters.combine import METHODS, combine_adapters, drop_at_random, keep_largest, mean_of_majority
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import (
+    LoRAConfig,
+    adapter_names,
+    adapter_parameters,
+    adapters_named,
+    add_adapter,
+    combine_adapters,
+    merge,
+    set_adapter,
+)
+from minilora.adapters.combine import METHODS, drop_at_random, keep_largest, mean_of_majority
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import IA3Config, LoHaConfig
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAME_RANK: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
     "de": {"r": 4, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj", "up_proj"]},

@@ -2,34 +2,28 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import lora_layer, rel, saved_for_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minilora.adapters import LoRA, LoRAConfig, LoRALinear
 from minilora.adapters.fused_lora import LoRAProduct, fused_lora
-from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
 from minilora.models.shared_input import project
-from minilora.nf4 import linear
-from minilora.nf4.codec import quantize
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear, linear, quantize
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 
 
-def lora_layer(base: nn.Module, seed: int = 1, **config: Any) -> LoRALinear:
-    """One adapter whose update is not zero."""
-    layer = LoRALinear(base.requires_grad_(False))
-    torch.manual_seed(seed)
-    layer.adapters["default"] = LoRA(base, LoRAConfig(r=R, init_lora_weights=False, **config))
-    layer.active.append("default")
-    return layer
+# one adapter whose update is not zero
+random_lora = partial(lora_layer, seed=1, r=R, init_lora_weights=False)
 
 
 def products(
@@ -96,7 +90,7 @@ def test_outputs_and_gradients_equal_the_formula_and_finite_differences(
 
 
 def test_a_second_derivative_is_refused_and_torch_func_gives_it() -> None:
-    layer, x = lora_layer(nn.Linear(3, 2)), torch.randn(4, 3, requires_grad=True)
+    layer, x = random_lora(nn.Linear(3, 2)), torch.randn(4, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(project(x, layer, layer)[0].pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -109,35 +103,20 @@ def test_a_second_derivative_is_refused_and_torch_func_gives_it() -> None:
 # --- what it saves ---------------------------------------------------------------------------------------------------
 
 
-def kept(run: Callable[[], Any]) -> int:
-    """The numbers that are kept for the way back, apart from parameters, in storages counted once."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run()
-    del outputs
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_only_x_and_xa_are_kept_of_layers_that_share_x(kind: str) -> None:
+def test_only_x_and_xa_are_saved_for_layers_that_share_x(kind: str) -> None:
     bases = [nn.Linear(IN, OUT).bfloat16() for _ in range(3)]
-    layers = [lora_layer(NF4Linear.from_linear(base) if kind == "nf4" else base) for base in bases]
+    layers = [random_lora(NF4Linear.from_linear(base) if kind == "nf4" else base) for base in bases]
     x = torch.randn(2, TOKENS, IN).bfloat16().requires_grad_()
     parts = [layer.shared_part(x) for layer in layers]
     rows = 2 * TOKENS
-    assert kept(lambda: fused_lora(x, parts)) == rows * (IN + 3 * R)
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == rows * (IN + 3 * R)
     for part in parts:
         part.A.requires_grad_(False)  # LoRA-FA
-    assert kept(lambda: fused_lora(x, parts)) == rows * 3 * R
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == rows * 3 * R
     for part in parts:
         part.B.requires_grad_(False)
-    assert kept(lambda: fused_lora(x, parts)) == 0
+    assert saved_for_backward(lambda: fused_lora(x, parts), *layers) == 0
 
 
 def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no_gradient(
@@ -146,7 +125,7 @@ def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no
     made = []
     true_weight = linear.temporary_weight
     monkeypatch.setattr(linear, "temporary_weight", lambda *args: made.append(args) or true_weight(*args))
-    layer = lora_layer(NF4Linear.from_linear(nn.Linear(IN, OUT)))
+    layer = random_lora(NF4Linear.from_linear(nn.Linear(IN, OUT)))
     x = torch.randn(TOKENS, IN)
     torch.cat(project(x, layer, layer)).sum().backward()
     assert len(made) == 2
@@ -157,19 +136,15 @@ def test_a_4_bit_weight_is_dequantized_for_each_product_and_not_where_x_needs_no
 # --- the same numerics as PEFT, and in bfloat16 nearer to float64 ----------------------------------------------------
 
 
-def rel(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
-
-
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_layers_together_are_no_further_from_float64_in_bfloat16_than_peft(kind: str) -> None:
     torch.manual_seed(0)
     parts, theirs, exact = [], [], []
     for seed in range(3):
         base = nn.Linear(256, 192).bfloat16()
-        ours = lora_layer(base, seed)
+        ours = random_lora(base, seed=seed)
         if kind == "nf4":
-            ours = lora_layer(NF4Linear.from_linear(base, compute_dtype=torch.bfloat16), seed)
+            ours = random_lora(NF4Linear.from_linear(base, compute_dtype=torch.bfloat16), seed=seed)
             base.weight.data = ours.base_layer.dequantize(torch.bfloat16)
         config = peft.LoraConfig(r=R, target_modules=["0"], lora_alpha=8)
         # adapters in bfloat16, so that its products are as ours are: with float32 ones it multiplies in float32
@@ -213,7 +188,7 @@ def test_only_one_plain_lora_on_a_frozen_plain_layer_takes_it() -> None:
         return layer.shared_part(torch.randn(TOKENS, IN) if x is None else x) is not None
 
     def changed(change: Callable[[LoRALinear], Any], base: nn.Module | None = None, **config: Any) -> LoRALinear:
-        layer = lora_layer(base or nn.Linear(IN, OUT), **config)
+        layer = random_lora(base or nn.Linear(IN, OUT), **config)
         change(layer)
         return layer
 
@@ -242,7 +217,7 @@ def test_only_one_plain_lora_on_a_frozen_plain_layer_takes_it() -> None:
 
 
 def test_the_start_of_pissa_trains_as_autograd_has_it() -> None:
-    layer = lora_layer(nn.Linear(IN, OUT))
+    layer = random_lora(nn.Linear(IN, OUT))
     adapter = layer.adapters["default"]
     adapter.start_from(torch.randn(R, IN), torch.randn(OUT, R))
     adapter.lora_A.data += 0.1 * torch.randn(R, IN)
@@ -260,7 +235,7 @@ def test_the_start_of_pissa_trains_as_autograd_has_it() -> None:
 
 def test_an_activation_in_place_may_follow() -> None:
     for base in (nn.Linear(IN, OUT), NF4Linear.from_linear(nn.Linear(IN, OUT))):
-        layer, x = lora_layer(base), torch.randn(2, TOKENS, IN, requires_grad=True)
+        layer, x = random_lora(base), torch.randn(2, TOKENS, IN, requires_grad=True)
         (wanted,) = torch.autograd.grad(project(x, layer, layer)[1].relu().sum(), x)
         assert torch.equal(torch.autograd.grad(project(x, layer, layer)[1].relu_().sum(), x)[0], wanted)
 
@@ -268,7 +243,7 @@ def test_an_activation_in_place_may_follow() -> None:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_compiles_forward_and_backward_in_one_graph(nf4: bool) -> None:
     bases = [nn.Linear(IN, OUT) for _ in range(2)]
-    layers = nn.ModuleList([lora_layer(NF4Linear.from_linear(base) if nf4 else base) for base in bases])
+    layers = nn.ModuleList([random_lora(NF4Linear.from_linear(base) if nf4 else base) for base in bases])
     x = torch.randn(TOKENS, IN, requires_grad=True)
     torch._dynamo.reset()
     both = lambda x: torch.cat(project(x, *layers))  # noqa: E731
@@ -280,7 +255,7 @@ def test_compiles_forward_and_backward_in_one_graph(nf4: bool) -> None:
 
 
 def test_torch_func_and_autocast_take_pytorchs_own_steps() -> None:
-    layer = lora_layer(nn.Linear(IN, OUT))
+    layer = random_lora(nn.Linear(IN, OUT))
     x, adapter = torch.randn(TOKENS, IN), layer.adapters["default"]
     W = layer.base_layer.weight + adapter.delta()
 
@@ -296,7 +271,7 @@ def test_torch_func_and_autocast_take_pytorchs_own_steps() -> None:
 
 
 def test_autocast_around_the_way_back_changes_nothing() -> None:
-    layer, x = lora_layer(nn.Linear(IN, OUT)), torch.randn(TOKENS, IN, requires_grad=True)
+    layer, x = random_lora(nn.Linear(IN, OUT)), torch.randn(TOKENS, IN, requires_grad=True)
     inputs = (x, *layer.adapters.parameters())
     wanted = torch.autograd.grad(project(x, layer, layer)[0].square().sum(), inputs)
     loss = project(x, layer, layer)[0].square().sum()

@@ -1,20 +1,19 @@
 """minilora/adapters/gated_lora.py against finite differences, PyTorch's own autograd, and the steps one by one."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import lora_layer, saved_for_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minilora.adapters.gated_lora import gated_lora
-from minilora.adapters.layer import LoRALinear
-from minilora.adapters.lora import LoRA, LoRAConfig
 from minilora.models.shared_input import project_swiglu
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 
@@ -57,12 +56,7 @@ def test_outputs_and_gradients_equal_the_formula_and_finite_differences(
         assert torch.autograd.gradcheck(lambda *_: gated_lora(gate, up, b, A, B, 0.7), trained)
 
 
-def lora_layer(base: nn.Module, **config: Any) -> LoRALinear:
-    layer = LoRALinear(base.requires_grad_(False))
-    torch.manual_seed(1)
-    layer.adapters["default"] = LoRA(base, LoRAConfig(r=R, init_lora_weights=False, **config))
-    layer.active.append("default")
-    return layer
+random_lora = partial(lora_layer, seed=1, r=R, init_lora_weights=False)
 
 
 def one_by_one(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
@@ -75,7 +69,7 @@ def one_by_one(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_gives_the_same_as_one_by_one(dtype: torch.dtype, nf4: bool, bias: bool, hooked: bool) -> None:
     base = nn.Linear(IN, OUT, bias=bias).to(dtype)
-    layer = lora_layer(NF4Linear.from_linear(base, compute_dtype=dtype) if nf4 else base)
+    layer = random_lora(NF4Linear.from_linear(base, compute_dtype=dtype) if nf4 else base)
     if hooked:  # of what is adapted: it is called
         calls: list[Any] = []
         layer.base_layer.register_forward_hook(lambda *args: calls.append(args))
@@ -96,43 +90,26 @@ def test_a_layer_gives_the_same_as_one_by_one(dtype: torch.dtype, nf4: bool, bia
         assert [args[1][0].shape for args in calls] == [gate.shape] * 3
 
 
-def kept(run: Callable[[], Any], layer: nn.Module) -> int:
-    """The numbers that are kept for the way back, apart from weights, in storages counted once."""
-    weights = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run()
-    del outputs
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("nf4", [False, True])
-def test_only_gate_up_and_xa_are_kept(nf4: bool) -> None:
+def test_only_gate_up_and_xa_are_saved(nf4: bool) -> None:
     base = nn.Linear(IN, OUT).bfloat16()
-    layer = lora_layer(NF4Linear.from_linear(base, compute_dtype=torch.bfloat16) if nf4 else base)
+    layer = random_lora(NF4Linear.from_linear(base, compute_dtype=torch.bfloat16) if nf4 else base)
     gate, up = (torch.randn(2, TOKENS, IN).bfloat16().requires_grad_() for _ in range(2))
     rows = 2 * TOKENS
-    assert kept(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
-    assert kept(lambda: one_by_one(gate, up, layer), layer) > rows * 4 * IN
+    assert saved_for_backward(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
+    assert saved_for_backward(lambda: one_by_one(gate, up, layer), layer) > rows * 4 * IN
     layer.adapters["default"].lora_A.requires_grad_(False)
-    assert kept(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
+    assert saved_for_backward(lambda: project_swiglu(gate, up, layer), layer) == rows * (2 * IN + R)
 
 
 def test_what_it_is_not_for_is_called() -> None:
     gate, up = (torch.randn(TOKENS, IN, requires_grad=True) for _ in range(2))
-    dropout = lora_layer(nn.Linear(IN, OUT), lora_dropout=0.5).train()
-    own_bias = lora_layer(nn.Linear(IN, OUT))
+    dropout = random_lora(nn.Linear(IN, OUT), lora_dropout=0.5).train()
+    own_bias = random_lora(nn.Linear(IN, OUT))
     own_bias.adapters["default"].train_bias(own_bias.base_layer)
-    bias_trains = lora_layer(nn.Linear(IN, OUT))
+    bias_trains = random_lora(nn.Linear(IN, OUT))
     bias_trains.base_layer.bias.requires_grad_()
-    off = lora_layer(nn.Linear(IN, OUT))
+    off = random_lora(nn.Linear(IN, OUT))
     off.enabled = False
     for layer in (dropout, own_bias, bias_trains, off):
         assert layer.after_swiglu(gate, up) is None
@@ -143,13 +120,13 @@ def test_what_it_is_not_for_is_called() -> None:
     project_swiglu(gate, up, bias_trains).sum().backward()
     torch.testing.assert_close(bias_trains.base_layer.bias.grad, torch.full((OUT,), float(TOKENS)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert lora_layer(nn.Linear(IN, OUT)).after_swiglu(gate, up) is None
+        assert random_lora(nn.Linear(IN, OUT)).after_swiglu(gate, up) is None
 
 
 @pytest.mark.parametrize("nf4", [False, True])
 def test_compiles_forward_and_backward_in_one_graph(nf4: bool) -> None:
     base = nn.Linear(IN, OUT)
-    layer = lora_layer(NF4Linear.from_linear(base) if nf4 else base)
+    layer = random_lora(NF4Linear.from_linear(base) if nf4 else base)
     gate, up = (torch.randn(TOKENS, IN, requires_grad=True) for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(lambda gate, up: project_swiglu(gate, up, layer), backend="aot_eager", fullgraph=True)

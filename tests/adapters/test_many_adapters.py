@@ -3,15 +3,17 @@
 import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
-from helpers.adapters import logits, randomize, tiny_llama
+from helpers.adapters import ALL, FLOAT32, logits, peft_with_adapters, tiny_llama, with_adapters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
+    adapted_layers,
     adapter_names,
+    adapters_for_rows,
     add_adapter,
     delete_adapter,
     disable_adapters,
@@ -19,35 +21,14 @@ from minilora.adapters.attach import (
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
-from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
     "de": {"r": 2, "target_modules": ["v_proj", "up_proj"], "rank_pattern": {"layers.1.*v_proj": 5}},
     "pl": {"r": 3, "target_modules": "all-linear", "alpha_pattern": {"mlp.*": 9}, "use_rslora": True},
 }
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
-
-
-def with_adapters(model: nn.Module) -> nn.Module:
-    for seed, (name, config) in enumerate(CONFIGS.items()):
-        add_adapter(model, LoRAConfig(**config), name)
-        randomize(model, name, seed)
-    return model
-
-
-def peft_with_adapters() -> Any:
-    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIGS["fr"]), "fr")
-    for name in ("de", "pl"):
-        theirs.add_adapter(name, peft.LoraConfig(**CONFIGS[name]))
-    for seed, name in enumerate(CONFIGS):
-        randomize(theirs, name, seed)
-    return theirs.eval()
 
 
 class Operations(TorchDispatchMode):
@@ -74,7 +55,7 @@ def test_switching_copies_and_writes_no_weight(quantized: bool) -> None:
         for block in model.model.layers:
             block.mlp.up_proj = NF4Linear.from_linear(block.mlp.up_proj)
     before = tensors(model)
-    with_adapters(model)
+    with_adapters(model, CONFIGS)
     of_base = {
         name.replace("base_layer.", ""): where for name, where in tensors(model).items() if ".adapters." not in name
     }
@@ -96,7 +77,7 @@ def test_switching_copies_and_writes_no_weight(quantized: bool) -> None:
 
 @pytest.mark.parametrize("names", [["fr", "de"], ["pl", "fr"], ["de", "pl", "fr"]])
 def test_several_active_at_once_equal_peft(names: list[str]) -> None:
-    ours, theirs = with_adapters(tiny_llama()), peft_with_adapters()
+    ours, theirs = with_adapters(tiny_llama(), CONFIGS), peft_with_adapters(tiny_llama(), CONFIGS)
     set_adapter(ours, names)
     theirs.base_model.set_adapter(names)
     assert torch.allclose(logits(ours), logits(theirs), **FLOAT32)
@@ -106,7 +87,7 @@ def test_several_active_at_once_equal_peft(names: list[str]) -> None:
 
 
 def test_a_deleted_adapter_is_gone_and_the_others_are_as_in_peft() -> None:
-    ours, theirs = with_adapters(tiny_llama()), peft_with_adapters()
+    ours, theirs = with_adapters(tiny_llama(), CONFIGS), peft_with_adapters(tiny_llama(), CONFIGS)
     for active, deleted, left in ((["fr", "de"], "pl", ["fr", "de"]), (["fr", "de"], "fr", ["de"])):
         set_adapter(ours, active)
         theirs.base_model.set_adapter(active)
@@ -123,7 +104,7 @@ def test_a_deleted_adapter_is_gone_and_the_others_are_as_in_peft() -> None:
 
 
 def test_without_an_active_adapter_the_model_is_the_base_model() -> None:
-    model, plain = with_adapters(tiny_llama()), tiny_llama()
+    model, plain = with_adapters(tiny_llama(), CONFIGS), tiny_llama()
     set_adapter(model, "pl")
     delete_adapter(model, "pl")
     assert torch.equal(logits(model), logits(plain))
@@ -137,7 +118,7 @@ def test_without_an_active_adapter_the_model_is_the_base_model() -> None:
 
 
 def test_what_cannot_be_deleted_is_explained_and_stays() -> None:
-    model = with_adapters(tiny_llama())
+    model = with_adapters(tiny_llama(), CONFIGS)
     before = logits(model)
     with pytest.raises(InputError, match=r"no adapter named 'it'; it has \['de', 'fr', 'pl'\]"):
         delete_adapter(model, "it")

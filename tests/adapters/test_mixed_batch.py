@@ -5,47 +5,42 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import peft
 import pytest
 import torch
-from helpers.adapters import IDS, SHAPE, logits, peft_parameters, randomize, tiny_llama
+from helpers.adapters import (
+    ALL,
+    IDS,
+    SHAPE,
+    close,
+    logits,
+    peft_parameters,
+    peft_with_adapters,
+    randomize,
+    tiny_llama,
+    with_adapters,
+)
 from helpers.chat import CHATML, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MixtralConfig,
-    Phi3Config,
-)
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, Phi3Config
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
     adapter_parameters,
+    adapters_for_rows,
     add_adapter,
     disable_adapters,
     merge,
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.evaluation.evaluate import evaluate
-from minilora.evaluation.generate import generate, generate_tokens
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.nf4 import linear
-from minilora.nf4.linear import NF4Linear
-from minilora.training.config import TrainConfig
-from minilora.training.train import train
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order
+from minilora.evaluation import evaluate, generate, generate_tokens
+from minilora.models import ModelConfig, Transformer
+from minilora.nf4 import NF4Linear, linear
+from minilora.training import TrainConfig, train
+from minilora.variants import IA3Config, LoHaConfig
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
@@ -54,32 +49,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 NAMES = ["fr", "__base__", "de", "pl", "fr"]
 ROWS = torch.arange(60).reshape(5, 12) * 7 % SHAPE["vocab_size"]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, **FLOAT32)
-
-
-def with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], scale: float = 1.0) -> nn.Module:
-    for seed, (name, config) in enumerate(configs.items()):
-        add_adapter(model, LoRAConfig(**config), name)
-        randomize(model, name, seed)
-        for key, parameter in adapter_parameters(model, name).items():
-            if key.endswith("lora_A"):
-                parameter.data *= scale
-    return model.eval()
-
-
-def peft_with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], task: str | None = "CAUSAL_LM") -> Any:
-    theirs: Any = None
-    for seed, (name, config) in enumerate(configs.items()):
-        peft_config = peft.LoraConfig(task_type=task, **config)
-        if theirs is None:
-            theirs = peft.get_peft_model(copy.deepcopy(model), peft_config, name)
-        else:
-            theirs.add_adapter(name, peft_config)
-        randomize(theirs, name, seed)
-    return theirs.eval()
 
 
 def alone(model: nn.Module, names: list[str], run: Callable[[int], Tensor]) -> Tensor:
@@ -124,6 +93,17 @@ def close_to_scale(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding, as a share of the largest number; and not zero."""
     size = b.abs().max()
     return bool(size > 0) and close(a / size, b / size)
+
+
+def check_rows_alone(model: nn.Module, x: Tensor) -> None:
+    """Outputs and gradients of a mixed batch are those of its rows, each alone with its adapter."""
+    with torch.no_grad():
+        with adapters_for_rows(model, NAMES):
+            mixed = model(x)
+        assert close(mixed, alone(model, NAMES, lambda i: model(x[i : i + 1])))
+    expected = gradients_alone(model, lambda i: model(x[i : i + 1]))
+    for key, gradient in gradients_mixed(model, lambda: model(x)).items():
+        assert close_to_scale(gradient, expected[key]), key
 
 
 # --- what a row computes ---------------------------------------------------------------------------------------------
@@ -311,13 +291,7 @@ def test_dora_and_lora_in_one_batch(quantized: bool) -> None:
         for parameter in adapter_parameters(model, name).values():
             nn.init.normal_(parameter, std=0.3)
     x = torch.randn(5, 3, 64)
-    with torch.no_grad():
-        with adapters_for_rows(model, NAMES):
-            mixed = model(x)
-        assert close(mixed, alone(model, NAMES, lambda i: model(x[i : i + 1])))
-    expected = gradients_alone(model, lambda i: model(x[i : i + 1]))
-    for key, gradient in gradients_mixed(model, lambda: model(x)).items():
-        assert close_to_scale(gradient, expected[key]), key
+    check_rows_alone(model, x)
 
 
 def test_any_variants_in_one_batch_on_any_layers() -> None:
@@ -330,13 +304,7 @@ def test_any_variants_in_one_batch_on_any_layers() -> None:
         for parameter in adapter_parameters(model, name).values():
             nn.init.normal_(parameter, mean=0.5, std=0.3)
     ids = torch.arange(35).reshape(5, 7) * 3 % 11
-    with torch.no_grad():
-        with adapters_for_rows(model, NAMES):
-            mixed = model(ids)
-        assert close(mixed, alone(model, NAMES, lambda i: model(ids[i : i + 1])))
-    expected = gradients_alone(model, lambda i: model(ids[i : i + 1]))
-    for key, gradient in gradients_mixed(model, lambda: model(ids)).items():
-        assert close_to_scale(gradient, expected[key]), key
+    check_rows_alone(model, ids)
 
 
 # --- generate --------------------------------------------------------------------------------------------------------

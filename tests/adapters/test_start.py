@@ -8,32 +8,26 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import IDS, logits, tiny_llama
+from helpers.adapters import ALL, FLOAT32, IDS, logits, tiny_llama
 from helpers.peft import tiny_gpt2
 from helpers.training import PADDING, random_rows, tiny_base
 from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from minilora.adapters.attach import adapters_named, add_adapter, merge, trainable_parameters
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import LoRAConfig, adapters_named, add_adapter, merge, trainable_parameters
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.training.config import TrainConfig
-from minilora.training.loss import language_model_loss
-from minilora.training.train import train
-from minilora.variants import lora_ga
-from minilora.variants.ia3 import IA3Config
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.training import TrainConfig, language_model_loss, train
+from minilora.variants import IA3Config, lora_ga
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern"),  # PEFT's
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),  # PEFT's
 ]
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = [{"input_ids": IDS, "labels": IDS}]
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 
 DERIVABLE = ["pissa", "olora"]
 LOST = ["pissa_niter_4", "lora_ga"]
@@ -118,6 +112,15 @@ def test_a_derivable_start_goes_both_ways_as_it_is(tmp_path: Path, init: str, co
     torch.testing.assert_close(logits(loaded_by_us(tmp_path / "ours")), logits(model), **FLOAT32)
     torch.testing.assert_close(logits(loaded_by_us(tmp_path / "theirs")), logits(expected), **FLOAT32)
     assert not torch.allclose(logits(model), logits(tiny_llama()), rtol=0.1, atol=0.1), "or nothing was tested"
+
+
+def test_updates_of_parameters_alone_are_plain_as_they_are(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.weights = nn.Parameter(torch.randn(4, 8, 8))
+    add_adapter(model, LoRAConfig(r=2, target_parameters=["experts.weights"]))
+    save_adapter(model, tmp_path, as_lora=True)
+    assert config_in(tmp_path)["target_parameters"] == ["experts.weights"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

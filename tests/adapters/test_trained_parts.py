@@ -11,21 +11,16 @@ import pytest
 import torch
 from helpers.adapters import IDS, logits, tiny_llama
 from helpers.chat import CHATML, tiny
-from helpers.peft import (
-    FLOAT32,
-    assert_same_logits_and_gradients,
-    ours_on,
-    peft_on,
-    shake,
-    tiny_gpt2,
-)
+from helpers.peft import FLOAT32, assert_same_logits_and_gradients, check_both_ways, ours_on, peft_on, shake, tiny_gpt2
 from helpers.training import LLAMA, quantized, random_rows, run, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
     adapter_names,
     adapter_parameters,
+    adapters_for_rows,
     add_adapter,
     after_step,
     disable_adapters,
@@ -35,22 +30,12 @@ from minilora.adapters.attach import (
     unload,
     unmerge,
 )
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.formats.load import load
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.formats.save_pretrained import save_pretrained
-from minilora.merging.into_nf4 import merge_to_nf4
-from minilora.merging.report import merge_report
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.adalora import AdaLoRAConfig
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
-from minilora.variants.lokr import LoKrConfig
-from minilora.variants.vera import VeRAConfig
+from minilora.formats import load, load_adapter, save_adapter, save_pretrained
+from minilora.merging import merge_report, merge_to_nf4
+from minilora.models import ModelConfig, Transformer
+from minilora.nf4 import NF4Linear
+from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"
@@ -112,16 +97,8 @@ def test_both_ways_through_the_folder(case: str, tmp_path: Path) -> None:
     base = MODELS[model]()
     ours = ours_on(copy.deepcopy(base), config)
     shake(ours)
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
     assert not torch.allclose(logits(ours), logits(base), **FLOAT32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(base)
-    load_adapter(again, tmp_path / "theirs", "again")
-    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
-    with disable_adapters(again):
-        assert torch.equal(logits(again), logits(base))
+    check_both_ways(ours, base, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -519,13 +496,7 @@ def test_every_method_takes_them_along(method: str, tmp_path: Path) -> None:
     after_step(ours, 1)
     for name, parameter in adapter_parameters(ours).items():
         assert parameter.grad is not None, name
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(base)
-    load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
+    check_both_ways(ours, base, tmp_path)
     with disable_adapters(ours):
         assert torch.equal(logits(ours), logits(base))
     tuned = logits(ours)

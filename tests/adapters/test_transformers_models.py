@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from helpers.adapters import SHAPE, logits, tiny_llama
-from helpers.peft import FLOAT32, assert_same_logits_and_gradients, ours_on, peft_on, shake, tiny_gpt2
+from helpers.peft import FLOAT32, assert_same_logits_and_gradients, check_both_ways, ours_on, peft_on, shake, tiny_gpt2
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
@@ -33,11 +33,18 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters, merge, unload, unmerge
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.targets import find_targets
+from minilora.adapters import (
+    LoRAConfig,
+    adapter_parameters,
+    add_adapter,
+    disable_adapters,
+    find_targets,
+    merge,
+    unload,
+    unmerge,
+)
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.formats import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"
@@ -165,13 +172,7 @@ def test_a_classifier_has_its_new_head_saved_as_in_peft(tmp_path: Path) -> None:
     config = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
     ours = ours_on(copy.deepcopy(base), config)
     shake(ours)
-    save_adapter(ours, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(base)
-    load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
+    check_both_ways(ours, base, tmp_path)
     assert "score" not in find_targets(base, LoRAConfig(**config))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minilora.adapters.attach import adapter_parameters
+from minilora.adapters import LoRAConfig, adapter_parameters, add_adapter
 
 SHAPE = {
     "vocab_size": 64,
@@ -18,6 +18,8 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
 IDS = torch.arange(24).reshape(2, 12) * 7 % 64
 
 
@@ -56,3 +58,29 @@ def randomize(model: nn.Module, name: str = "default", seed: int = 1) -> None:
         parameter = parameters[key]
         value = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
         parameter.data.copy_(0.3 * value)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, **FLOAT32)
+
+
+def with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], scale: float = 1.0) -> nn.Module:
+    for seed, (name, config) in enumerate(configs.items()):
+        add_adapter(model, LoRAConfig(**config), name)
+        randomize(model, name, seed)
+        for key, parameter in adapter_parameters(model, name).items():
+            if key.endswith("lora_A"):
+                parameter.data *= scale
+    return model.eval()
+
+
+def peft_with_adapters(model: nn.Module, configs: dict[str, dict[str, Any]], task: str | None = "CAUSAL_LM") -> Any:
+    theirs: Any = None
+    for seed, (name, config) in enumerate(configs.items()):
+        peft_config = peft.LoraConfig(task_type=task, **config)
+        if theirs is None:
+            theirs = peft.get_peft_model(copy.deepcopy(model), peft_config, name)
+        else:
+            theirs.add_adapter(name, peft_config)
+        randomize(theirs, name, seed)
+    return theirs.eval()

@@ -2,28 +2,20 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
+import pytest
 import torch
-from helpers.adapters import IDS
+from helpers.adapters import IDS, tiny_llama
 from torch import Tensor, nn
 
-from minilora.adapters.adapter import AdapterConfig
-from minilora.adapters.attach import adapters_named, add_adapter, merge, unmerge
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.adapters import AdapterConfig, adapters_named, add_adapter, kind_of, merge, unmerge
+from minilora.errors import InputError
+from minilora.formats import load_adapter, save_adapter
 
 FLOAT32 = 1e-5  # of the largest number: two layers of sums over dozens of terms, in another order than PEFT's
 FLOAT64 = 1e-9  # the same in float64, where 10 steps of AdamW have divided small gradients by their own size
-
-
-def both(base: nn.Module, config: AdapterConfig, peft_config: peft.PeftConfig) -> tuple[nn.Module, peft.PeftModel]:
-    """minilora's and PEFT's adapter on copies of the model, drawn from one seed."""
-    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
-    torch.manual_seed(5)
-    add_adapter(ours, config)
-    torch.manual_seed(5)
-    theirs = peft.get_peft_model(theirs, peft_config)
-    return ours.eval(), theirs.eval()
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -74,54 +66,103 @@ def train_steps(model: nn.Module, steps: int, x: Tensor = IDS) -> list[float]:
     return losses
 
 
-def check_equals_peft(
-    base: nn.Module, config: AdapterConfig, peft_config: peft.PeftConfig, x: Tensor = IDS, scale: float = 0.3
-) -> None:
-    """Start, forward, every gradient, 10 AdamW steps and the merge are those of PEFT."""
-    ours, theirs = both(base, config, peft_config)
-    plain = output(base, x)
-    assert_same(parameters(ours), parameters(theirs))
-    assert_near(output(ours, x), output(theirs, x))
+class Method:
+    """A method as minilora and PEFT have it, both asked for by the same values; by default on the tiny Llama."""
 
-    randomize(ours, theirs, scale=scale)
-    assert not torch.allclose(output(ours, x), plain, rtol=1e-2), "the adapter does something"
-    assert_near(output(ours, x), output(theirs, x))
-    for model in (ours, theirs):
-        output(model, x).pow(2).mean().backward()
-    gradients = [{k: p.grad for k, p in parameters(model).items()} for model in (ours, theirs)]
-    largest = max(float(g.abs().max()) for g in gradients[1].values())
-    assert_same(*gradients, rtol=1e-4, atol=1e-5 * largest)  # a gradient near 0 is a difference of large terms
+    def __init__(self, ours: type[AdapterConfig], theirs: type[peft.PeftConfig], **defaults: Any) -> None:
+        self.ours, self.theirs, self.defaults = ours, theirs, defaults
 
-    trained, their_trained = copy.deepcopy(ours), copy.deepcopy(theirs)
-    torch.testing.assert_close(train_steps(trained, 10, x), train_steps(their_trained, 10, x), rtol=1e-4, atol=0)
-    # float32 steps part where AdamW divides a gradient of 1e-8 by itself; in float64 they must stay together
-    doubles = ours.double(), theirs.double()
-    x = x.double() if x.is_floating_point() else x
-    for model in doubles:
-        train_steps(model, 10, x)
-    assert_same(parameters(ours), parameters(theirs), rtol=1e-6, atol=1e-8)
+    def config(self, **values: Any) -> AdapterConfig:
+        return self.ours(**self.defaults | values)
 
-    before = output(ours, x)
-    merge(ours)
-    theirs.merge_adapter()
-    assert_near(output(ours, x), output(theirs, x), FLOAT64)
-    assert_near(output(ours, x), before, FLOAT64)
-    unmerge(ours)
-    assert torch.equal(output(ours, x), before)
+    def both(self, base: nn.Module | None = None, **values: Any) -> tuple[nn.Module, peft.PeftModel]:
+        """minilora's and PEFT's adapter on copies of the model, drawn from one seed."""
+        ours, theirs = (tiny_llama() if base is None else copy.deepcopy(base) for _ in range(2))
+        torch.manual_seed(5)
+        add_adapter(ours, self.config(**values))
+        torch.manual_seed(5)
+        theirs = peft.get_peft_model(theirs, self.theirs(**self.defaults | values))
+        return ours.eval(), theirs.eval()
 
+    def check_equals_peft(
+        self, base: nn.Module | None = None, x: Tensor = IDS, scale: float = 0.3, **values: Any
+    ) -> None:
+        """Start, forward, every gradient, 10 AdamW steps and the merge are those of PEFT."""
+        ours, theirs = self.both(base, **values)
+        plain = output(tiny_llama() if base is None else base, x)
+        assert_same(parameters(ours), parameters(theirs))
+        assert_near(output(ours, x), output(theirs, x))
 
-def check_folders_both_ways(
-    base: nn.Module, config: AdapterConfig, peft_config: peft.PeftConfig, folder: Path, scale: float = 0.3
-) -> None:
-    """What minilora saves, PEFT loads, and the reverse, to equal logits; and minilora what it has saved itself."""
-    ours, theirs = both(base, config, peft_config)
-    randomize(ours, theirs, scale=scale)
-    wanted = output(ours)
-    save_adapter(ours, folder / "ours")
-    theirs.save_pretrained(folder / "theirs")
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "ours").eval()
-    assert_near(output(loaded), wanted)
-    for name in ("ours", "theirs"):
-        model = copy.deepcopy(base)
-        load_adapter(model, folder / name)
-        assert_near(output(model.eval()), wanted)
+        randomize(ours, theirs, scale=scale)
+        assert not torch.allclose(output(ours, x), plain, rtol=1e-2), "the adapter does something"
+        assert_near(output(ours, x), output(theirs, x))
+        for model in (ours, theirs):
+            output(model, x).pow(2).mean().backward()
+        gradients = [{k: p.grad for k, p in parameters(model).items()} for model in (ours, theirs)]
+        largest = max(float(g.abs().max()) for g in gradients[1].values())
+        assert_same(*gradients, rtol=1e-4, atol=1e-5 * largest)  # a gradient near 0 is a difference of large terms
+
+        trained, their_trained = copy.deepcopy(ours), copy.deepcopy(theirs)
+        torch.testing.assert_close(train_steps(trained, 10, x), train_steps(their_trained, 10, x), rtol=1e-4, atol=0)
+        # float32 steps part where AdamW divides a gradient of 1e-8 by itself; in float64 they must stay together
+        doubles = ours.double(), theirs.double()
+        x = x.double() if x.is_floating_point() else x
+        for model in doubles:
+            train_steps(model, 10, x)
+        assert_same(parameters(ours), parameters(theirs), rtol=1e-6, atol=1e-8)
+
+        before = output(ours, x)
+        merge(ours)
+        theirs.merge_adapter()
+        assert_near(output(ours, x), output(theirs, x), FLOAT64)
+        assert_near(output(ours, x), before, FLOAT64)
+        unmerge(ours)
+        assert torch.equal(output(ours, x), before)
+
+    def check_folders_both_ways(self, folder: Path, scale: float = 0.3, **values: Any) -> None:
+        """What minilora saves, PEFT loads, and the reverse, to equal logits; and minilora what it has saved itself."""
+        ours, theirs = self.both(**values)
+        randomize(ours, theirs, scale=scale)
+        wanted = output(ours)
+        save_adapter(ours, folder / "ours")
+        theirs.save_pretrained(folder / "theirs")
+        loaded = peft.PeftModel.from_pretrained(tiny_llama(), folder / "ours").eval()
+        assert_near(output(loaded), wanted)
+        for name in ("ours", "theirs"):
+            load_adapter(model := tiny_llama(), folder / name)
+            assert_near(output(model.eval()), wanted)
+
+    def check_drops_as_peft(self, layer: nn.Module, x: Tensor, **values: Any) -> None:
+        """With the same random numbers the same inputs are dropped, in training only."""
+        ours, theirs = self.both(nn.Sequential(layer), target_modules=["0"], **values)
+        randomize(ours, theirs, scale=1.0)
+        results = []
+        for model in (ours, theirs):
+            torch.manual_seed(3)
+            results.append(model.train()(x))
+        assert_near(*results)
+        assert not torch.allclose(results[0], ours.eval()(x))
+
+    def check_adds_delta(self, layer: nn.Module, scale: float = 0.3, **values: Any) -> None:
+        """y = (W + ΔW) x + b, merged or not, on a linear layer that PEFT does not know; its W may be in 4 bits."""
+        model, W = nn.Sequential(layer), kind_of(layer).weight(layer)
+        add_adapter(model, self.config(target_modules=["0"], **values))
+        randomize(model, scale=scale)
+        x = torch.randn(3, W.shape[1])
+        expected = x @ (W + adapters_named(model, "default")["0"].delta()).T + layer.bias
+        torch.testing.assert_close(model(x), expected)
+        merge(model)
+        torch.testing.assert_close(model(x), expected)
+
+    def check_refuses(self, *layers: nn.Module) -> None:
+        """One InputError names the layer, which stays as it was."""
+        for layer in layers:
+            model = nn.Sequential(layer)
+            with pytest.raises(InputError, match=f"^0 is a {type(layer).__name__}: "):
+                add_adapter(model, self.config(target_modules=["0"]))
+            assert model[0] is layer
+
+    def check_names_and_defaults(self, **needed: Any) -> None:
+        ours, theirs = self.ours(**needed), self.theirs(**needed)
+        for name in vars(ours).keys() - ours.peft_lacks - {"task_type", *needed}:
+            assert getattr(ours, name) == getattr(theirs, name), name

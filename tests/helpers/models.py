@@ -29,8 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
+from minilora.models import ModelConfig, Transformer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -1,18 +1,17 @@
 """A model with an adapter of minilora beside the same with PEFT's, compared through the keys of PEFT's file."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from helpers.adapters import IDS, logits
+from helpers.adapters import FLOAT32, IDS, logits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilora.adapters.attach import adapter_parameters, adapters_named, add_adapter
-from minilora.adapters.lora import LoRAConfig
-
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # two layers of sums over dozens of terms, in another order than PEFT's
+from minilora.adapters import LoRAConfig, adapter_parameters, adapters_named, add_adapter, disable_adapters
+from minilora.formats import load_adapter, save_adapter
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
@@ -91,3 +90,15 @@ def assert_same_logits_and_gradients(ours: nn.Module, theirs: peft.PeftModel) ->
 
 def _is_transposed(view: Tensor, tensor: Tensor) -> bool:
     return view is not tensor and view.data_ptr() == tensor.data_ptr() and view.shape == tensor.T.shape
+
+
+def check_both_ways(ours: nn.Module, base: nn.Module, folder: Path) -> None:
+    """PEFT loads what minilora has saved, and minilora what PEFT has saved of that: the logits are the same."""
+    save_adapter(ours, folder / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), **FLOAT32)
+    theirs.save_pretrained(folder / "theirs")
+    load_adapter(again := copy.deepcopy(base), folder / "theirs", "again")
+    torch.testing.assert_close(logits(again), logits(ours), **FLOAT32)
+    with disable_adapters(again):
+        assert torch.equal(logits(again), logits(base))

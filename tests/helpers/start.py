@@ -1,6 +1,7 @@
 """One layer of any kind with an initialisation on it, minilora's and PEFT's, and what training makes of both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -8,14 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.adapters import peft_parameters
+from helpers.layers import rel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters import LoRA, LoRAConfig, adapted_layers, adapter_parameters, add_adapter, kind_of
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 
 IN, OUT, R, ALPHA = 24, 20, 4, 6
 KINDS = ["linear", "conv1d", "nf4"]
@@ -41,48 +41,22 @@ def as_linear(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(linear)
 
 
-def ours(init: bool | str, kind: str = "linear", **config: Any) -> nn.Sequential:
-    model = base(kind)
-    config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"], "init_lora_weights": init} | config
-    torch.manual_seed(1)
-    add_adapter(model, LoRAConfig(task_type=None, **config))  # no causal language model, or PEFT would look for one
-    return model
-
-
-def theirs(init: bool | str, kind: str = "linear", **config: Any) -> peft.PeftModel:
-    """PEFT gets a base in 4 bits as a dense layer of the dequantized weights."""
-    model = as_linear(base(kind)) if kind == "nf4" else base(kind)
-    config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"], "init_lora_weights": init} | config
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, peft.LoraConfig(fan_in_fan_out=kind == "conv1d", **config))
-
-
 def adapter(model: nn.Module) -> LoRA:
     return model[0].adapters["default"]
 
 
-def rel(a: Tensor, b: Tensor) -> float:
-    """|a − b| / |b| in float64, Frobenius norms."""
-    return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
-
-
-def conv() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 8, 3))
-
-
-def embedding() -> nn.Sequential:
-    return nn.Sequential(nn.Embedding(10, 8))
-
-
-def assert_refused(init: str, model: nn.Sequential, message: str, **config: Any) -> None:
-    """One line that names the layer and the initialisation; the model is left as it was."""
-    layer, bits = model[0], {key: value.clone() for key, value in model.state_dict().items()}
-    config = {"r": R, "target_modules": ["0"], "init_lora_weights": init} | config
-    with pytest.raises(InputError, match=rf"^0: init_lora_weights='{init}' .*{message}") as caught:
-        add_adapter(model, LoRAConfig(**config))
+@contextmanager
+def refused(model: nn.Module, message: str) -> Iterator[None]:
+    """Inside the `with`, one line of these words; the model is then as it was, without hooks."""
+    before, modules = {key: value.clone() for key, value in model.state_dict().items()}, list(model.modules())
+    with pytest.raises(InputError, match=message) as caught:
+        yield
     assert "\n" not in str(caught.value)
-    assert model[0] is layer
-    assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
+    assert all(after is module for after, module in zip(model.modules(), modules, strict=True))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules[1:])
+    assert all(layer.enabled for layer in adapted_layers(model).values())
 
 
 def seeded(svd_lowrank: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,3 +97,42 @@ def assert_trains_as(model: nn.Module, expected: nn.Module) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert rel(found[key], value) < FLOAT32, key
+
+
+class Start:
+    """A value of init_lora_weights, on minilora's models and on PEFT's."""
+
+    def __init__(self, init: bool | str) -> None:
+        self.init = init
+
+    def values(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"], "init_lora_weights": self.init} | config
+
+    def ours(self, kind: str = "linear", **config: Any) -> nn.Sequential:
+        model = base(kind)
+        torch.manual_seed(1)
+        add_adapter(model, LoRAConfig(task_type=None, **self.values(config)))  # or PEFT would look for a language model
+        return model
+
+    def theirs(self, kind: str = "linear", **config: Any) -> peft.PeftModel:
+        """PEFT gets a base in 4 bits as a dense layer of the dequantized weights."""
+        model = as_linear(base(kind)) if kind == "nf4" else base(kind)
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, peft.LoraConfig(fan_in_fan_out=kind == "conv1d", **self.values(config)))
+
+    def check_trains_as_peft(self, kind: str = "linear", **config: Any) -> None:
+        assert_trains_as(self.ours(kind, **config), self.theirs(kind, **config))
+
+    def check_starts_at_the_base(self, kind: str = "linear") -> None:
+        plain, model, x = base(kind), self.ours(kind), torch.randn(7, IN)
+        assert torch.equal(model[0].base_layer.weight, plain[0].weight)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)  # b + 0 + Wx: another order of summation
+
+    def check_refuses(self, model: nn.Sequential, message: str, **config: Any) -> None:
+        """Named are the layer and the initialisation."""
+        with refused(model, rf"^0: init_lora_weights='{self.init}' .*{message}"):
+            add_adapter(model, LoRAConfig(**self.values(config)))
+
+    def check_takes_linear_layers_only(self) -> None:
+        for layer in (nn.Conv2d(3, 8, 3), nn.Embedding(10, 8)):
+            self.check_refuses(nn.Sequential(layer), f"linear layer, not {type(layer).__name__}")

@@ -14,22 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minilora.testing
+from minilora.adapters import AdapterConfig, EmbeddingKind, LoRA, LoRAConfig, add_adapter
 from minilora.adapters import adapter as registry
-from minilora.adapters.adapter import AdapterConfig
-from minilora.adapters.attach import add_adapter
 from minilora.adapters.initialization import initializations
-from minilora.adapters.layer_kinds import EmbeddingKind
-from minilora.adapters.lora import LoRA, LoRAConfig
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
-from minilora.testing import Add, arithmetic, life
-from minilora.testing.trial import CHECKS, Check
-from minilora.variants import eva, lora_ga
-from minilora.variants.adalora import AdaLoRAConfig
-from minilora.variants.ia3 import IA3Config
-from minilora.variants.loha import LoHaConfig
-from minilora.variants.lokr import LoKrConfig
-from minilora.variants.vera import VeRAConfig
+from minilora.nf4 import NF4Linear
+from minilora.testing import CHECKS, Add, Check, arithmetic, life
+from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig, eva, lora_ga
 
 # --- every variant passes every check --------------------------------------------------------------------------------
 
@@ -148,9 +139,20 @@ def caught_by(check: Check, message: str) -> Callable[[type[LoRA]], type[LoRA]]:
     return remember
 
 
+class Spoilt(LoRA):
+    """A LoRA to which something is done once it is made."""
+
+    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
+        super().__init__(layer, config, path)
+        self.spoil(layer, path)
+
+    def spoil(self, layer: nn.Module, path: str) -> None:
+        raise NotImplementedError
+
+
 @caught_by(arithmetic.starts_as_the_base_model, "look at StartsElsewhere.__init__")
-class StartsElsewhere(LoRA):
-    def reset_parameters(self, layer: nn.Module) -> None:
+class StartsElsewhere(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         nn.init.normal_(self.lora_B)
 
 
@@ -185,9 +187,8 @@ class MergesIntoTheWeightItself(LoRA):
 
 
 @caught_by(arithmetic.merges_among_other_adapters, "with one of these and then one of these active, merged as unmerged")
-class MergesOntoTheWeightItRemembers(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class MergesOntoTheWeightItRemembers(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.register_buffer("W", self.kind.weight(layer).detach().clone())
 
     def merged_weight(self, W: Tensor) -> Tensor:
@@ -229,9 +230,8 @@ class TakesBatchesOnly(LoRA):
 
 
 @caught_by(arithmetic.keeps_float32_on_a_half_precision_base, "float32 parameters on a torch.bfloat16 base")
-class TakesTheDtypeOfTheBase(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class TakesTheDtypeOfTheBase(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if layer.weight.is_floating_point():
             self.to(layer.weight.dtype)
 
@@ -254,35 +254,32 @@ class MixesDtypesUnderAutocast(LoRA):
 
 
 @caught_by(arithmetic.disabled_is_the_base_bit_for_bit, "disabled: the base")
-class ChangesTheBase(LoRA):
+class ChangesTheBase(Spoilt):
     """PEFT starts PiSSA and OLoRA like this."""
 
-    def reset_parameters(self, layer: nn.Module) -> None:
+    def spoil(self, layer: nn.Module, path: str) -> None:
         nn.init.normal_(self.lora_B)
         if layer.weight.is_floating_point():
-            layer.weight.data -= self.kind.stored(self.delta()).to(layer.weight)
+            layer.weight.data -= self.kind.stored(self.delta().detach()).to(layer.weight)
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "found ValueError: no embeddings")
-class RefusesWithAnotherError(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesWithAnotherError(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(self.kind, EmbeddingKind):
             raise ValueError("no embeddings")
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "one line that names the layer")
-class RefusesNoLayerByName(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesNoLayerByName(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(self.kind, EmbeddingKind):
             raise InputError("no embeddings")
 
 
 @caught_by(life.takes_or_refuses_each_kind_of_layer, "expected an adapter on nf4 layers; found 'first is in 4 bits'")
-class RefusesNF4(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class RefusesNF4(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         if isinstance(layer, NF4Linear):
             raise InputError(f"{path} is in 4 bits")
 
@@ -295,25 +292,22 @@ class TakesNoPart(LoRA):
 
 
 @caught_by(life.trains, "no change in ['first.unused', 'second.unused']")
-class HasAnUnusedParameter(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HasAnUnusedParameter(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.unused = nn.Parameter(torch.zeros(3))
 
 
 @caught_by(life.leaves_the_base_frozen, "it must not keep the layer as a submodule")
-class KeepsTheLayer(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class KeepsTheLayer(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.layer = layer
 
 
 @caught_by(life.shares_no_parameter, "first.lora_A of adapter 'two' in the memory of first.lora_A of adapter 'one'")
-class SharesA(LoRA):
+class SharesA(Spoilt):
     known: ClassVar[dict[tuple[int, ...], nn.Parameter]] = {}
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.lora_A = self.known.setdefault(tuple(self.lora_A.shape), self.lora_A)
 
 
@@ -328,11 +322,10 @@ class CountsItsCalls(LoRA):
 
 
 @caught_by(life.several_live_on_one_base, "what this adapter gives when it is alone")
-class UsesTheLatest(LoRA):
+class UsesTheLatest(Spoilt):
     latest: ClassVar[dict[tuple[int, ...], "UsesTheLatest"]] = {}
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.latest[self.kind.shape] = self
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -348,9 +341,8 @@ class MixesRows(LoRA):
 
 
 @caught_by(life.deepcopies, "a copy that follows its own parameters")
-class HoldsAClosure(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HoldsAClosure(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.compute = lambda: LoRA.factors(self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -358,9 +350,8 @@ class HoldsAClosure(LoRA):
 
 
 @caught_by(life.state_dict_holds_everything, "the same output after load_state_dict")
-class HidesARandomTensor(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class HidesARandomTensor(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.hidden = [torch.randn(self.r)]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -369,9 +360,8 @@ class HidesARandomTensor(LoRA):
 
 
 @caught_by(life.moves_to_dtypes_and_devices, "look at StaysOnItsDevice.forward")
-class StaysOnItsDevice(LoRA):
-    def __init__(self, layer: nn.Module, config: LoRAConfig, path: str = "") -> None:
-        super().__init__(layer, config, path)
+class StaysOnItsDevice(Spoilt):
+    def spoil(self, layer: nn.Module, path: str) -> None:
         self.scale = torch.ones(self.kind.out_features)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:

@@ -10,41 +10,30 @@ import peft
 import pytest
 import torch
 from helpers.adapters import IDS, tiny_llama
-from helpers.methods import (
-    assert_near,
-    assert_same,
-    both,
-    check_equals_peft,
-    check_folders_both_ways,
-    output,
-    parameters,
-    randomize,
-)
+from helpers.methods import Method, assert_near, assert_same, output, parameters, randomize
 from helpers.training import random_rows, run, timeless_log, tiny_base
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapters_named, add_adapter, after_step, merge, regularization
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, after_step, regularization
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.adalora import AdaLoRAConfig
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import AdaLoRAConfig
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 12}
 
 
-def configs(**values: Any) -> tuple[AdaLoRAConfig, peft.AdaLoraConfig]:
-    # without task_type, PEFT's model does not pass through the AdaLoRA part that adds to the loss
-    values = {"target_modules": TARGETS, "lora_alpha": 16, "task_type": "CAUSAL_LM", **SCHEDULE, **values}
-    return AdaLoRAConfig(**values), peft.AdaLoraConfig(**values)
+# without task_type, PEFT's model does not pass through the AdaLoRA part that adds to the loss
+DEFAULTS = {"target_modules": TARGETS, "lora_alpha": 16, "task_type": "CAUSAL_LM", **SCHEDULE}
+ADALORA = Method(AdaLoRAConfig, peft.AdaLoraConfig, **DEFAULTS)
 
 
 @pytest.mark.parametrize("values", [{}, {"lora_alpha": 0}, {"init_lora_weights": False, "lora_alpha": 1}])
 def test_equals_peft_on_a_llama(values: dict[str, Any]) -> None:
-    check_equals_peft(tiny_llama(), *configs(**values))
+    ADALORA.check_equals_peft(**values)
 
 
 def test_equals_peft_on_other_layers() -> None:
@@ -53,38 +42,24 @@ def test_equals_peft_on_other_layers() -> None:
         (Conv1D(16, 12), torch.randn(3, 12)),
         (nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), torch.randn(2, 4, 7, 7)),
     ]:
-        check_equals_peft(nn.Sequential(layer), *configs(target_modules=["0"], task_type=None), x=x, scale=1.0)
+        ADALORA.check_equals_peft(nn.Sequential(layer), x, scale=1.0, target_modules=["0"], task_type=None)
 
 
 def test_dropout_draws_the_same_masks_as_peft() -> None:
     for layer, x in [(nn.Linear(12, 16), torch.randn(20, 12)), (nn.Conv2d(4, 6, 3), torch.randn(2, 4, 7, 7))]:
-        ours, theirs = both(nn.Sequential(layer), *configs(target_modules=["0"], task_type=None, lora_dropout=0.4))
-        randomize(ours, theirs, scale=1.0)
-        results = []
-        for model in (ours, theirs):
-            torch.manual_seed(3)
-            results.append(model.train()(x))
-        assert_near(*results)
-        assert not torch.allclose(results[0], ours.eval()(x))
+        ADALORA.check_drops_as_peft(layer, x, task_type=None, lora_dropout=0.4)
 
 
 def test_over_nf4() -> None:
     torch.manual_seed(0)
-    layer, x = NF4Linear.from_linear(nn.Linear(64, 16)), torch.randn(3, 64)
-    model = nn.Sequential(layer)
-    add_adapter(model, configs(target_modules=["0"])[0])
-    randomize(model, scale=1.0)
-    expected = x @ (layer.dequantize(torch.float32) + adapters_named(model, "default")["0"].delta()).T + layer.bias
-    assert_near(model(x), expected)
-    merge(model)
-    assert_near(model(x), expected)
+    ADALORA.check_adds_delta(NF4Linear.from_linear(nn.Linear(64, 16)), scale=1.0)
 
 
 # --- the term in the loss --------------------------------------------------------------------------------------------
 
 
 def test_the_term_in_the_loss_is_that_of_peft() -> None:
-    ours, theirs = both(tiny_llama(), *configs(orth_reg_weight=0.3))
+    ours, theirs = ADALORA.both(orth_reg_weight=0.3)
     randomize(ours, theirs)
     their_output = theirs(IDS, labels=IDS)
     loss = ours(IDS, labels=IDS).loss + regularization(ours)
@@ -132,7 +107,7 @@ def live_triplets(history: list[dict[str, Tensor]]) -> list[int]:
 
 @pytest.mark.parametrize("values", [{}, {"deltaT": 4}, {"tfinal": 0, "tinit": 0, "beta1": 0.5, "beta2": 0.95}])
 def test_the_allocation_over_a_whole_training_is_that_of_peft(values: dict[str, Any], tmp_path: Path) -> None:
-    ours, theirs = (model.double() for model in both(tiny_llama(), *configs(**values)))  # so that no tie is broken
+    ours, theirs = (model.double() for model in ADALORA.both(**values))  # so that no tie is broken
     steps = range(1, SCHEDULE["total_step"] + 1)
     history = train_to(ours, steps)
     for mine, peft_s in zip(history, train_to(theirs, steps), strict=True):
@@ -153,8 +128,8 @@ def test_the_allocation_over_a_whole_training_is_that_of_peft(values: dict[str, 
 
 @pytest.mark.filterwarnings("error:Unexpected keyword")  # PEFT does not know a key in adapter_config.json
 def test_folders_go_both_ways_before_and_after_the_allocation(tmp_path: Path) -> None:
-    check_folders_both_ways(tiny_llama(), *configs(), tmp_path / "before")
-    ours, theirs = both(tiny_llama(), *configs(target_r=1, init_r=8))
+    ADALORA.check_folders_both_ways(tmp_path / "before")
+    ours, theirs = ADALORA.both(target_r=1, init_r=8)
     for model in (ours, theirs):
         train_to(model, range(1, 13))
     wanted = output(ours)
@@ -176,7 +151,7 @@ def test_folders_go_both_ways_before_and_after_the_allocation(tmp_path: Path) ->
 
 def test_what_has_grown_again_since_the_last_allocation_is_saved_too(tmp_path: Path) -> None:
     """PEFT's file lacks it: between two allocations, what it saves is not what it has."""
-    model, _ = both(tiny_llama(), *configs(deltaT=4))
+    model, _ = ADALORA.both(deltaT=4)
     history = train_to(model, range(1, 6))
     assert live_triplets(history)[3] < live_triplets(history)[4] == 36
     save_adapter(model, tmp_path)
@@ -185,7 +160,7 @@ def test_what_has_grown_again_since_the_last_allocation_is_saved_too(tmp_path: P
 
 
 def test_a_loaded_adapter_trains_on_with_the_ranks_it_has(tmp_path: Path) -> None:
-    ours, _ = both(tiny_llama(), *configs())
+    ours, _ = ADALORA.both()
     train_to(ours, range(1, 13))
     save_adapter(ours, tmp_path)
     load_adapter(again := tiny_llama(), tmp_path)
@@ -195,12 +170,12 @@ def test_a_loaded_adapter_trains_on_with_the_ranks_it_has(tmp_path: Path) -> Non
 
 
 def test_equal_ranks_at_start_and_end_take_nothing_away() -> None:
-    ours, _ = both(tiny_llama(), *configs(init_r=3, target_r=3))
+    ours, _ = ADALORA.both(init_r=3, target_r=3)
     assert live_triplets(train_to(ours, range(1, 13)))[-1] == 18
 
 
 def test_a_loop_that_calls_it_wrongly_is_told_so() -> None:
-    ours, _ = both(tiny_llama(), *configs())
+    ours, _ = ADALORA.both()
     with pytest.raises(InputError, match=r"call after_step\(model, step\) before zero_grad"):
         after_step(ours, 1)
     with pytest.raises(InputError, match="no importance yet"):
@@ -302,21 +277,15 @@ def test_a_rank_that_is_not_used_is_warned_of_as_in_peft() -> None:
 
 
 def test_layers_that_it_cannot_adapt_are_refused() -> None:
-    for layer in (nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)):
-        model = nn.Sequential(layer)
-        with pytest.raises(InputError, match=f"^0 is a {type(layer).__name__}: "):
-            add_adapter(model, AdaLoRAConfig(target_modules=["0"], **SCHEDULE))
-        assert model[0] is layer
+    ADALORA.check_refuses(nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2))
 
 
 def test_names_and_defaults_are_those_of_peft() -> None:
-    ours, theirs = AdaLoRAConfig(total_step=10), peft.AdaLoraConfig(total_step=10)
-    for name in vars(ours).keys() - {"task_type"}:
-        assert getattr(ours, name) == getattr(theirs, name), name
+    ADALORA.check_names_and_defaults(total_step=10)
 
 
 def test_a_copy_of_a_model_in_training_trains_on_alike() -> None:
-    ours, _ = both(tiny_llama(), *configs())
+    ours, _ = ADALORA.both()
     train_to(ours, range(1, 6))
     twin = copy.deepcopy(ours)
     assert_same(train_to(twin, range(6, 13))[-1], train_to(ours, range(6, 13))[-1])

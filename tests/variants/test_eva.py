@@ -7,13 +7,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import logits, peft_parameters, randomize, tiny_llama
-from helpers.start import assert_refused, conv, embedding
+from helpers.adapters import ALL, logits, peft_parameters, randomize, tiny_llama
+from helpers.start import Start, refused
 from helpers.training import tiny_base
 from peft import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
-from minilora.adapters.attach import (
+from minilora.adapters import (
+    LoRAConfig,
+    adapted_layers,
     adapter_names,
     adapter_parameters,
     adapters_named,
@@ -22,17 +24,14 @@ from minilora.adapters.attach import (
     set_adapter,
     trainable_parameters,
 )
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.targets import adapted_layers
-from minilora.data.batches import Batch
+from minilora.data import Batch
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.training.loss import language_model_loss
+from minilora.formats import load_adapter, save_adapter
+from minilora.training import language_model_loss
 from minilora.variants import eva
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization used")  # PEFT's
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 APART = ["o_proj", "down_proj"]  # layers whose inputs no other layer has
 
 
@@ -224,8 +223,7 @@ def test_other_adapters_and_the_mode_are_let_be() -> None:
 
 
 def test_where_it_cannot_be_is_refused() -> None:
-    assert_refused("eva", conv(), "linear layer, not Conv2d")
-    assert_refused("eva", embedding(), "linear layer, not Embedding")
+    Start("eva").check_takes_linear_layers_only()
 
 
 @pytest.mark.parametrize(
@@ -245,12 +243,8 @@ def test_what_stops_it_is_named_and_leaves_the_model_alone(
 ) -> None:
     monkeypatch.setattr(eva, "MOST_PASSES", 2)
     model = ours(**config)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=message):
+    with refused(model, message):
         eva.initialize(model, data, **options, forward=language_model_loss)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(layer._forward_pre_hooks or not layer.enabled for layer in adapted_layers(model).values())
 
 
 def test_a_merged_model_is_refused() -> None:

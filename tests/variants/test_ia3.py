@@ -7,28 +7,24 @@ import peft
 import pytest
 import torch
 from helpers.adapters import tiny_llama
-from helpers.methods import assert_near, both, check_equals_peft, check_folders_both_ways, output, randomize
+from helpers.methods import Method, assert_near, output, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import add_adapter, merge, set_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, merge, set_adapter
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.ia3 import IA3Config
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import IA3Config
 
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-
-
-def configs(**values: Any) -> tuple[IA3Config, peft.IA3Config]:
-    return IA3Config(**values), peft.IA3Config(**values)
+IA3 = Method(IA3Config, peft.IA3Config)
 
 
 def test_equals_peft_on_a_llama() -> None:
-    check_equals_peft(tiny_llama(), *configs(**TARGETS))
-    check_equals_peft(tiny_llama(), *configs(target_modules=r".*\.[ud].*_proj", feedforward_modules=r".*down_proj"))
-    check_equals_peft(tiny_llama(), *configs(**TARGETS, init_ia3_weights=False))
+    IA3.check_equals_peft(**TARGETS)
+    IA3.check_equals_peft(target_modules=r".*\.[ud].*_proj", feedforward_modules=r".*down_proj")
+    IA3.check_equals_peft(**TARGETS, init_ia3_weights=False)
 
 
 @pytest.mark.parametrize("feedforward", [["0"], []])
@@ -42,7 +38,7 @@ def test_equals_peft_on_each_kind_of_layer(feedforward: list[str]) -> None:
     ]:
         nn.init.normal_(layer.bias)  # Conv1D's is zero
         values = {"target_modules": ["0"], "feedforward_modules": feedforward}
-        check_equals_peft(nn.Sequential(layer), *configs(**values), x=x)
+        IA3.check_equals_peft(nn.Sequential(layer), x, **values)
 
 
 @pytest.mark.parametrize("feedforward", [["0"], []])
@@ -51,7 +47,7 @@ def test_equals_peft_over_the_weight_that_nf4_stands_for(feedforward: list[str])
     dense = nn.Linear(64, 16)
     quantized = NF4Linear.from_linear(dense)
     dense.weight.data = quantized.dequantize(torch.float32)
-    ours, theirs = both(nn.Sequential(dense), *configs(target_modules=["0"], feedforward_modules=feedforward))
+    ours, theirs = IA3.both(nn.Sequential(dense), target_modules=["0"], feedforward_modules=feedforward)
     ours = nn.Sequential(quantized)
     add_adapter(ours, IA3Config(target_modules=["0"], feedforward_modules=feedforward))
     randomize(ours, theirs)
@@ -73,7 +69,7 @@ def test_equals_peft_over_the_weight_that_nf4_stands_for(feedforward: list[str])
 )
 @pytest.mark.filterwarnings("error:Unexpected keyword")  # PEFT does not know a key in adapter_config.json
 def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
-    check_folders_both_ways(tiny_llama(), *configs(**values, task_type="CAUSAL_LM"), tmp_path)
+    IA3.check_folders_both_ways(tmp_path, **values, task_type="CAUSAL_LM")
 
 
 def test_several_adapters_scale_one_after_the_other() -> None:
@@ -144,6 +140,4 @@ def test_bad_configurations_and_layers_are_refused() -> None:
 
 
 def test_names_and_defaults_are_those_of_peft() -> None:
-    ours, theirs = IA3Config(feedforward_modules=[]), peft.IA3Config()
-    for name in vars(ours).keys() - ours.peft_lacks - {"task_type", "feedforward_modules"}:
-        assert getattr(ours, name) == getattr(theirs, name), name
+    IA3.check_names_and_defaults(feedforward_modules=[])

@@ -7,31 +7,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.start import (
-    IN,
-    OUT,
-    R,
-    adapter,
-    assert_refused,
-    assert_trains_as,
-    base,
-    conv,
-    embedding,
-    ours,
-    rel,
-    theirs,
-    train,
-)
+from helpers.start import IN, OUT, R, Start, adapter, assert_trains_as, base, refused, rel, train
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import add_adapter, disable_adapters, merge, unload, unmerge
-from minilora.adapters.layer_kinds import kind_of
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, disable_adapters, kind_of, merge, unload, unmerge
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.codec import dequantize, quantize
-from minilora.nf4.linear import NF4Linear
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear, dequantize, quantize
+
+LOFTQ = Start("loftq")
+
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -68,7 +54,7 @@ def weight(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("iterations", [1, 2, 5])
 def test_q_a_b_and_training_equal_peft(iterations: int, use_dora: bool) -> None:
     config = loftq(iterations, lora_alpha=R, use_dora=use_dora)  # s = 1
-    found, expected = ours("loftq", **config), theirs("loftq", **config)
+    found, expected = LOFTQ.ours(**config), LOFTQ.theirs(**config)
     Q = expected.base_model.model[0].base_layer.weight
     assert torch.equal(found[0].base_layer.dequantize(torch.float32), Q)
     assert_trains_as(found, expected)
@@ -78,11 +64,11 @@ def test_q_a_b_and_training_equal_peft(iterations: int, use_dora: bool) -> None:
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_scaling_is_part_of_the_fit_which_peft_leaves_out(use_rslora: bool) -> None:
     config = loftq(3, lora_alpha=3 * R, use_rslora=use_rslora)
-    found, one = ours("loftq", **config), ours("loftq", **loftq(3, lora_alpha=R))
+    found, one = LOFTQ.ours(**config), LOFTQ.ours(**loftq(3, lora_alpha=R))
     assert adapter(found).scaling != 1
     assert torch.equal(found[0].base_layer.weight, one[0].base_layer.weight), "the same Q"
     torch.testing.assert_close(weight(found), weight(one))
-    layer = theirs("loftq", **config).base_model.model[0]
+    layer = LOFTQ.theirs(**config).base_model.model[0]
     assert (
         rel(
             adapter(found).scaling * adapter(found).lora_B @ adapter(found).lora_A,
@@ -109,7 +95,7 @@ def test_the_error_falls_against_nf4_and_with_a_few_iterations(kind: str) -> Non
 
 
 def test_the_base_becomes_4_bits_and_stays_so() -> None:
-    model, x = ours("loftq"), torch.randn(5, IN)
+    model, x = LOFTQ.ours(), torch.randn(5, IN)
     Q = model[0].base_layer
     assert isinstance(Q, NF4Linear)
     assert Q.compute_dtype == torch.float32
@@ -142,20 +128,17 @@ def test_bfloat16_keeps_its_dtype() -> None:
 
 
 def test_where_it_cannot_be_is_refused() -> None:
-    assert_refused("loftq", base("nf4"), "full weights.*without quantize=")
-    assert_refused("loftq", conv(), "linear layer, not Conv2d")
-    assert_refused("loftq", embedding(), "linear layer, not Embedding")
-    assert_refused("loftq", base(), f"at most {OUT}", r=OUT + 1)
-    model = ours("gaussian")
-    layer = model[0].base_layer
-    with pytest.raises(InputError, match=r"0 has an adapter.*unload\(model\) first"):
+    LOFTQ.check_refuses(base("nf4"), "full weights.*without quantize=")
+    LOFTQ.check_takes_linear_layers_only()
+    LOFTQ.check_refuses(base(), f"at most {OUT}", r=OUT + 1)
+    model = Start("gaussian").ours()
+    with refused(model, r"0 has an adapter.*unload\(model\) first"):
         add_adapter(model, LoRAConfig(r=R, target_modules=["0"], init_lora_weights="loftq"), "other")
-    assert model[0].base_layer is layer
     assert list(model[0].adapters) == ["default"]
 
 
 def test_another_adapter_may_follow() -> None:
-    model, x = ours("loftq"), torch.randn(3, IN)
+    model, x = LOFTQ.ours(), torch.randn(3, IN)
     add_adapter(model, LoRAConfig(r=2, target_modules=["0"]), "other")
     torch.testing.assert_close(model(x), model[0].base_layer(x))
 
@@ -183,7 +166,7 @@ def test_defaults_are_those_of_peft() -> None:
 def test_a_folder_goes_both_ways(tmp_path: Any) -> None:
     """Who loads it has the full weights, and quantizes them again to the same Q, which does not depend on s."""
     x = torch.randn(5, IN)
-    model = ours("loftq", **loftq(2, lora_alpha=3 * R))
+    model = LOFTQ.ours(**loftq(2, lora_alpha=3 * R))
     train(model)
     save_adapter(model, tmp_path / "ours")
     expected = peft.PeftModel.from_pretrained(base(), tmp_path / "ours", is_trainable=True)

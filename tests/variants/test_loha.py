@@ -8,38 +8,25 @@ import peft
 import pytest
 import torch
 from helpers.adapters import tiny_llama
-from helpers.methods import (
-    assert_near,
-    assert_same,
-    both,
-    check_equals_peft,
-    check_folders_both_ways,
-    output,
-    parameters,
-    randomize,
-    train_steps,
-)
+from helpers.methods import Method, assert_near, assert_same, output, parameters, randomize, train_steps
 from peft.tuners.loha.layer import HadaWeightCP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapters_named, add_adapter, merge, set_adapter
+from minilora.adapters import adapters_named, add_adapter, merge, set_adapter
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.loha import LoHa, LoHaConfig
-from minilora.variants.lokr import LoKrConfig
+from minilora.nf4 import NF4Linear
+from minilora.variants import LoHaConfig, LoKrConfig
+from minilora.variants.loha import LoHa
 
-METHODS = [(LoHaConfig, peft.LoHaConfig), (LoKrConfig, peft.LoKrConfig)]
-
-
-def configs(**values: Any) -> tuple[LoHaConfig, peft.LoHaConfig]:
-    return LoHaConfig(**values), peft.LoHaConfig(**values)
+LOHA, LOKR = Method(LoHaConfig, peft.LoHaConfig), Method(LoKrConfig, peft.LoKrConfig)
+both_methods = pytest.mark.parametrize("method", [LOHA, LOKR], ids=["LoHa", "LoKr"])
 
 
 def test_equals_peft_on_a_llama() -> None:
-    check_equals_peft(tiny_llama(), *configs(r=4, alpha=16, target_modules=["q_proj", "down_proj"]))
+    LOHA.check_equals_peft(r=4, alpha=16, target_modules=["q_proj", "down_proj"])
     patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 3}}
-    check_equals_peft(tiny_llama(), *configs(target_modules=["v_proj", "up_proj"], init_weights=False, **patterns))
+    LOHA.check_equals_peft(target_modules=["v_proj", "up_proj"], init_weights=False, **patterns)
 
 
 CONVOLUTIONS = [
@@ -62,8 +49,8 @@ def test_equals_peft_on_convolutions(effective: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(peft.tuners.loha.layer, "make_weight_cp", their_weight)
     torch.manual_seed(0)
     for layer, shape in CONVOLUTIONS:
-        values = configs(r=3, alpha=6, target_modules=["0"], use_effective_conv2d=effective)
-        check_equals_peft(nn.Sequential(layer), *values, x=torch.randn(shape), scale=1.0)
+        values = {"r": 3, "alpha": 6, "target_modules": ["0"], "use_effective_conv2d": effective}
+        LOHA.check_equals_peft(nn.Sequential(layer), torch.randn(shape), scale=1.0, **values)
 
 
 def test_gradients_of_the_effective_convolution_are_right_where_those_of_peft_are_not() -> None:
@@ -78,7 +65,7 @@ def test_gradients_of_the_effective_convolution_are_right_where_those_of_peft_ar
         )
 
     assert torch.autograd.gradcheck(ours, values)
-    t1, w1a, w1b, t2, w2a, w2b = values
+    w1a, w1b, w2a, w2b, t1, t2 = values
     scale = torch.tensor(adapter.scaling)
     theirs = HadaWeightCP.apply(t1, w1a, w1b, t2, w2a, w2b, scale)
     torch.testing.assert_close(theirs, adapter.delta())
@@ -100,14 +87,14 @@ class Delta(nn.Module):
 @pytest.mark.filterwarnings("error:Unexpected keyword")  # PEFT does not know a key in adapter_config.json
 def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
     values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **values}
-    check_folders_both_ways(tiny_llama(), *configs(**values), tmp_path)
+    LOHA.check_folders_both_ways(tmp_path, **values)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_convolution_in_groups_equals_peft_and_cannot_be_merged(method: Any) -> None:
+@both_methods
+def test_a_convolution_in_groups_equals_peft_and_cannot_be_merged(method: Method) -> None:
     torch.manual_seed(0)
     base, x = nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)), torch.randn(2, 8, 5, 5)
-    ours, theirs = both(base, *(config(r=2, target_modules=["0"]) for config in method))
+    ours, theirs = method.both(base, r=2, target_modules=["0"])
     assert_same(parameters(ours), parameters(theirs))
     randomize(ours, theirs, scale=1.0)
     assert_near(output(ours, x), output(theirs, x))
@@ -137,13 +124,13 @@ def the_same_draws(model: nn.Module, x: Tensor, seed: int) -> Tensor:
         ({"rank_dropout": 0.4, "module_dropout": 0.3}, the_same_draws),
     ],
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_dropouts_are_those_of_peft(method: Any, dropouts: dict[str, float], run: Callable[..., Tensor]) -> None:
-    settings: list[dict[str, Any]] = [{}] if method[0] is LoHaConfig else [{}, {"rank_dropout_scale": True}]
+@both_methods
+def test_dropouts_are_those_of_peft(method: Method, dropouts: dict[str, float], run: Callable[..., Tensor]) -> None:
+    settings: list[dict[str, Any]] = [{}] if method is LOHA else [{}, {"rank_dropout_scale": True}]
     torch.manual_seed(0)
     for values in settings:
         base, x = nn.Sequential(nn.Linear(12, 16)), torch.randn(5, 12)
-        ours, theirs = both(base, *(config(r=2, target_modules=["0"], **dropouts, **values) for config in method))
+        ours, theirs = method.both(base, r=2, target_modules=["0"], **dropouts, **values)
         randomize(ours, theirs, scale=1.0)
         ours.train(), theirs.train()
         results = set()
@@ -155,36 +142,28 @@ def test_dropouts_are_those_of_peft(method: Any, dropouts: dict[str, float], run
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
-def test_rank_dropout_that_drops_every_row_gives_the_base_layer(config_class: Any) -> None:
+@both_methods
+def test_rank_dropout_that_drops_every_row_gives_the_base_layer(method: Method) -> None:
     model = nn.Sequential(nn.Linear(4, 1))
-    add_adapter(model, config_class(r=1, target_modules=["0"], rank_dropout=0.99))
+    add_adapter(model, method.config(r=1, target_modules=["0"], rank_dropout=0.99))
     randomize(model)
     torch.manual_seed(0)
     x = torch.randn(3, 4)
     torch.testing.assert_close(model.train()(x), model[0].base_layer(x))
 
 
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
+@both_methods
 @pytest.mark.parametrize("kind", ["nf4", "Conv1D"])
-def test_layers_that_peft_does_not_know(config_class: Any, kind: str) -> None:
+def test_layers_that_peft_does_not_know(method: Method, kind: str) -> None:
     torch.manual_seed(0)
     layer = NF4Linear.from_linear(nn.Linear(64, 16)) if kind == "nf4" else Conv1D(16, 64)
-    W = layer.dequantize(torch.float32) if kind == "nf4" else layer.weight.T
-    model = nn.Sequential(layer)
-    add_adapter(model, config_class(r=2, target_modules=["0"]))
-    randomize(model)
-    x = torch.randn(3, 64)
-    expected = x @ (W + adapters_named(model, "default")["0"].delta()).T + layer.bias
-    torch.testing.assert_close(model(x), expected)
-    merge(model)
-    torch.testing.assert_close(model(x), expected)
+    method.check_adds_delta(layer, r=2)
 
 
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
-def test_bfloat16_masters_are_multiplied_in_float32(config_class: Any) -> None:
+@both_methods
+def test_bfloat16_masters_are_multiplied_in_float32(method: Method) -> None:
     model = nn.Sequential(nn.Linear(12, 16))
-    add_adapter(model, config_class(r=1, target_modules=["0"]))
+    add_adapter(model, method.config(r=1, target_modules=["0"]))
     randomize(model)
     adapter = adapters_named(model, "default")["0"].to(torch.bfloat16)
     delta = adapter.delta()
@@ -192,7 +171,7 @@ def test_bfloat16_masters_are_multiplied_in_float32(config_class: Any) -> None:
     torch.testing.assert_close(delta, adapter.double().delta().float())
 
 
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
+@both_methods
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -204,25 +183,19 @@ def test_bfloat16_masters_are_multiplied_in_float32(config_class: Any) -> None:
         ({"init_weights": "pizza"}, "init_weights"),
     ],
 )
-def test_a_value_out_of_range_is_named(config_class: Any, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=f"{config_class.__name__}: .*{message}"):
-        config_class(**values)
+def test_a_value_out_of_range_is_named(method: Method, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"{method.ours.__name__}: .*{message}"):
+        method.config(**values)
 
 
-@pytest.mark.parametrize("config_class", [LoHaConfig, LoKrConfig])
-def test_layers_that_it_cannot_adapt_are_refused(config_class: Any) -> None:
-    for layer in (nn.Embedding(4, 4), nn.Conv3d(4, 4, 1)):
-        model = nn.Sequential(layer)
-        with pytest.raises(InputError, match=f"^0 is a {type(layer).__name__}: "):
-            add_adapter(model, config_class(target_modules=["0"]))
-        assert model[0] is layer
+@both_methods
+def test_layers_that_it_cannot_adapt_are_refused(method: Method) -> None:
+    method.check_refuses(nn.Embedding(4, 4), nn.Conv3d(4, 4, 1))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_names_and_defaults_are_those_of_peft(method: Any) -> None:
-    ours, theirs = (config() for config in method)
-    for name in vars(ours).keys() - ours.peft_lacks - {"task_type"}:
-        assert getattr(ours, name) == getattr(theirs, name), name
+@both_methods
+def test_names_and_defaults_are_those_of_peft(method: Method) -> None:
+    method.check_names_and_defaults()
 
 
 def test_several_adapters_add_up() -> None:

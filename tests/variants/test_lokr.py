@@ -6,19 +6,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.adapters import tiny_llama
-from helpers.methods import check_equals_peft, check_folders_both_ways
+from helpers.methods import Method
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.variants.lokr import LoKrConfig, factors
+from minilora.variants import LoKrConfig
+from minilora.variants.lokr import factors
 
-
-def configs(**values: Any) -> tuple[LoKrConfig, peft.LoKrConfig]:
-    return LoKrConfig(**values), peft.LoKrConfig(**values)
+LOKR = Method(LoKrConfig, peft.LoKrConfig)
 
 
 @given(dimension=st.integers(1, 3000), factor=st.one_of(st.just(-1), st.integers(1, 64)))
@@ -41,7 +39,7 @@ def test_factors_are_those_of_peft(dimension: int, factor: int) -> None:
     ],
 )
 def test_equals_peft_on_a_llama(values: dict[str, Any]) -> None:
-    check_equals_peft(tiny_llama(), *configs(target_modules=["v_proj", "down_proj"], **values))
+    LOKR.check_equals_peft(target_modules=["v_proj", "down_proj"], **values)
 
 
 @pytest.mark.parametrize("init_weights", [True, "lycoris"])
@@ -55,15 +53,13 @@ def test_equals_peft_on_convolutions(r: int, effective: bool, init_weights: bool
         (nn.Conv2d(16, 48, 1, bias=False), torch.randn(2, 16, 5, 5)),
     ]:
         values = {"r": r, "target_modules": ["0"], "use_effective_conv2d": effective, "init_weights": init_weights}
-        check_equals_peft(nn.Sequential(layer), *configs(**values, decompose_both=True), x=x)
+        LOKR.check_equals_peft(nn.Sequential(layer), x, **values, decompose_both=True)
 
 
 @pytest.mark.parametrize("values", [{"r": 2, "init_weights": "lycoris"}, {"r": 2, "decompose_both": True}])
 @pytest.mark.filterwarnings("error:Unexpected keyword")  # PEFT does not know a key in adapter_config.json
 def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
-    check_folders_both_ways(
-        tiny_llama(), *configs(**values, target_modules="all-linear", task_type="CAUSAL_LM"), tmp_path
-    )
+    LOKR.check_folders_both_ways(tmp_path, **values, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("factor", [0, -2])

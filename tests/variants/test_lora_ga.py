@@ -6,23 +6,20 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.adapters import IDS, logits, peft_parameters, tiny_llama
-from helpers.start import IN, KINDS, OUT, R, adapter, as_linear, assert_refused, base, conv, embedding, rel, seeded
+from helpers.adapters import ALL, IDS, logits, peft_parameters, tiny_llama
+from helpers.start import IN, KINDS, OUT, R, Start, adapter, as_linear, base, refused, rel, seeded
 from helpers.training import tiny_base
 from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters, merge
-from minilora.adapters.lora import LoRAConfig
-from minilora.adapters.targets import adapted_layers
+from minilora.adapters import LoRAConfig, adapted_layers, adapter_parameters, add_adapter, disable_adapters, merge
 from minilora.errors import InputError
-from minilora.training.loss import language_model_loss
+from minilora.training import language_model_loss
 from minilora.variants import lora_ga
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FLOAT32 = 1e-5  # gradients through two blocks of sums of dozens of terms, 6e-8 each
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -193,9 +190,8 @@ def test_nothing_else_gets_a_gradient_and_the_model_is_as_it_was() -> None:
 
 
 def test_where_it_cannot_be_is_refused() -> None:
-    assert_refused("lora_ga", conv(), "linear layer, not Conv2d")
-    assert_refused("lora_ga", embedding(), "linear layer, not Embedding")
-    assert_refused("lora_ga", base(), "2r singular vectors", r=OUT // 2 + 1)
+    Start("lora_ga").check_takes_linear_layers_only()
+    Start("lora_ga").check_refuses(base(), "2r singular vectors", r=OUT // 2 + 1)
 
 
 def infinite(model: nn.Module, batch: Any) -> Tensor:
@@ -220,13 +216,8 @@ def constant(model: nn.Module, batch: Any) -> Tensor:
 def test_what_stops_it_is_named_and_leaves_the_model_alone(config: Any, data: Any, options: Any, message: str) -> None:
     model = base()
     add_adapter(model, LoRAConfig(**({"r": R, "target_modules": ["0"], "init_lora_weights": "lora_ga"} | config)))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=message):
+    with refused(model, message):
         lora_ga.initialize(model, data, **({"forward": language_model_loss} | options))
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not model[0]._forward_hooks
-    assert model[0].enabled
 
 
 def test_a_merged_model_is_refused() -> None:

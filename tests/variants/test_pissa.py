@@ -5,48 +5,32 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.start import (
-    ALPHA,
-    IN,
-    KINDS,
-    OUT,
-    R,
-    adapter,
-    assert_refused,
-    assert_trains_as,
-    base,
-    conv,
-    embedding,
-    ours,
-    rel,
-    seeded,
-    theirs,
-    train,
-)
+from helpers.start import ALPHA, IN, KINDS, OUT, R, Start, adapter, assert_trains_as, base, rel, seeded, train
 from torch import nn
 
-from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters import LoRAConfig, add_adapter, disable_adapters, set_adapter
 from minilora.errors import InputError
-from minilora.nf4.linear import NF4Linear
+from minilora.nf4 import NF4Linear
 from minilora.torch_helpers import randomized_svd
+
+PISSA = Start("pissa")
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_gradients_and_trained_parameters_equal_peft(kind: str, config: dict[str, Any]) -> None:
-    assert_trains_as(ours("pissa", kind, **config), theirs("pissa", kind, **config))
+    PISSA.check_trains_as_peft(kind, **config)
 
 
 def test_dropout_falls_on_the_same_terms_as_in_peft() -> None:
-    found, expected = (make("pissa", lora_dropout=0.5) for make in (ours, theirs))
+    found, expected = (make(lora_dropout=0.5) for make in (PISSA.ours, PISSA.theirs))
     assert_trains_as(found.train(), expected.train())
     assert rel(train(found)["y"], train(found.eval())["y"]) > 0.01, "or dropout did nothing"
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_start_is_the_best_part_of_rank_r_and_the_scaling_is_taken_in(use_rslora: bool) -> None:
-    model = ours("pissa", use_rslora=use_rslora)
+    model = PISSA.ours(use_rslora=use_rslora)
     lora, W = adapter(model), model[0].base_layer.weight
     U, S, Vh = torch.linalg.svd(W.double())
     assert rel(lora.scaling * lora.lora_B @ lora.lora_A, U[:, :R] * S[:R] @ Vh[:R]) < 1e-5  # a float32 SVD
@@ -54,9 +38,8 @@ def test_the_start_is_the_best_part_of_rank_r_and_the_scaling_is_taken_in(use_rs
 
 
 def test_w_stays_and_the_start_changes_nothing() -> None:
-    plain, model, x = base(), ours("pissa"), torch.randn(7, IN)
-    assert torch.equal(model[0].base_layer.weight, plain[0].weight)
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)  # b + 0 + Wx: another order of summation
+    PISSA.check_starts_at_the_base()
+    plain, model, x = base(), PISSA.ours(), torch.randn(7, IN)
     train(model)
     with disable_adapters(model):
         assert torch.equal(model(x), plain(x))
@@ -91,12 +74,12 @@ def test_the_fast_svd_is_as_near_to_the_exact_one_as_theory_says_and_so_is_peft_
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_same_random_numbers_the_fast_svd_is_peft_s(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.lora.layer, "svd_lowrank", seeded(torch.svd_lowrank))
-    assert_trains_as(ours("pissa_niter_2", kind), theirs("pissa_niter_2", kind))
+    Start("pissa_niter_2").check_trains_as_peft(kind)
 
 
 def test_the_fast_svd_draws_its_own_random_numbers() -> None:
     torch.manual_seed(5)
-    one = ours("pissa_niter_1")
+    one = Start("pissa_niter_1").ours()
     torch.manual_seed(6)
     two = base()
     state = torch.get_rng_state()
@@ -108,13 +91,12 @@ def test_the_fast_svd_draws_its_own_random_numbers() -> None:
 
 
 def test_an_nf4_base_stays_in_4_bits_and_starts_as_it_was() -> None:
-    plain, model, x = base("nf4"), ours("pissa", "nf4"), torch.randn(7, IN)
-    assert isinstance(model[0].base_layer, NF4Linear)
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-6, atol=1e-6)  # another order of summation
+    assert isinstance(PISSA.ours("nf4")[0].base_layer, NF4Linear)
+    PISSA.check_starts_at_the_base("nf4")
 
 
 def test_several_adapters_on_one_base_add_up() -> None:
-    model, x = ours("pissa"), torch.randn(7, IN)
+    model, x = PISSA.ours(), torch.randn(7, IN)
     add_adapter(model, LoRAConfig(r=2, target_modules=["0"], init_lora_weights="olora"), "other")
     set_adapter(model, ["default", "other"])
     torch.testing.assert_close(model(x), base()(x), rtol=1e-5, atol=1e-5)
@@ -122,14 +104,13 @@ def test_several_adapters_on_one_base_add_up() -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_what_it_cannot_start_is_refused(init: str) -> None:
-    assert_refused(init, conv(), "linear layer, not Conv2d")
-    assert_refused(init, embedding(), "linear layer, not Embedding")
-    assert_refused(init, base(), f"at most {OUT}", r=OUT + 1)
-    assert_refused(init, base(), "lora_alpha above 0", lora_alpha=0)
+    Start(init).check_takes_linear_layers_only()
+    Start(init).check_refuses(base(), f"at most {OUT}", r=OUT + 1)
+    Start(init).check_refuses(base(), "lora_alpha above 0", lora_alpha=0)
     damaged = base()
     with torch.no_grad():
         damaged[0].weight[1, 2] = torch.inf
-    assert_refused(init, damaged, "starts from the layer's weight, which has NaN or infinity")
+    Start(init).check_refuses(damaged, "starts from the layer's weight, which has NaN or infinity")
 
 
 def test_foreign_4_bit_weights_are_refused() -> None:

@@ -9,49 +9,36 @@ import peft
 import pytest
 import torch
 from helpers.adapters import tiny_llama
-from helpers.methods import (
-    assert_near,
-    assert_same,
-    both,
-    check_equals_peft,
-    check_folders_both_ways,
-    output,
-    parameters,
-    randomize,
-    train_steps,
-)
+from helpers.methods import Method, assert_near, assert_same, output, parameters, randomize, train_steps
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters.attach import adapters_named, add_adapter, merge
+from minilora.adapters import adapters_named, add_adapter
 from minilora.errors import InputError
-from minilora.formats.peft import load_adapter, save_adapter
-from minilora.nf4.linear import NF4Linear
-from minilora.variants.vera import VeRAConfig
+from minilora.formats import load_adapter, save_adapter
+from minilora.nf4 import NF4Linear
+from minilora.variants import VeRAConfig
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "up_proj"]  # (32, 32), (16, 32), (32, 48) and (48, 32)
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")  # PEFT, of save_projection=False
-
-
-def configs(**values: Any) -> tuple[VeRAConfig, peft.VeraConfig]:
-    return VeRAConfig(**values), peft.VeraConfig(**values)
+VERA = Method(VeRAConfig, peft.VeraConfig)
 
 
 @pytest.mark.parametrize(
     "values", [{"r": 8}, {"r": 5, "d_initial": 0.3, "projection_prng_key": 7}, {"r": 8, "init_weights": False}]
 )
 def test_equals_peft_on_a_llama(values: dict[str, Any]) -> None:
-    check_equals_peft(tiny_llama(), *configs(target_modules=TARGETS, **values), scale=1.0)
+    VERA.check_equals_peft(scale=1.0, target_modules=TARGETS, **values)
 
 
 def test_equals_peft_on_transformers_conv1d() -> None:
     torch.manual_seed(0)
-    check_equals_peft(nn.Sequential(Conv1D(16, 12)), *configs(target_modules=["0"], r=4), x=torch.randn(3, 12), scale=1)
+    VERA.check_equals_peft(nn.Sequential(Conv1D(16, 12)), torch.randn(3, 12), scale=1, target_modules=["0"], r=4)
 
 
 def test_the_pair_is_that_of_peft_shared_by_all_layers_and_not_trained() -> None:
-    ours, theirs = both(tiny_llama(), *configs(target_modules=TARGETS, r=8, projection_prng_key=3))
+    ours, theirs = VERA.both(target_modules=TARGETS, r=8, projection_prng_key=3)
     adapters = list(adapters_named(ours, "default").values())
     assert torch.equal(adapters[0].shared.A, theirs.base_model.vera_A["default"])
     assert torch.equal(adapters[0].shared.B, theirs.base_model.vera_B["default"])
@@ -63,27 +50,12 @@ def test_the_pair_is_that_of_peft_shared_by_all_layers_and_not_trained() -> None
 
 
 def test_dropout_draws_the_same_masks_as_peft() -> None:
-    base = nn.Sequential(nn.Linear(12, 16))
-    ours, theirs = both(base, *configs(target_modules=["0"], r=4, vera_dropout=0.4))
-    randomize(ours, theirs, scale=1.0)
-    x, results = torch.randn(20, 12), []
-    for model in (ours, theirs):
-        torch.manual_seed(3)
-        results.append(model.train()(x))
-    assert_near(*results)
-    assert not torch.allclose(results[0], ours.eval()(x))
+    VERA.check_drops_as_peft(nn.Linear(12, 16), torch.randn(20, 12), r=4, vera_dropout=0.4)
 
 
 def test_over_nf4() -> None:
     torch.manual_seed(0)
-    layer, x = NF4Linear.from_linear(nn.Linear(64, 16)), torch.randn(3, 64)
-    model = nn.Sequential(layer)
-    add_adapter(model, VeRAConfig(target_modules=["0"], r=8))
-    randomize(model, scale=1.0)
-    expected = x @ (layer.dequantize(torch.float32) + adapters_named(model, "default")["0"].delta()).T + layer.bias
-    assert_near(model(x), expected)
-    merge(model)
-    assert_near(model(x), expected)
+    VERA.check_adds_delta(NF4Linear.from_linear(nn.Linear(64, 16)), scale=1.0, r=8)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +68,7 @@ def test_over_nf4() -> None:
 )
 @pytest.mark.filterwarnings("error:Unexpected keyword")  # PEFT does not know a key in adapter_config.json
 def test_folders_go_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
-    check_folders_both_ways(tiny_llama(), *configs(r=8, task_type="CAUSAL_LM", **values), tmp_path, scale=1.0)
+    VERA.check_folders_both_ways(tmp_path, scale=1.0, r=8, task_type="CAUSAL_LM", **values)
     keys = load_file(tmp_path / "ours" / "adapter_model.safetensors").keys()
     assert ("base_model.vera_A" in keys) == values.get("save_projection", True)
 
@@ -107,7 +79,7 @@ def test_biases_train_and_go_both_ways(bias: str, tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 8))
     values = {"r": 4, "target_modules": ["0"], "bias": bias, "task_type": None}
     x = torch.randn(5, 8)
-    ours, theirs = both(base, *configs(**values))
+    ours, theirs = VERA.both(base, **values)
     assert len(parameters(ours)) == (3 if bias == "vera_only" else 5)
     assert_near(torch.tensor(train_steps(ours, 10, x)), torch.tensor(train_steps(theirs, 10, x)))
     assert_same(parameters(ours), parameters(theirs), rtol=1e-4, atol=1e-5)  # 10 steps of AdamW in float32
@@ -167,6 +139,4 @@ def test_bad_configurations_and_layers_are_refused() -> None:
 
 
 def test_names_and_defaults_are_those_of_peft() -> None:
-    ours, theirs = VeRAConfig(), peft.VeraConfig()
-    for name in vars(ours).keys() - ours.peft_lacks - {"task_type"}:
-        assert getattr(ours, name) == getattr(theirs, name), name
+    VERA.check_names_and_defaults()

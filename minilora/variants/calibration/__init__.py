@@ -4,7 +4,14 @@ Read batches.py first: what a batch is, and the function that calls the model on
 incremental_pca.py are statistics of what layers see.
 """
 
-from minilora.variants.calibration.batches import Forward, as_list, as_mapping, loras_named
+from minilora.variants.calibration.batches import (
+    Forward,
+    as_list,
+    as_mapping,
+    attended_tokens,
+    looking_at_inputs,
+    loras_to_start,
+)
 from minilora.variants.calibration.incremental_pca import IncrementalPCA
 from minilora.variants.calibration.input_moments import input_moments
 
@@ -13,6 +20,8 @@ __all__ = [
     "IncrementalPCA",
     "as_list",
     "as_mapping",
+    "attended_tokens",
     "input_moments",
-    "loras_named",
+    "looking_at_inputs",
+    "loras_to_start",
 ]

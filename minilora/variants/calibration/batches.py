@@ -8,12 +8,14 @@ A batch is what the data to train on looks like:
     anything else                                     with forward=function(model, batch) that returns the loss
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.adapters import LoRA, adapters_named
+from minilora.adapters import LoRA, adapters_named, refuse_merged
 from minilora.errors import InputError
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -26,20 +28,50 @@ def as_mapping(batch: Any) -> dict[str, Any]:
     return dict(batch) if isinstance(batch, Mapping) else {}
 
 
-def loras_named(model: nn.Module, name: str) -> dict[str, LoRA]:
-    """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data.
+def attended_tokens(batch: Any) -> Tensor | None:
+    """True (B, T) at the tokens that are no padding; None where no attention mask says."""
+    mask = as_mapping(batch).get("attention_mask")
+    return None if mask is None else mask.bool()
 
-    Raises InputError where the model has no such adapter, or it is of another method.
-    """
+
+def loras_to_start(model: nn.Module, name: str, init_lora_weights: str) -> dict[str, LoRA]:
+    """The LoRA of each layer of this adapter, by path; what else it trains is not initialized from data."""
     found = {path: each for path, each in adapters_named(model, name).items() if isinstance(each, LoRA)}
     if not found:
         raise InputError(f"adapter {name!r} is no LoRA: there is nothing to initialize from data")
+    init = next(iter(found.values())).config.init_lora_weights
+    if init != init_lora_weights:
+        raise InputError(f'adapter {name!r} has init_lora_weights={init!r}, not "{init_lora_weights}"')
+    refuse_merged(model)
     return found
 
 
 def as_list(batches: Iterable[Any]) -> list[Any]:
-    """The batches, to go through more than once. Raises InputError where there are none."""
+    """The batches, at least one, to go through more than once."""
     found = list(batches)
     if not found:
         raise InputError("there are no batches to look at")
     return found
+
+
+@contextmanager
+def looking_at_inputs(
+    model: nn.Module, look: Mapping[str, Callable[[Tensor], None]], mask: Tensor | None
+) -> Iterator[None]:
+    """Inside the `with`, give each of these layers' inputs (tokens, in_features) to its function, by path.
+
+    mask: True (B, T) at the tokens to look at; None for all.
+    """
+
+    def hook(path: str, layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        x = arguments[0]
+        if mask is not None and mask.shape == x.shape[:-1]:  # not so in an expert, which gets some of the tokens
+            x = x[mask.to(x.device)]
+        look[path](x.reshape(-1, x.shape[-1]))
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(partial(hook, path)) for path in look]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -7,15 +7,13 @@ import torch
 from helpers.adapters import IDS, tiny_llama
 from torch import Tensor, nn
 
-from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRA, LoRAConfig
-from minilora.data.batches import Batch
+from minilora.adapters import LoRA, LoRAConfig, add_adapter
+from minilora.data import Batch
 from minilora.errors import InputError
-from minilora.models.config import ModelConfig
-from minilora.models.transformer import Transformer
-from minilora.training.loss import language_model_loss
-from minilora.variants.calibration.batches import as_list, loras_named
-from minilora.variants.ia3 import IA3Config
+from minilora.models import ModelConfig, Transformer
+from minilora.training import language_model_loss
+from minilora.variants import IA3Config
+from minilora.variants.calibration import as_list, loras_to_start
 
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(9, 12), 0)
 LABELS = IDS.masked_fill(MASK == 0, -100)
@@ -78,10 +76,10 @@ def test_batches_are_read_once_and_some_there_must_be() -> None:
 
 def test_only_the_updates_of_layers_are_initialized_from_data() -> None:
     model = tiny_llama()
-    add_adapter(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    found = loras_named(model, "default")
+    add_adapter(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights="eva"))
+    found = loras_to_start(model, "default", "eva")
     assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert all(type(each) is LoRA for each in found.values())
     add_adapter(model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "other")
     with pytest.raises(InputError, match="'other' is no LoRA"):
-        loras_named(model, "other")
+        loras_to_start(model, "other", "eva")
