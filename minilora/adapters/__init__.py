@@ -47,11 +47,13 @@ from minilora.adapters.lora_config import LoRAConfig, first_match
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
+from minilora.adapters.status import AdapterStatus, status
 from minilora.adapters.targets import (
     adapted_layers,
     find_targets,
     input_embedding,
     modules_before_adapters,
+    name_of,
     output_head,
     tied_head,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "AdapterConfig",
+    "AdapterStatus",
     "BASE",
     "Below",
     "ConvKind",
@@ -101,6 +104,7 @@ __all__ = [
     "layers_with_weights",
     "merge",
     "modules_before_adapters",
+    "name_of",
     "not_derivable",
     "output_head",
     "refuse_merged",
@@ -112,6 +116,7 @@ __all__ = [
     "replace_adapters",
     "require_linear",
     "set_adapter",
+    "status",
     "summed_regularization",
     "tied_head",
     "trainable_parameters",

@@ -60,10 +60,27 @@ class AdaptedModule(AdaptedLayer):
         """Each row of x (rows, …) with the copy or the bias of its own adapter; the module takes x alone."""
         acting = {name: [cast(Adapter, self.adapters[name])] if name in self.adapters else [] for name in rows}
         parts = [(self._call(acting[name], x.index_select(0, i)), i) for name, i in rows.items()]
+        if not all(isinstance(part, Tensor) for part, _ in parts):
+            raise InputError(
+                f"a {type(self.base_layer).__name__} gives more than one tensor: no mixed batch goes through"
+            )
         y: Tensor = parts[0][0].new_empty(len(x), *parts[0][0].shape[1:])
         for part, i in parts:
             y = y.index_copy(0, i, part)
         return y
+
+    def can_be_read(self, name: str) -> bool:
+        base = self.base_layer
+        return name in base._parameters or name in base._buffers or name in base._modules
+
+    def read(self, name: str, adapters: list[Adapter]) -> Any:
+        """The copy's part, or the parameter with what the adapters make of it, in the dtype of the module's own."""
+        own = getattr(self.base_layer, name)
+        if adapters[0].replaces:
+            value = getattr(cast(Any, adapters[0]).module, name)
+        else:
+            value = self._values(adapters).get(name, own)
+        return value.to(own.dtype) if isinstance(own, nn.Parameter) else value
 
     @torch.no_grad()
     def merge(self, name: str = "the module", safe: bool = True) -> None:

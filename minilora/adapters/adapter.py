@@ -32,7 +32,8 @@ class AdapterConfig:
     pattern_suffix: ClassVar[str] = ""  # what follows a layer's path in what rank_pattern matches
 
     target_modules: str | list[str] | None = None
-    """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name"""
+    """"all-linear" (all but the output head), names or ends of names, or one regular expression for a whole name; where
+    nothing is named, what is usual in the type of the model: adapters/default_targets.py"""
     exclude_modules: str | list[str] | None = None
     """layers to leave alone, written like target_modules"""
     layers_to_transform: int | list[int] | None = None
@@ -42,7 +43,7 @@ class AdapterConfig:
     modules_to_save: list[str] | None = None
     """modules of which the adapter has a copy of its own, trained in full: ends of paths, and in PEFT's way of letters
     too: "norm" is the end of "input_layernorm", "model.norm" is not"""
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str | None = None
     """written to adapter_config.json for PEFT; as there, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" save the new head"""
     base_model_name_or_path: str | None = None
     """written to adapter_config.json for PEFT"""
@@ -171,6 +172,10 @@ class Adapter(nn.Module):
 
     # --- what a variant may want
 
+    def excludes(self, other: "Adapter") -> bool:
+        """True if this one and another on the same layer cannot act together."""
+        return self.replaces
+
     def base_for(self, layer: nn.Module) -> nn.Module:
         """The layer to put in the place of `layer`, under this adapter, when it is attached: by default the same."""
         return layer
@@ -229,9 +234,13 @@ class Below:
     def weight(self) -> Tensor:
         """W (out, in, *kernel): dequantized and with what the adapters before have done to it; no gradient."""
         with torch.no_grad():
-            W = self._kind.weight(self.layer)
-            for adapter in self._adapters:
-                W = adapter.merged_weight(W)
+            return self.trained_weight()
+
+    def trained_weight(self) -> Tensor:
+        """The same with a gradient."""
+        W = self._kind.weight(self.layer)
+        for adapter in self._adapters:
+            W = adapter.merged_weight(W)
         return W
 
     def bias(self) -> Tensor | None:

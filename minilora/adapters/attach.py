@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from minilora.adapters.adapted_module import adapted
@@ -19,9 +21,10 @@ from minilora.adapters.targets import (
     check_every_pattern_matches,
     find_targets,
     modules_before_adapters,
+    with_default_targets,
 )
 from minilora.adapters.trained_parts import add_parts
-from minilora.adapters.tying import check_tie, settle_tie
+from minilora.adapters.tying import check_tie, settle_ties
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 from minilora.progress import with_progress
@@ -46,6 +49,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     if not isinstance(config, AdapterConfig):
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise InputError(f"a {kind} is no configuration of an adapter: give one of minilora's, such as LoRAConfig")
+    config = with_default_targets(model, config)
     check_every_name_matches(model, config)
     check_new_name(model, name)
     targets = find_targets(model, config)
@@ -68,10 +72,16 @@ def build_adapters(model: nn.Module, config: AdapterConfig, targets: list[str]) 
     adapters |= parameter_updates(model, config)
     add_parts(model, config, adapters)
     for path, adapter in adapters.items():
-        layer = modules[path]
-        weight = next(itertools.chain(layer.parameters(), layer.buffers()))  # a packed one is a buffer
-        adapter.to(weight.device).train(layer.training)
+        adapter.to(_device(modules[path])).train(modules[path].training)
     return adapters
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight lies, or where accelerate fetches it to for each call; a packed one is a buffer."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        return torch.device(hook.execution_device)
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:
@@ -91,9 +101,9 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
             layer = adapted(adapter.base_for(layer))
-            if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-                layer.register_forward_hook(_is_called)
-            model.set_submodule(path, layer)
+            _replace(model, path, layer)
+            if isinstance(layer.base_layer, NF4Linear):
+                _have_it_called(model, path)
         layer.adapters[name] = adapter
     follow_checkpointing(model)
     set_adapter(model, name)
@@ -108,11 +118,21 @@ def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: st
         elif name in layer.adapters:
             del layer.adapters[name]
             if not layer.adapters:
-                model.set_submodule(path, layer.base_layer)
+                _replace(model, path, layer.base_layer)
 
 
-def _is_called(layer: nn.Module, args: Any, output: Any) -> None:
-    """Nothing; but where a layer has a hook, torch's TransformerEncoderLayer calls it instead of reading its weight."""
+def _have_it_called(model: nn.Module, path: str) -> None:
+    """A weight in 4 bits cannot be read, as torch's TransformerEncoder does: but where there is a hook, it calls."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        model.get_submodule(path).register_forward_hook(_nothing)
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and any(parent is layer for layer in encoder.layers):
+                encoder.use_nested_tensor = False  # the same numbers, padding computed too
+
+
+def _nothing(layer: nn.Module, args: Any, output: Any) -> None:
+    """What the hook does."""
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -122,6 +142,14 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise InputError(f"the model already has an adapter named {name!r}; choose another name or unload() first")
     if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put it in the place of the module at this path, under every name that the model has for that one."""
+    old = model.get_submodule(path)
+    places = [(parent, child) for parent in model.modules() for child, other in parent._modules.items() if other is old]
+    for parent, child in places:
+        setattr(parent, child, module)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -162,7 +190,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     layers = adapted_layers(model)
     for path, layer in layers.items():
         together = [name for name in names if name in layer.adapters]
-        if len(together) > 1 and any(cast(Adapter, layer.adapters[name]).replaces for name in together):
+        adapters = [cast(Adapter, layer.adapters[name]) for name in together]
+        if any(one.excludes(other) for one, other in permutations(adapters, 2)):
             raise InputError(f"{together} cannot act together: one of them puts a {path} in the place of all else")
     for layer in layers.values():
         layer.active = list(names)
@@ -180,12 +209,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         name: which one.
 
     Raises:
-        InputError: for a name that the model does not have, inside an `adapters_for_rows` that uses it, and on a merged
-            model.
+        InputError: for a name that the model does not have, inside an `adapters_for_rows` that uses it, and where
+            it is merged.
     """
     check_names(model, [name])
-    refuse_merged(model)
     layers = adapted_layers(model)
+    if any(name in layer.merged and name in layer.adapters for layer in layers.values()):
+        raise InputError(f"{name!r} is merged into the weights: call unmerge(model) first")
     if any(layer.row_names and name in layer.row_names.names for layer in layers.values()):
         raise InputError(f"{name!r} is in use for rows of a batch: delete it after `with adapters_for_rows(...)`")
     for path, layer in layers.items():
@@ -193,7 +223,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
-            model.set_submodule(path, layer.base_layer)
+            _replace(model, path, layer.base_layer)
     if not any(layer.adapters for layer in layers.values()):
         forget_checkpointing(model)
 
@@ -278,10 +308,10 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     """
     (_merge if merge else unmerge)(model)
     for path, layer in adapted_layers(model).items():
-        model.set_submodule(path, layer.base_layer)
+        _replace(model, path, layer.base_layer)
     forget_checkpointing(model)
     if merge:
-        settle_tie(model)
+        settle_ties(model)
     return model
 
 

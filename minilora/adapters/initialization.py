@@ -118,6 +118,8 @@ def weight_to_decompose(adapter: Factors, layer: nn.Module) -> Tensor:
         raise InputError(f"needs r of at most {min(W.shape)}, the rank of its weight {tuple(W.shape)}, not {adapter.r}")
     if not adapter.scaling > 0:
         raise InputError(f"needs lora_alpha above 0, not {adapter.lora_alpha:g}")
+    if W.is_meta:
+        raise InputError("starts from the layer's weight, which is on the meta device: load the model's weights first")
     if not W.isfinite().all():
         raise InputError("starts from the layer's weight, which has NaN or infinity: the model is damaged")
     return W

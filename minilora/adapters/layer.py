@@ -163,6 +163,8 @@ class AdaptedLayer(nn.Module):
         if "weight" not in base._parameters and "weight" not in base._buffers:  # weight_norm, spectral_norm, pruning
             raise InputError(f"{name}: its weight is computed from other tensors; remove what does so before merging")
         try:
+            if not self.kind.is_computed_by(base):
+                raise InputError("it computes something else than W x + b")
             W, bias = self.merged_weight()
         except InputError as error:
             raise InputError(f"{name}: cannot merge into a {type(base).__name__}: {error}") from None
@@ -202,7 +204,28 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":  # not there yet
                 raise
-            return getattr(self.base_layer, name)
+            adapters = self.acting_adapters() if self.can_be_read(name) else []
+            return self.read(name, adapters) if adapters else getattr(self.base_layer, name)
+
+    def can_be_read(self, name: str) -> bool:
+        """True for what a model may compute with itself, instead of calling the layer."""
+        return name in ("weight", "bias")
+
+    def read(self, name: str, adapters: list[Adapter]) -> Any:
+        """W′ or b′ in the layer's dtype, with a gradient: for a model that reads them and does not call the layer.
+
+        So do nn.MultiheadAttention with its out_proj and Mamba with its dt_proj; lora_dropout has no part in it. A
+        weight in 4 bits is given as it is packed; in a mixed batch, where each row has its W′, one without numbers.
+        """
+        own = getattr(self.base_layer, name)
+        if own is None or isinstance(self.base_layer, NF4Linear):
+            return own
+        if self.row_names is not None:
+            return torch.empty_like(own, device="meta")
+        with without_autocast(own.device):
+            below = self.below(adapters)
+            value = self.kind.stored(below.trained_weight()) if name == "weight" else below.bias()
+        return None if value is None else value.to(own.dtype)
 
     def extra_repr(self) -> str:
         return f"active={self.active}, merged={self.merged}"

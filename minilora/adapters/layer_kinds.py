@@ -13,6 +13,7 @@ matrix in the layer's own way, and `with_weight` gives the layer as a dense one 
 """
 
 import copy
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,8 @@ class LayerKind:
         W = layer.weight
         if not isinstance(W, Tensor) or not W.is_floating_point():
             raise InputError("its weight is not floating-point numbers")
+        if W.is_meta and hasattr(layer, "_hf_hook"):
+            raise InputError("accelerate has offloaded its weight: take that off with remove_hook_from_submodules")
         return W.T if self.is_transposed else W
 
     def with_weight(self, layer: nn.Module, W: Tensor, bias: Tensor | None) -> nn.Module:
@@ -60,6 +63,26 @@ class LayerKind:
     def stored(self, W: Tensor) -> Tensor:
         """W (out, in, *kernel) in the orientation of the layer's own `weight`; its own inverse."""
         return W.T.contiguous() if self.is_transposed else W
+
+    def require_one_group(self) -> None:
+        """Raise InputError where an update (out, in, *kernel) is no change of the layer's weight."""
+
+    def is_computed_by(self, layer: nn.Module) -> bool:
+        """False if the layer, of a class with a forward of its own, does something else than W x + b; tried on an x."""
+        if type(layer).forward in PLAIN_FORWARDS:
+            return True
+        W, bias = self.weight(layer), getattr(layer, "bias", None)
+        x = self.example(W)
+        expected = self.apply(x, W)
+        if bias is not None:
+            expected = expected + bias.view(-1, *[1] * (len(self.shape) - 2))
+        error = (layer(x) - expected).abs().max()
+        return bool(error <= 64 * torch.finfo(W.dtype).eps * expected.abs().max())  # rounded twice, in another order
+
+    def example(self, W: Tensor) -> Tensor:
+        """An x for the layer with this W; no random number of the program changes."""
+        kernel = self.shape[2:]
+        return torch.linspace(-1, 1, 2 * self.in_features * math.prod(kernel)).view(2, self.in_features, *kernel).to(W)
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         """W x without a bias, for any W of the layer's in_features and kernel, in the dtype of W."""
@@ -107,6 +130,9 @@ class EmbeddingKind(LayerKind):
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         return self.look_up(x, W.T, self.padding_idx)
 
+    def example(self, W: Tensor) -> Tensor:
+        return torch.arange(self.in_features, device=W.device)
+
     def look_up(self, x: Tensor, rows: Tensor, padding_idx: int | None) -> Tensor:
         """The rows (tokens, dim) with the numbers x, as the layer gives them; that of padding takes no gradient."""
         y = F.embedding(x, rows, padding_idx)
@@ -114,7 +140,7 @@ class EmbeddingKind(LayerKind):
 
 
 class ConvKind(LayerKind):
-    """nn.Conv1d, nn.Conv2d and nn.Conv3d; with groups, W is that of the ungrouped convolution."""
+    """nn.Conv1d, nn.Conv2d and nn.Conv3d; with groups, `shape` is that of the ungrouped convolution, W's is not."""
 
     is_linear = False
 
@@ -125,10 +151,9 @@ class ConvKind(LayerKind):
         )  # fmt: skip
         self.padding_mode, self.pad_by = layer.padding_mode, list(layer._reversed_padding_repeated_twice)
 
-    def weight(self, layer: nn.Module) -> Tensor:
+    def require_one_group(self) -> None:
         if self.groups > 1:
             raise InputError(f"with groups={self.groups} it has no dense weight that an update could be added to")
-        return super().weight(layer)
 
     @property
     def _convolve(self) -> Any:
@@ -145,6 +170,9 @@ class ConvKind(LayerKind):
     def pointwise(self, h: Tensor, B: Tensor, add: Tensor | None = None) -> Tensor:
         y = self._convolve(h, B, groups=self.groups)
         return y if add is None else add + y
+
+
+PLAIN_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, NF4Linear)}
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:

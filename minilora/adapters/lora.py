@@ -86,6 +86,7 @@ class LoRA(Adapter):
 
     def delta(self) -> Tensor:
         """What a merge adds to W: s·BA (out, in, *kernel), in float32 even where the masters were made bfloat16."""
+        self.kind.require_one_group()
         A, B = (at_least_float32(factor).flatten(1) for factor in self.factors())
         return self.scaling * (B @ A).view(self.kind.shape)
 

@@ -70,6 +70,10 @@ class LoRAConfig(AdapterConfig):
         self.require("lora_dropout", is_share, "at least 0 and below 1")
         if self.bias not in ("none", "lora_only", "all"):
             raise InputError(f"LoRAConfig: bias={self.bias!r} is not one of 'none', 'lora_only', 'all'")
+        if str(self.init_lora_weights).lower() in ("olora", "gaussian"):  # of which PEFT does not look at the case
+            object.__setattr__(self, "init_lora_weights", self.init_lora_weights.lower())  # type: ignore[union-attr]
+        if isinstance(self.target_parameters, str):
+            raise InputError(f"LoRAConfig: target_parameters is a list of names: [{self.target_parameters!r}]")
         if initialization(self.init_lora_weights) is None:
             known = ", ".join(["True", "False", *sorted(repr(name) for name in initializations)])
             raise InputError(f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of {known}")

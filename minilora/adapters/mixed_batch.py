@@ -45,7 +45,8 @@ def adapters_for_rows(model: nn.Module, names: Sequence[str]) -> Iterator[RowNam
     refuse_merged(model)
     layers = adapted_layers(model)
     before = [layer.row_names for layer in layers.values()]
-    row_names = RowNames(names, layers)
+    has_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    row_names = RowNames(names, layers, has_encoder)
     try:
         for layer in layers.values():
             layer.row_names = row_names

@@ -1,32 +1,58 @@
 """Which layers of a model a configuration means, matched by PEFT's rules."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 
 from torch import nn
 
 from minilora.adapters.adapter import AdapterConfig, ends_with
+from minilora.adapters.default_targets import DEFAULT_TARGETS
 from minilora.adapters.layer import AdaptedLayer
 from minilora.adapters.layer_kinds import kind_of
 from minilora.errors import InputError
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpoints
+
+
+def name_of(path: str) -> str:
+    """The path without what the wrappers of a block put into it; `get_submodule` finds the module by it too."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def named_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without wrappers, by `name_of` their path; a module with several names by the first, or by each."""
+    for path, module in model.named_modules(remove_duplicate=not every_name):
+        if not any(wrapper in module._modules for wrapper in WRAPPERS):
+            yield name_of(path), module
+
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every AdaptedLayer of the model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    return {path: module for path, module in named_modules(model) if isinstance(module, AdaptedLayer)}
 
 
 def modules_before_adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by path, without the root, adapted layers as the layers that they were, nothing from inside them."""
     found: dict[str, nn.Module] = {}
     inside: str | None = None  # the adapted layer before, whose own modules follow it
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not path or (inside is not None and path.startswith(inside)):
             continue
         inside = f"{path}." if isinstance(module, AdaptedLayer) else None
         found[path] = module.base_layer if isinstance(module, AdaptedLayer) else module
     return found
+
+
+def other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Of a module that the model has under several names: the first, to the others."""
+    first: dict[nn.Module, str] = {}
+    others: dict[str, list[str]] = {}
+    for path, module in named_modules(model, every_name=True):
+        if first.setdefault(module, path) != path:
+            others.setdefault(first[module], []).append(path)
+    return others
 
 
 def input_embedding(model: nn.Module) -> str | None:
@@ -48,7 +74,7 @@ def output_head(model: nn.Module) -> str | None:
 
 
 def _path_of(model: nn.Module, layer: nn.Module | None) -> str | None:
-    return next((path for path, module in model.named_modules() if module is layer), None)
+    return next((path for path, module in named_modules(model) if module is layer), None)
 
 
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:
@@ -58,6 +84,16 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
         return None
     tied = getattr(modules[head], "weight", None) is getattr(modules[embedding], "weight", modules)
     return (embedding, head) if tied else None
+
+
+def embeddings_in_place_of(model: nn.Module, path: str) -> list[str]:
+    """The embeddings that a transformers model calls in the place of the one at this path, whose weight is theirs.
+
+    T5 and BART have a `shared` that holds the weight, and is called by nobody.
+    """
+    modules, tied = modules_before_adapters(model), getattr(model, "all_tied_weights_keys", {})
+    users = [name_of(target).removesuffix(".weight") for target, source in tied.items() if source == f"{path}.weight"]
+    return [user for user in users if isinstance(modules.get(user), nn.Embedding)]
 
 
 def tied_head(model: nn.Module) -> str | None:
@@ -75,13 +111,25 @@ def pair_to_tie(model: nn.Module, config: AdapterConfig) -> tuple[str, str] | No
     return tied_pair(model) if ensures_tying(config) else None
 
 
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def with_default_targets(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The configuration; where it names nothing to adapt, with the layers that are usual in this type of model."""
+    names = DEFAULT_TARGETS.get(_model_type(model) or "")
+    if names is None or config.target_modules is not None or getattr(config, "target_parameters", None):
+        return config
+    return replace(config, target_modules=names)
+
+
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Paths of the layers that the configuration targets, in the model's order, matched by PEFT's rules.
 
     "all-linear" is every linear layer but the output head (`get_output_embeddings()` or `lm_head`; for task_type
-    "SEQ_CLS" without one, `score` or `classifier`), and but a MultiheadAttention's out_proj, whose forward is never
-    called. Experts that are one tensor are no layers; PEFT adds those of some models, here target_parameters names
-    them. Raises InputError where nothing matches, naming the nearest names, or a match cannot take an adapter.
+    "SEQ_CLS" without one, `score` or `classifier`). Experts that are one tensor are no layers; PEFT adds those of some
+    models, here target_parameters names them. Raises InputError where nothing matches, naming the nearest names, or a
+    match cannot take an adapter.
     """
     modules = modules_before_adapters(model)
     kinds = {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
@@ -89,13 +137,17 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     if not targets and getattr(config, "target_parameters", None):
         return []
     if not targets:
-        raise InputError('name the layers to adapt in target_modules, or pass target_modules="all-linear"')
+        of_type = f", since there is no default for {_model_type(model)!r}" if _model_type(model) else ""
+        raise InputError(f'name the layers to adapt in target_modules, or pass target_modules="all-linear"{of_type}')
     if isinstance(targets, str) and targets.lower() == "all-linear":
         left_out = _heads(model, config)
         linear = [path for path, kind in kinds.items() if kind.is_linear]
-        matched = [path for path in linear if path not in left_out and not _is_never_called(modules, path)]
+        matched = [path for path in linear if path not in left_out]
     else:
-        matched = [path for path in modules if _is_targeted(config, path)]
+        others = other_names(model)
+        matched = [
+            path for path in modules if any(_is_targeted(config, each) for each in (path, *others.get(path, ())))
+        ]
     if not matched:
         blocks = "" if config.layers_to_transform is None else f" in the blocks {config.layers_to_transform}"
         raise InputError(f"target_modules={targets!r} matches no layer{blocks}; {nearest_names(targets, list(kinds))}")
@@ -111,6 +163,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         raise InputError(f"{named} excludes every layer that target_modules matches")
     for path in found:
         _check_can_be_adapted(modules, path)
+        _check_is_called(model, path)
     _check_nothing_is_hidden(model, config)
     return found
 
@@ -125,10 +178,12 @@ def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
             f"target_modules matches {path}, a {type(modules[path]).__name__}: only linear layers, embeddings and"
             f" convolutions can take an adapter{hint}"
         )
-    if _is_never_called(modules, path):
+
+
+def _check_is_called(model: nn.Module, path: str) -> None:
+    if users := embeddings_in_place_of(model, path):
         raise InputError(
-            f"target_modules matches {path}: its nn.MultiheadAttention reads the weight and never calls the layer, so"
-            " that an adapter would do nothing; train a copy of the attention with modules_to_save"
+            f"{path} holds a weight and is called by nobody: name {' and '.join(users)}, which have it too"
         )
 
 
@@ -167,7 +222,7 @@ def block_number(config: AdapterConfig, path: str) -> int | None:
     for name in [names] if isinstance(names, str) else names:
         if match := re.search(rf"(?:^|\.){name}\.(\d+)\.", path):
             return int(match[1])
-    match = None if names else re.search(r"\.[^.]*\.(\d+)\.", path)
+    match = None if names else re.search(r"(?:^|\.)[^.]*\.(\d+)\.", path)
     return int(match[1]) if match else None
 
 
@@ -189,10 +244,7 @@ def _heads(model: nn.Module, config: AdapterConfig) -> list[str]:
     return [head] if head else []
 
 
-def _is_never_called(modules: dict[str, nn.Module], path: str) -> bool:
-    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
-
-
+LISTS = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
@@ -206,8 +258,9 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
-        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
-            raise InputError(f"modules_to_save matches {path}, a list of modules that is not called itself")
+        _check_is_called(model, path)
+        if isinstance(module := model.get_submodule(path), LISTS):
+            raise InputError(f"modules_to_save matches {path}, a {type(module).__name__}, which is not called itself")
         for other in [*found, *adapted_layers(model)]:
             if other.startswith(f"{path}."):
                 raise InputError(
@@ -221,7 +274,7 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 def check_every_name_matches(model: nn.Module, config: AdapterConfig) -> None:
     """A list in which one name of several is misspelled would silently train less than was asked for."""
-    paths = list(modules_before_adapters(model))
+    paths = [*modules_before_adapters(model), *(path for paths in other_names(model).values() for path in paths)]
     for key in ("target_modules", "modules_to_save"):
         names = getattr(config, key)
         for name in [] if names is None or isinstance(names, str) else names:

@@ -22,6 +22,7 @@ from minilora.adapters.adapted_module import parameter_dtypes
 from minilora.adapters.adapter import Adapter, AdapterConfig, Below, at_least_float32
 from minilora.adapters.layer_kinds import EmbeddingKind, NF4Kind, kind_of
 from minilora.adapters.targets import (
+    embeddings_in_place_of,
     ensures_tying,
     find_modules_to_save,
     input_embedding,
@@ -39,7 +40,7 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
     """Add to the adapters of the target layers, by path, what else the configuration trains."""
     modules = modules_before_adapters(model)
     tie_updates(model, config, adapters)
-    copies = {path: TrainedCopy(modules[path], config) for path in find_modules_to_save(model, config)}
+    copies = {path: TrainedCopy(modules[path], config, path) for path in find_modules_to_save(model, config)}
     if both := sorted(copies.keys() & adapters.keys()):
         raise InputError(f"{both[0]} is named in target_modules and, by its end, in modules_to_save")
     pair = pair_to_tie(model, config)
@@ -109,8 +110,6 @@ def _own_biases(
         has_bias = isinstance(module._parameters.get("bias"), Tensor)
         if not has_bias or path in adapters or path in copies or path.startswith(inside_copies):
             continue
-        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-            raise InputError(f'bias="all": nn.MultiheadAttention reads the bias of {path} and never calls the layer')
         found[path] = OwnBias(module, config)
     return found
 
@@ -127,12 +126,17 @@ class TrainedCopy(Part):
     additive = False
     replaces = True
 
-    def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
+    def __init__(self, layer: nn.Module, config: AdapterConfig, path: str) -> None:
         super().__init__(layer, config)
+        for inside, module in layer.named_modules(prefix=path):
+            if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+                name = type(module).__name__
+                raise InputError(
+                    f"modules_to_save: of {inside}, a {name}, no copy can be trained: its weight is packed"
+                )
         self.module = _dense(layer)
         for parameter in self.module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = at_least_float32(parameter.data)
+            parameter.data = at_least_float32(parameter.data)
 
     def call(self, original: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the module gives with the copy's parameters, in the dtypes in which the original uses its own."""
@@ -150,7 +154,7 @@ class TrainedCopy(Part):
 
     def merged_weight(self, W: Tensor) -> Tensor:
         assert isinstance(self.module.weight, Tensor)
-        return self.kind.stored(self.module.weight.detach())
+        return self.kind.stored(self.module.weight)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         return getattr(self.module, "bias", None)
@@ -181,7 +185,6 @@ class TrainedRows(Part):
     """
 
     additive = False
-    replaces = True
     ids: Tensor
 
     def __init__(
@@ -210,9 +213,13 @@ class TrainedRows(Part):
             y = y.index_copy(-1, self.ids, trained.to(y.dtype))
         return y if add is None else y + add
 
+    def excludes(self, other: Adapter) -> bool:
+        """All but other rows."""
+        return not isinstance(other, TrainedRows) or not set(self.token_ids).isdisjoint(other.token_ids)
+
     def merged_weight(self, W: Tensor) -> Tensor:
         stored = at_least_float32(self.kind.stored(W))
-        return self.kind.stored(stored.index_copy(0, self.ids, self.rows.detach().to(stored.dtype)))
+        return self.kind.stored(stored.index_copy(0, self.ids, self.rows.to(stored.dtype)))
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return {} if self.is_tied else {"token_adapter.trainable_tokens_delta": self.rows}
@@ -249,6 +256,9 @@ def _trained_rows(model: nn.Module, config: AdapterConfig) -> dict[str, "Trained
             rows[head] = TrainedRows(modules[head], config, found[embedding], tied_to=rows[embedding])
         elif ensures_tying(config):
             raise InputError(f"ensure_weight_tying: trainable_token_indices differ between {embedding} and {head}")
+    for path, ids in found.items():
+        for user in embeddings_in_place_of(model, path):
+            rows.setdefault(user, TrainedRows(modules[user], config, ids, tied_to=rows[path]))
     return rows
 
 

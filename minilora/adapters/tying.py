@@ -21,6 +21,7 @@ from minilora.adapters.targets import (
     tied_pair,
 )
 from minilora.errors import InputError
+from minilora.models import ModelConfig
 
 
 def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> None:
@@ -86,17 +87,35 @@ def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Ada
     adapters[head] = TiedLoRA(modules_before_adapters(model)[head], head, of_head, of_embedding)
 
 
-def settle_tie(model: nn.Module) -> None:
-    """Tie again a pair that has become two equal weights; if they differ, have the configuration say that they do."""
-    embedding, head, config = input_embedding(model), output_head(model), getattr(model, "config", None)
-    if not embedding or not head or not getattr(config, "tie_word_embeddings", False):
+def settle_ties(model: nn.Module) -> None:
+    """Tie again weights that a merge has left equal; where tied ones differ now, untie all and have the config say so.
+
+    The one flag of a transformers model is for all of them: BART's ties the embeddings of encoder and decoder along
+    with the head. It is set in the configuration that there is, since to build another one would run what its class
+    does at construction.
+    """
+    config = getattr(model, "config", None)
+    embedding, head = input_embedding(model), output_head(model)
+    pair = {f"{head}.weight": f"{embedding}.weight"} if embedding and head else {}
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", pair)
+    if not getattr(config, "tie_word_embeddings", False) or not ties:
         return
-    of_embedding, of_head = model.get_submodule(embedding), model.get_submodule(head)
-    if of_head.weight is of_embedding.weight:
+    weights = {target: (model.get_parameter(target), model.get_parameter(source)) for target, source in ties.items()}
+    if all(torch.equal(weight, of_source) for weight, of_source in weights.values()):
+        _set(model, {target: of_source for target, (_, of_source) in weights.items()})
         return
-    if torch.equal(of_head.weight, of_embedding.weight):  # type: ignore[arg-type]
-        of_head.weight = of_embedding.weight
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+    if isinstance(config, ModelConfig):  # which is frozen
         model.config = dataclasses.replace(config, tie_word_embeddings=False)  # type: ignore[assignment]
-    else:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return
+    shared = [target for target, (weight, of_source) in weights.items() if weight is of_source]
+    _set(model, {target: nn.Parameter(weights[target][0].clone(), requires_grad=False) for target in shared})
+    model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    for module in model.modules():  # those inside may have a configuration, and a flag, of their own
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _set(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for path, parameter in parameters.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, parameter)

@@ -18,8 +18,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -43,13 +44,17 @@ from minilora.adapters import (
     config_class,
     find_targets,
     modules_before_adapters,
+    name_of,
     not_derivable,
     tied_head,
 )
 from minilora.errors import InputError
 from minilora.formats.atomic import atomic_files
+from minilora.models import Transformer
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+SIGNATURE = "Trained with minilora, saved in PEFT's format"  # of a model card that may be written anew
+PREFIX = "base_model.model."  # of the keys
 INDEX = f"{WEIGHTS}.index.json"  # where the weights are in several files
 
 # PEFT's keys that do not change what an adapter computes, whatever their value.
@@ -88,17 +93,27 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as
     # A tied pair has one tensor under two keys, which the format does not allow.
     tensors = {key: parameter.detach().clone().contiguous() for key, parameter in parameters.items()}
     config = _peft_config(model, adapters)
+    card = Path(folder) / CARD
+    is_another_s = card.is_file() and SIGNATURE not in card.read_text(encoding="utf-8", errors="replace")
     try:
         with atomic_files(Path(folder)) as temporary:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-            (temporary / CARD).write_text(_model_card(config), encoding="utf-8")
+            if not is_another_s:
+                (temporary / CARD).write_text(_model_card(config), encoding="utf-8")
             text = json.dumps(config, indent=2, sort_keys=True) + "\n"
             (temporary / CONFIG).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write the adapter to {folder}: {error}") from None
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    is_trainable: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+) -> None:
     """Put the adapter that PEFT or `save_adapter` wrote on the model, active and ready to train on.
 
     What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own.
@@ -107,6 +122,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         model: The base model.
         folder: With adapter_config.json and adapter_model.safetensors, or its shards.
         name: What the adapter is called on the model.
+        is_trainable: False leaves it frozen, for inference, until `set_adapter`.
+        key_mapping: As PEFT's, names here for layers that are called otherwise in the file: {regular expression:
+            replacement}, of which the first that is found counts. By default what a transformers model says of itself.
 
     Raises:
         InputError: for a method or option that is not known, a missing or unexpected tensor, a wrong shape or a damaged
@@ -125,6 +143,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     except InputError as error:
         raise InputError(f"{config_path} does not fit the model: {error}") from None
     parameters = _by_peft_key(adapters)
+    tensors = _under_the_model_s_names(model, tensors, parameters, key_mapping)
     tensors = _without_the_base(model, tensors, parameters.keys(), weights_path)
     _check_tensors(tensors, parameters, weights_path)
     with torch.no_grad():
@@ -134,6 +153,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if isinstance(adapter, LoRA):
             adapter.awaits_data = False  # what its initialization would have found is in the file
     attach(model, adapters, name)
+    if not is_trainable:
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
@@ -156,7 +178,59 @@ def _by_peft_key(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 
 
 def _key(path: str, end: str) -> str:
-    return f"base_model.model.{path}.{end}"
+    return f"{PREFIX}{path}.{end}"
+
+
+def _under_the_model_s_names(
+    model: nn.Module, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
+) -> dict[str, Tensor]:
+    """The tensors by the keys that the model's layers have now, where those in the file are others.
+
+    Those of wrappers (torch.compile, DDP) are cut out; key_mapping says more; and a transformers model knows what its
+    layers were called before they were renamed, as those of vision-language models were in 2025.
+    """
+    if tensors.keys() == wanted.keys():
+        return tensors
+    renamings = _renamings(model) if key_mapping is None else [partial(_replaced, key_mapping)]
+    renamed = {}
+    for key, tensor in tensors.items():
+        path, end = _path_and_end(name_of(key))
+        if f"{PREFIX}{path}{end}" not in wanted:
+            path = path.removeprefix("module.")
+            for rename in renamings:
+                path = rename(path)
+        found = f"{PREFIX}{path}{end}"
+        renamed[found if found in wanted else key] = tensor
+    return renamed if len(renamed) == len(tensors) else tensors
+
+
+def _path_and_end(key: str) -> tuple[str, str]:
+    """The layer's path, and what of the key follows it."""
+    path, found, end = key.removeprefix(PREFIX).partition(".lora_")
+    if not found:
+        path, found, end = path.rpartition(".")
+    return path, found + end
+
+
+def _replaced(key_mapping: Mapping[str, str], path: str) -> str:
+    """As PEFT does: by the first regular expression that is found in it."""
+    for pattern, replacement in key_mapping.items():
+        path, count = re.subn(pattern, replacement, path)
+        if count:
+            break
+    return path
+
+
+def _renamings(model: nn.Module) -> list[Callable[[str], str]]:
+    if not type(model).__module__.startswith("transformers."):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before 5.0
+        return []
+    known = [each for each in get_model_conversion_mapping(cast(Any, model)) if isinstance(each, WeightRenaming)]
+    return [lambda path: rename_source_key(f"{path}.weight", known, [])[0].removesuffix(".weight")]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -221,6 +295,8 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: 
         problems = [("lacks", missing), ("has the unexpected", unexpected)]
         raise InputError(f"{path} " + " and ".join(f"{verb} {_some(keys)}" for verb, keys in problems if keys))
     for key, tensor in wanted.items():
+        if tensors[key].dtype.itemsize == 1 and tensors[key].is_floating_point():
+            tensors[key] = tensors[key].float()  # PyTorch computes nothing in float8, and asks nothing of it
         if tensors[key].shape != tensor.shape:
             shapes = f"{tuple(tensors[key].shape)}, the model needs {tuple(tensor.shape)}"
             raise InputError(f"{path}: {key} has shape {shapes}")
@@ -294,11 +370,22 @@ def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str,
         values["fan_in_fan_out"] = any(isinstance(adapters[path].kind, TransposedLinearKind) for path in targets)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    values |= {"task_type": config.task_type or _task_type(model)}
     values = WRITTEN | values
     lacking = {key: values.pop(key) for key in config.peft_lacks if key in values}
     if any(_is_used(key, value) for key, value in lacking.items()):
         values["target_modules"] = targets  # PEFT cannot be told which layers in the words of this configuration
     return adapter_class(config).peft_values(values, adapters)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what a language model does; of any other model None, or PEFT would ask it for methods it lacks."""
+    if isinstance(model, Transformer):
+        return "CAUSAL_LM"
+    takes = getattr(model, "main_input_name", "input_ids")  # PEFT gives the model of a task its token ids, if no others
+    if not hasattr(model, "prepare_inputs_for_generation") or takes != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _shortest_names(model: nn.Module, config: AdapterConfig, targets: list[str]) -> list[str]:
@@ -324,7 +411,7 @@ tags:
 
 # Adapter{f" for {base}" if base else ""}
 
-{method}: {"".join(settings)}on {config["target_modules"]}. Trained with minilora, saved in PEFT's format:
+{method}: {"".join(settings)}on {config["target_modules"]}. {SIGNATURE}:
 
 ```python
 from peft import PeftModel

@@ -154,6 +154,8 @@ def quantize(
         raise InputError(f"block_size {block_size} is not one of {BLOCK_SIZES}")
     if not w.is_floating_point() or w.numel() == 0:
         raise InputError(f"{name} cannot be quantized to NF4: it has {w.numel()} elements of {w.dtype}")
+    if w.is_meta:
+        raise InputError(f"{name} cannot be quantized to NF4: it is on the meta device, which holds no numbers")
     x = w.detach().reshape(-1)
     full = x.numel() - x.numel() % block_size
     codes, absmax = (whole_blocks or quantize_whole_blocks)(x[:full], block_size)

@@ -28,6 +28,9 @@ class NF4Linear(nn.Module):
     weight: uint8 (ceil(in_features * out_features / 2),), absmax, nested_absmax and offset as in QuantizedTensor.
     A dtype given to .to() (or .half(), ...) goes to the bias alone; the statistics stay as they were quantized.
 
+    torch's nn.TransformerEncoderLayer reads weights in evaluation mode instead of calling its layers: where it has one
+    in 4 bits, torch.backends.mha.set_fastpath_enabled(False) makes it call them.
+
     For a CUDA graph, call the layer once before the capture, with as many rows: Triton compiles its kernels, and cuBLAS
     takes its memory, when they are first called.
 
@@ -128,7 +131,11 @@ class NF4Linear(nn.Module):
         agree, the product accumulates onto it and the sum is rounded once.
         """
         if not x.is_floating_point():
-            raise InputError(f"NF4Linear multiplies floating-point numbers, and x is {x.dtype}")
+            raise InputError(
+                f"NF4Linear({self.in_features}, {self.out_features}) multiplies floating-point numbers, and x is"
+                f" {x.dtype}: a model that casts it to the layer's weight.dtype, as T5 before its wo, cannot have that"
+                " layer in 4 bits; keep it whole"
+            )
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             add = bias.expand(*x.shape[:-1], -1) if add is None else add + bias

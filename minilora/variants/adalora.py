@@ -184,6 +184,8 @@ class AdaLoRA(Adapter):
         if config.rank_pattern is not None:
             return
         if step < config.last_allocation:
+            if all(parameter.grad is None for layer in layers for parameter in layer.parameters()):
+                raise InputError("AdaLoRA measures by the gradients: call after_step(model, step) before zero_grad()")
             for layer in layers:
                 layer.measure()
         if step > config.last_allocation:
@@ -199,12 +201,12 @@ class AdaLoRA(Adapter):
         beta1, beta2 = self.config.beta1, self.config.beta2
         for name in FACTORS:
             p = getattr(self, name)
-            if p.grad is None:
-                raise InputError("AdaLoRA measures by the gradients: call after_step(model, step) before zero_grad()")
             importance, uncertainty = getattr(self, f"importance_{name}"), getattr(self, f"uncertainty_{name}")
             if importance is None:
                 importance, uncertainty = torch.zeros_like(p), torch.zeros_like(p)
-            now = (p * p.grad).abs()
+            now = (
+                torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            )  # an expert that no token chose has none
             importance = beta1 * importance + (1 - beta1) * now
             uncertainty = beta2 * uncertainty + (1 - beta2) * (now - importance).abs()
             setattr(self, f"importance_{name}", importance)

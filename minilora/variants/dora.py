@@ -27,7 +27,7 @@ class DoRA(LoRA):
         super().__init__(layer, config, path)
         with torch.no_grad():
             W = self.kind.weight(self.base_for(layer))
-            V = self.to(W.device)._direction(W)
+            V = W + self.delta().to(W.device)  # A and B are drawn on the CPU, and follow later
             self.lora_magnitude_vector = nn.Parameter(self._norm(V))
 
     @classmethod

@@ -94,8 +94,11 @@ class IA3(Adapter):
         return y if add is None else y + add
 
     def merged_weight(self, W: Tensor) -> Tensor:
-        channels = (1, -1) if self.is_feedforward else (-1, 1)  # columns or rows of W (out, in, *kernel)
-        return W * self.ia3_l.view(*channels, *[1] * (W.dim() - 2))
+        kernel = [1] * (W.dim() - 2)
+        if not self.is_feedforward:
+            return W * self.ia3_l.view(-1, 1, *kernel)  # the rows of W (out, in / groups, *kernel)
+        groups = self.kind.in_features // W.shape[1]  # in each of which the columns are other inputs
+        return (W.unflatten(0, (groups, -1)) * self.ia3_l.view(groups, 1, -1, *kernel)).flatten(0, 1)
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         if bias is None or self.is_feedforward:

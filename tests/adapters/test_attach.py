@@ -148,7 +148,6 @@ def test_all_linear_leaves_out_the_output_head() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "all-linear"),
         ({"target_modules": []}, "all-linear"),
         ({"target_modules": ["q_porj"]}, r"'q_porj' matches no layer.*'q_proj'"),
         ({"target_modules": ["q_proj", "c_attn"]}, r"'c_attn' matches no layer"),

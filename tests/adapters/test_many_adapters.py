@@ -127,5 +127,5 @@ def test_what_cannot_be_deleted_is_explained_and_stays() -> None:
     merged = copy.deepcopy(model)
     merge(merged)
     with pytest.raises(InputError, match=r"unmerge\(model\) first"):
-        delete_adapter(merged, "fr")
+        delete_adapter(merged, "pl")
     assert torch.equal(logits(model), before)

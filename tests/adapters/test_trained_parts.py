@@ -434,14 +434,24 @@ def test_biases_of_several_adapters_add_up() -> None:
     torch.testing.assert_close(logits(model), both, **FLOAT32)
 
 
-def test_a_head_that_attention_reads_without_calling_it_is_refused() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    with pytest.raises(InputError, match=r"reads the bias of self_attn\.out_proj"):
-        add_adapter(model, LoRAConfig(target_modules=["linear1"], bias="all"))
-    with pytest.raises(InputError, match=r"self_attn\.out_proj: its nn.MultiheadAttention reads the weight"):
-        add_adapter(model, LoRAConfig(target_modules=["out_proj"]))
-    add_adapter(model, LoRAConfig(target_modules="all-linear", modules_to_save=["self_attn"]))
-    assert {name.rpartition(".")[0] for name in adapter_parameters(model)} >= {"linear1", "linear2", "self_attn.module"}
+def test_a_layer_that_attention_reads_without_calling_it_learns_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 3, 16)
+    base = model(x)
+    add_adapter(model, LoRAConfig(target_modules=["out_proj"], bias="all", init_lora_weights=False))
+    y = model(x)
+    y.square().sum().backward()
+    parameters = adapter_parameters(model)
+    assert {"self_attn.out_proj.bias", "self_attn.out_proj.lora_A", "norm1.bias"} < parameters.keys()
+    assert all(parameter.grad is not None for parameter in parameters.values())
+    assert (y - base).abs().max() > 1e-2
+    with torch.no_grad():  # in one kernel of torch's, which reads the weights
+        torch.testing.assert_close(model(x), y, **FLOAT32)
+        torch.testing.assert_close(unload(copy.deepcopy(model), merge=True)(x), y, **FLOAT32)
+    other = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    add_adapter(other, LoRAConfig(target_modules="all-linear", modules_to_save=["self_attn"]))
+    assert {name.rpartition(".")[0] for name in adapter_parameters(other)} >= {"linear1", "linear2", "self_attn.module"}
 
 
 def test_reports_and_4_bit_merges_pass_over_what_is_no_update() -> None:

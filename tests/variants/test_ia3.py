@@ -106,7 +106,7 @@ def test_beside_a_lora_before_or_after_it(feedforward: list[str]) -> None:
     add_adapter(model, LoRAConfig(target_modules=["0"], init_lora_weights=False), "lora")
     add_adapter(model, IA3Config(target_modules=["0"], feedforward_modules=feedforward, init_ia3_weights=False), "ia3")
     lora, ia3 = (model[0].adapters[name] for name in ("lora", "ia3"))
-    W, b, dW = model[0].weight, model[0].bias, lora.delta()
+    W, b, dW = model[0].base_layer.weight, model[0].base_layer.bias, lora.delta()
     for order, W_, b_ in [
         (["lora", "ia3"], ia3.merged_weight(W + dW), ia3.merged_bias(b)),
         (["ia3", "lora"], ia3.merged_weight(W) + dW, ia3.merged_bias(b)),
