@@ -16,7 +16,7 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`; weights in several files as tr
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
