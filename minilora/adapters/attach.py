@@ -95,18 +95,41 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             raise InputError(
                 f"{path} has an adapter, and {name!r} would change the layer under it: unload(model) first"
             )
-    if not adapter_names(model):
+    with _as_before_on_failure(model, adapters, name):
+        if not adapter_names(model):
+            model.requires_grad_(False)
+        for path, adapter in adapters.items():
+            layer = model.get_submodule(path)
+            if not isinstance(layer, AdaptedLayer):
+                layer = adapted(adapter.base_for(layer))
+                _replace(model, path, layer)
+                if isinstance(layer.base_layer, NF4Linear):
+                    _have_it_called(model, path)
+            layer.adapters[name] = adapter
+        follow_checkpointing(model)
+        set_adapter(model, name)
+
+
+@contextmanager
+def _as_before_on_failure(model: nn.Module, paths: Iterable[str], name: str) -> Iterator[None]:
+    """Where adding this adapter at these paths fails inside the `with`, the model is what it was."""
+    layers = {path: model.get_submodule(path) for path in paths}
+    active = [(layer, layer.active) for layer in adapted_layers(model).values()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    except BaseException:
+        for path, layer in layers.items():
+            if not isinstance(layer, AdaptedLayer):
+                _replace(model, path, layer)
+            elif name in layer.adapters:
+                del layer.adapters[name]
+        for layer, names in active:
+            layer.active = names
         model.requires_grad_(False)
-    for path, adapter in adapters.items():
-        layer = model.get_submodule(path)
-        if not isinstance(layer, AdaptedLayer):
-            layer = adapted(adapter.base_for(layer))
-            _replace(model, path, layer)
-            if isinstance(layer.base_layer, NF4Linear):
-                _have_it_called(model, path)
-        layer.adapters[name] = adapter
-    follow_checkpointing(model)
-    set_adapter(model, name)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
 
 
 def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None:

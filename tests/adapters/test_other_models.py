@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,30 @@ def test_add_adapter_is_all_or_nothing() -> None:
         ml.add_adapter(model, ml.LoRAConfig(target_modules=["a"], modules_to_save=["b"]))
     assert ml.adapter_names(model) == [] and type(model["a"]) is nn.Linear
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fails", ["set_adapter", "follow_checkpointing", "adapted"])
+def test_whatever_is_raised_the_model_is_what_it_was(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].requires_grad_(False)
+    before = list(model), [parameter.requires_grad for parameter in model.parameters()]
+    module = sys.modules["minilora.adapters.attach"]  # the name minilora.adapters.attach is the function's
+
+    def failing(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, fails, failing)
+        ml.add_adapter(model, ml.LoRAConfig(target_modules=["0", "1"]))
+    assert (list(model), [parameter.requires_grad for parameter in model.parameters()]) == before
+    ml.add_adapter(model, ml.LoRAConfig(target_modules=["0"], init_lora_weights=False), "a")
+    x = torch.randn(2, 4)
+    y, trained = model(x), list(ml.trainable_parameters(model))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, fails, failing)
+        ml.add_adapter(model, ml.LoRAConfig(target_modules=["0", "1"], init_lora_weights=False), "b")
+    assert torch.equal(model(x), y) and ml.adapter_names(model) == ["a"]
+    assert list(ml.trainable_parameters(model)) == trained
 
 
 def test_a_meta_layer_has_no_weight_to_quantize() -> None:
