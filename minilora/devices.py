@@ -1,7 +1,7 @@
 """Devices beside the CPU: which there is, its peak memory, and where float64 is.
 
 "cuda" is NVIDIA's and, in PyTorch for ROCm, AMD's; "xpu" is Intel's, "mps" Apple's. Nobody has run minilora on the last
-two: what is known of them is from PyTorch's source (tests/stand_in_device.py simulates them).
+two: what is known of them is from PyTorch's source (tests/helpers/stand_in_device.py simulates them).
 """
 
 import torch

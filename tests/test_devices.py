@@ -1,4 +1,4 @@
-"""On Apple's and Intel's GPUs, as tests/stand_in_device.py plays them: only what they have, and the CPU's numbers."""
+"""On Apple's and Intel's GPUs, as helpers/stand_in_device.py plays them: only what they have, and the CPU's numbers."""
 
 import copy
 import dataclasses

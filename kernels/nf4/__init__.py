@@ -1,5 +1,7 @@
 """Triton kernels for NF4, installed as `minilora.kernels`: a ladder, each step a file that stands for itself.
 
+Read codes.py first.
+
     codes        what all share: a byte to its two values, the absmax of a block
     dequantize   NF4 to dense, absmax included, in one pass
     quantize     dense to NF4

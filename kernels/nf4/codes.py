@@ -24,7 +24,7 @@ from torch import Tensor
 from minilora.errors import InputError
 from minilora.nf4.codec import QuantizedTensor, blocks_lie_in_rows, byte_pairs, code, dynamic_map
 
-NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.NESTED_BLOCK_SIZE
+NESTED = tl.constexpr(256)  # absmax values in a block of their own, minilora.nf4.codec.NESTED_BLOCK_SIZE
 
 
 def buffers(q: QuantizedTensor, pairs: bool) -> tuple[Tensor, ...]:

@@ -2,7 +2,9 @@
 
 Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters) and attach.py (add_adapter and
 what follows). lora_config.py is LoRA's configuration and initialization.py where A and B start. targets.py finds the
-layers; trained_parts.py, parameter_lora.py and tying.py are what else can train.
+layers; trained_parts.py, parameter_lora.py and tying.py are what else can train. mixed_batch.py and combine.py are for
+many adapters, fused_lora.py and gated_lora.py are products with a backward pass of their own, start.py is what PEFT
+must be told of a start, and status.py tells what a model has.
 """
 
 from minilora.adapters.adapter import (

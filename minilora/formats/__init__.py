@@ -1,7 +1,8 @@
 """Every file that comes in or goes out.
 
-Read load.py first. safetensors.py and gguf/ read checkpoints, hub.py and fetch.py bring them; save_pretrained.py writes
-a Hugging Face folder, peft.py reads and writes adapters, ollama.py writes a Modelfile.
+Read load.py first. safetensors.py reads checkpoints, gguf/ reads and writes them, hub.py and fetch.py bring them;
+save_pretrained.py writes a Hugging Face folder, peft.py reads and writes adapters, ollama.py writes a Modelfile. All
+that is written is written whole or not at all: atomic.py.
 """
 
 from minilora.formats.atomic import atomic_files

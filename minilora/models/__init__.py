@@ -1,8 +1,9 @@
 """The Transformer, and what the library knows of other libraries' models.
 
-Read transformer.py first: Llama, SmolLM, Mistral and Qwen in one file, of rotary.py, rms_norm.py and swiglu.py.
-attention.py says which keys a query sees, and tiled_attention.py computes it on a CPU; config.py reads config.json.
-transformers_attention.py, deferred_logits.py and packed_sequences.py are for models of the transformers library.
+Read transformer.py first: Llama, SmolLM, Mistral and Qwen, built from rotary.py, rms_norm.py, swiglu.py and
+attention.py, which says what keys a query sees (tiled_attention.py computes it on a CPU). config.py reads config.json,
+kv_cache.py is for generation, offload.py and shared_input.py save memory. packed_sequences.py says which models can
+pack; transformers_attention.py and deferred_logits.py are for models of the transformers library.
 """
 
 from minilora.models.config import ModelConfig

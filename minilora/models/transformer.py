@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import InputError
+from minilora.gradient_checkpointing import checkpointed
 from minilora.models.attention import Visible, attend, visible_keys
 from minilora.models.config import ModelConfig
 from minilora.models.kv_cache import KVCache
@@ -21,7 +22,6 @@ from minilora.models.offload import ActivationOffload
 from minilora.models.rms_norm import RMSNorm
 from minilora.models.rotary import default_positions, inverse_frequencies, rotary_tables, rotate
 from minilora.models.shared_input import project, project_swiglu
-from minilora.torch_helpers import checkpointed
 
 
 class Attention(nn.Module):

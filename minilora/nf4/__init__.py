@@ -1,7 +1,8 @@
 """Frozen weights in four bits: the NF4 data type, and the linear layer that computes with it.
 
 Read codec.py first (the table, quantize, dequantize, double quantization), then linear.py. What decides between PyTorch
-and the Triton kernels of kernels/nf4/ is dispatch.py, by the trials of kernel_trials.py. On a CPU, scratch.py has the
+and the Triton kernels of kernels/nf4/ is dispatch.py, by the trials of kernel_trials.py
+(on kernel_device.py; what they found is kept by kernel_verdicts.py). On a CPU, scratch.py has the
 memory that dequantization works in, and kept_weights.py keeps dequantized weights where memory allows. bitsandbytes.py
 reads and writes its state-dict form; rounding.py is the rounding of a merge.
 """

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from minilora.errors import InputError
+from minilora.gradient_checkpointing import inside_checkpoint
 from minilora.machine import cache_folder
 from minilora.nf4 import codec, scratch
 from minilora.nf4.codec import QuantizedTensor, blocks_lie_in_rows
 from minilora.nf4.kept_weights import kept_weight
 from minilora.nf4.kernel_device import GPU, Kind, Shape
 from minilora.nf4.kernel_trials import Trials
-from minilora.torch_helpers import inside_checkpoint
 
 MOST_ROWS = 65_535 * 16  # the second axis of a grid, of tiles of 16 rows or more
 logger = logging.getLogger("minilora")

@@ -10,6 +10,7 @@ or one test for each check:
     def test_my_variant(check):
         check(MyConfig(r=4))
 
+Read trial.py first (what a check is tried on), then arithmetic.py and life.py, the checks.
 Needs nothing but what minilora needs. The guide is docs/write_your_own_variant.md.
 """
 

@@ -1,7 +1,8 @@
 """The variants of LoRA, one file each; importing this package registers them all.
 
-Read pissa.py first, as the shortest start, and dora.py as another forward pass. docs/write_your_own_variant.md is the
-guide. calibration/ is what those share that look at data.
+Read olora.py first, the shortest start, then dora.py, which has another forward pass. LoRA+ and LoRA-FA, other steps of
+the optimizer, are in training/; rsLoRA is in adapters/lora_config.py. docs/write_your_own_variant.md is the guide.
+calibration/ is what those share that look at data.
 """
 
 from minilora.variants import adalora, dora, eva, ia3, loftq, loha, lokr, lora_ga, olora, orthogonal, pissa, vera
