@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any, cast
 
 import torch
@@ -95,6 +95,10 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             raise InputError(
                 f"{path} has an adapter, and {name!r} would change the layer under it: unload(model) first"
             )
+    outer_first = sorted({*adapters, *adapted_layers(model)})
+    for path, inside in pairwise(outer_first):
+        if inside.startswith(f"{path}."):
+            raise InputError(f"{path} has an adapter, and so would {inside} inside it: adapt one of them")
     with _as_before_on_failure(model, adapters, name):
         if not adapter_names(model):
             model.requires_grad_(False)

@@ -366,6 +366,18 @@ def test_whatever_is_raised_the_model_is_what_it_was(fails: str, monkeypatch: py
     assert list(ml.trainable_parameters(model)) == trained
 
 
+def test_a_module_and_a_layer_inside_it_do_not_both_have_an_adapter() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True)})
+    x = torch.randn(2, 3, 16)
+    config = ml.LoRAConfig(target_modules=["out_proj"], target_parameters=["in_proj_weight"])
+    with pytest.raises(ml.InputError, match=r"attn has an adapter, and so would attn\.out_proj inside it"):
+        ml.add_adapter(model, config)
+    ml.add_adapter(model, ml.LoRAConfig(target_parameters=["in_proj_weight"], init_lora_weights=False))
+    y = model["attn"](x, x, x)[0]
+    ml.unload(model, merge=True)
+    torch.testing.assert_close(model["attn"](x, x, x)[0], y, **EXACT)
+
+
 def test_a_meta_layer_has_no_weight_to_quantize() -> None:
     with pytest.raises(ml.InputError, match="meta"):
         ml.NF4Linear.from_linear(nn.Linear(64, 64, device="meta"))

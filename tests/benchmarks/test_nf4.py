@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minilora import nf4
+from minilora.auto_dtype import DtypeChoice
 from minilora.errors import InputError
 
 CPU = torch.device("cpu")
@@ -28,8 +29,18 @@ def tiny(benchmarks, monkeypatch):
     monkeypatch.setattr(benchmarks.nf4_cases, "SMOLLM2", {"q": (64, 128)})
     monkeypatch.setitem(benchmarks.nf4_cases.ROWS, "cpu", (1, 4))
     monkeypatch.setattr(benchmarks.nf4_cases, "measured_speeds", lambda device: speeds)
+    # both, on a CPU without instructions for bfloat16 too: the products are small
+    monkeypatch.setattr(benchmarks.nf4_cases, "dtypes", lambda kind: (torch.bfloat16, torch.float32))
     monkeypatch.setattr(benchmarks.nf4_products, "TURN_SECONDS", 1e-4)
     return benchmarks.nf4_products
+
+
+@pytest.mark.parametrize("fast, measured", [(True, (torch.bfloat16, torch.float32)), (False, (torch.float32,))])
+def test_a_cpu_is_measured_in_bfloat16_where_it_has_instructions_for_that(benchmarks, monkeypatch, fast, measured):
+    choice = DtypeChoice(torch.bfloat16 if fast else torch.float32, "for a test")
+    monkeypatch.setattr(benchmarks.nf4_cases, "auto_dtype", lambda device: choice)
+    assert benchmarks.nf4_cases.dtypes("cpu") == measured
+    assert benchmarks.nf4_cases.dtypes("cuda") == (torch.bfloat16,)
 
 
 def case_of(benchmarks, operation, M=1, N=4096, K=4096, layer="test", dtype=torch.bfloat16):
