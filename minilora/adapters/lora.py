@@ -64,10 +64,14 @@ class LoRA(Adapter):
         self.r, self.lora_alpha = config.rank_and_alpha(path)
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.lora_A, self.lora_B = draw(self.kind, self.r)
+        self.draw()
         for name in ("start_A", "start_B"):  # A₀ and B₀ of a start where s·B₀A₀ ≠ 0, see `start_from`
             self.register_buffer(name, None)
         initialize(self, layer, path)
+
+    def draw(self) -> None:
+        """A and B at random, before they start as they should."""
+        self.lora_A, self.lora_B = draw(self.kind, self.r)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """s·B A dropout(x) (+ add), the products in the dtype of x; float32 for token ids, which are not dropped."""

@@ -50,6 +50,8 @@ class LoRAConfig(AdapterConfig):
     """kept for PEFT's adapter_config.json: whether W is stored as (in, out) shows in the layer itself"""
     bias: str = "none"
     """biases that train, each adapter's own: "none", "lora_only" (of the layers with LoRA) or "all" (of the model)"""
+    lora_bias: bool = False
+    """train a bias of B too: minilora/variants/lora_bias.py"""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """rows of the embedding that train, by token id; or {name of an embedding: ids}. A tied head follows."""
     target_parameters: list[str] | None = None
@@ -59,7 +61,7 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("use_rslora", "use_dora"):  # a text "False" would count as true
+        for key in ("use_rslora", "use_dora", "lora_bias"):  # a text "False" would count as true
             self.require(key, isinstance(getattr(self, key), bool), "True or False")
         self.check_ranks()
         self.require("alpha_pattern", isinstance(self.alpha_pattern, Mapping), "a dict")
@@ -77,6 +79,11 @@ class LoRAConfig(AdapterConfig):
         if initialization(self.init_lora_weights) is None:
             known = ", ".join(["True", "False", *sorted(repr(name) for name in initializations)])
             raise InputError(f"LoRAConfig: init_lora_weights={self.init_lora_weights!r} is not one of {known}")
+        plain = isinstance(self.init_lora_weights, bool) and not self.use_dora and not self.target_parameters
+        if self.lora_bias and not plain:
+            raise InputError(
+                "LoRAConfig: lora_bias=True is for init_lora_weights=True or False, without use_dora, target_parameters"
+            )
         for key, options in options_by_key.items():
             checked = read_options(key, options, getattr(self, key) or {})
             if key == f"{self.init_lora_weights}_config":

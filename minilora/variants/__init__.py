@@ -5,7 +5,21 @@ the optimizer, are in training/; rsLoRA is in adapters/lora_config.py. docs/writ
 calibration/ is what those share that look at data.
 """
 
-from minilora.variants import adalora, dora, eva, ia3, loftq, loha, lokr, lora_ga, olora, orthogonal, pissa, vera
+from minilora.variants import (
+    adalora,
+    dora,
+    eva,
+    ia3,
+    loftq,
+    loha,
+    lokr,
+    lora_bias,
+    lora_ga,
+    olora,
+    orthogonal,
+    pissa,
+    vera,
+)
 from minilora.variants.adalora import AdaLoRAConfig
 from minilora.variants.ia3 import IA3Config
 from minilora.variants.loha import LoHaConfig
@@ -25,6 +39,7 @@ __all__ = [
     "loftq",
     "loha",
     "lokr",
+    "lora_bias",
     "lora_ga",
     "olora",
     "orthogonal",

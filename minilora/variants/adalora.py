@@ -66,7 +66,7 @@ class AdaLoRAConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("use_dora", "use_rslora", "alpha_pattern"):
+        for key in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias"):
             if getattr(self, key):
                 raise InputError(f"AdaLoRAConfig: {key} has no effect in AdaLoRA: leave it out")
         self.require("init_lora_weights", isinstance(self.init_lora_weights, bool), "True or False")

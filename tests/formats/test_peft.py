@@ -224,7 +224,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "holds no JSON object"),
         (edit_config(peft_type="BOFT"), "peft_type is 'BOFT'"),
         (edit_config(use_dora=True), "lacks .*lora_magnitude_vector"),
-        (edit_config(lora_bias=True), "lora_bias=True is not supported"),
+        (edit_config(lora_bias=True), r"lacks .*lora_B\.bias"),
         (edit_config(layers_to_transform=7), "does not fit the model: .*q_proj.* in the blocks 7"),
         (edit_config(init_lora_weights="pizza"), "init_lora_weights='pizza'"),
         (edit_config(bias="some"), "bias='some'"),

@@ -292,8 +292,8 @@ transformers, from the disk. What of these models is special is in `tests/adapte
 - Prompt tuning, prefix tuning and P-tuning: they change what goes into the model and its cache, and no layer, so that
   they have no place under the contract of a variant.
 - OFT and BOFT: they multiply W, which the contract allows; nobody has written them.
-- `lora_bias`, and LoRA on the joint in_proj of nn.MultiheadAttention under PEFT's names (`target_parameters` can adapt
-  `in_proj_weight`; or `out_proj` is a target like any other).
+- LoRA on the joint in_proj of nn.MultiheadAttention under PEFT's names (`target_parameters` can adapt `in_proj_weight`;
+  or `out_proj` is a target like any other).
 - Combining adapters that have copies of modules or rows of embeddings; `ensure_weight_tying` over more than a pair.
 
 ## What is not run

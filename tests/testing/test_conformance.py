@@ -30,6 +30,7 @@ VARIANTS: dict[str, AdapterConfig] = {
     "dora": LoRAConfig(r=4, use_dora=True, lora_dropout=0.1),
     "lora, biases": LoRAConfig(r=4, bias="lora_only"),
     "dora, biases": LoRAConfig(r=4, use_dora=True, bias="all"),
+    "lora, a bias of B": LoRAConfig(r=4, lora_bias=True, lora_dropout=0.1),
     "pissa": LoRAConfig(r=4, init_lora_weights="pissa"),
     "pissa, fast": LoRAConfig(r=4, init_lora_weights="pissa_niter_4", lora_dropout=0.1),
     "olora": LoRAConfig(r=4, init_lora_weights="olora"),
@@ -48,6 +49,7 @@ VARIANTS: dict[str, AdapterConfig] = {
 }
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
+    "lora, a bias of B": {"adds_onto_what_it_is_given": "its update is a product and a bias"},
     "loftq": {
         "starts_as_the_base_model": "it starts between W and NF4(W)",
         "takes_or_refuses_each_kind_of_layer": "it quantizes itself, and refuses 4 bits",
