@@ -23,9 +23,10 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.output import Result
-from minilora.adapters.attach import add_adapter, disable_adapters, merge, set_adapter, unload, unmerge
+from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
 from minilora.adapters.layer import AdaptedLayer
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import merge, unload, unmerge
 from minilora.adapters.targets import adapted_layers
 from minilora.app.bfcl import load_bfcl
 from minilora.data.examples import Example, encode_rows

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.app.bfcl import load_bfcl
 from minilora.data.batches import batches
 from minilora.data.examples import Example, encode_rows

@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.training_cases import LORA, MAX_GRAD_NORM, MODEL, SEED, Task, base_weights, start_adapter
 from benchmarks.turns import Contender
-from minilora.adapters.attach import adapter_parameters, add_adapter
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
 from minilora.data.batches import batches
 from minilora.data.examples import Example
 from minilora.errors import InputError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.gradient_checkpointing import checkpointed, inside_checkpoint
 from minilora.models.shared_input import project, project_swiglu
 from minilora.nf4 import dispatch, linear

@@ -1,10 +1,11 @@
 """Adapters on a model: LoRA, the contract that every variant fulfils, and putting them on, off, and together.
 
-Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters) and attach.py (add_adapter and
-what follows). lora_config.py is LoRA's configuration and initialization.py where A and B start. targets.py finds the
-layers; trained_parts.py, parameter_lora.py and tying.py are what else can train. mixed_batch.py and combine.py are for
-many adapters, fused_lora.py and gated_lora.py are products with a backward pass of their own, start.py is what PEFT
-must be told of a start, and status.py tells what a model has.
+Read lora.py first, then adapter.py (the contract), layer.py (a layer and its adapters), attach.py (add_adapter and what
+follows) and merge.py; for_training.py is what a training loop asks. lora_config.py is LoRA's configuration and
+initialization.py where A and B start. targets.py finds the layers, by default_targets.py where none is named;
+trained_parts.py, parameter_lora.py and tying.py are what else can train. mixed_batch.py and combine.py are for many
+adapters, fused_lora.py and gated_lora.py are products with a backward pass of their own, start.py is what PEFT must be
+told of a start, and status.py tells what a model has.
 """
 
 from minilora.adapters.adapter import (
@@ -19,33 +20,33 @@ from minilora.adapters.adapter import (
 from minilora.adapters.attach import (
     BASE,
     adapter_names,
-    adapter_parameters,
     adapters_named,
     add_adapter,
-    after_step,
     attach,
     build_adapters,
-    count_parameters,
     delete_adapter,
     disable_adapters,
-    merge,
     refuse_merged,
     refuse_switched_off,
-    regularization,
     replace_adapters,
     set_adapter,
-    summed_regularization,
-    trainable_parameters,
-    unload,
-    unmerge,
 )
 from minilora.adapters.combine import combine_adapters
 from minilora.adapters.evaluating import evaluating, refuse_row_names
+from minilora.adapters.for_training import (
+    adapter_parameters,
+    after_step,
+    count_parameters,
+    regularization,
+    summed_regularization,
+    trainable_parameters,
+)
 from minilora.adapters.initialization import kaiming, register_initialization, require_linear, weight_to_decompose
 from minilora.adapters.layer import AdaptedLayer, LoRALinear
 from minilora.adapters.layer_kinds import ConvKind, EmbeddingKind, NF4Kind, TransposedLinearKind, kind_of
 from minilora.adapters.lora import LoRA
 from minilora.adapters.lora_config import LoRAConfig, first_match
+from minilora.adapters.merge import merge, unload, unmerge
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable

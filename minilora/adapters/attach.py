@@ -1,14 +1,13 @@
-"""Adapters on a whole model: attach, name, switch, merge, take off. Works on any nn.Module."""
+"""Adapters on a whole model, any nn.Module: put on, named, chosen, switched off, taken off again."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise, permutations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.adapters.adapted_module import adapted
 from minilora.adapters.adapter import Adapter, AdapterConfig, adapter_class
@@ -24,14 +23,12 @@ from minilora.adapters.targets import (
     with_default_targets,
 )
 from minilora.adapters.trained_parts import add_parts
-from minilora.adapters.tying import check_tie, settle_ties
+from minilora.adapters.tying import check_tie
 from minilora.errors import InputError
 from minilora.nf4 import NF4Linear
 from minilora.progress import with_progress
 
 BASE = "__base__"  # stands for no adapter in a mixed batch, as in PEFT
-
-# --- on, off, and which one ------------------------------------------------------------------------------------------
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> None:
@@ -106,7 +103,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
             layer = model.get_submodule(path)
             if not isinstance(layer, AdaptedLayer):
                 layer = adapted(adapter.base_for(layer))
-                _replace(model, path, layer)
+                replace_module(model, path, layer)
                 if isinstance(layer.base_layer, NF4Linear):
                     _have_it_called(model, path)
             layer.adapters[name] = adapter
@@ -125,7 +122,7 @@ def _as_before_on_failure(model: nn.Module, paths: Iterable[str], name: str) -> 
     except BaseException:
         for path, layer in layers.items():
             if not isinstance(layer, AdaptedLayer):
-                _replace(model, path, layer)
+                replace_module(model, path, layer)
             elif name in layer.adapters:
                 del layer.adapters[name]
         for layer, names in active:
@@ -145,7 +142,7 @@ def replace_adapters(model: nn.Module, adapters: Mapping[str, Adapter], name: st
         elif name in layer.adapters:
             del layer.adapters[name]
             if not layer.adapters:
-                _replace(model, path, layer.base_layer)
+                replace_module(model, path, layer.base_layer)
 
 
 def _have_it_called(model: nn.Module, path: str) -> None:
@@ -171,7 +168,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
         raise InputError(f"{name!r} cannot name an adapter: use a word without dots")
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put it in the place of the module at this path, under every name that the model has for that one."""
     old = model.get_submodule(path)
     places = [(parent, child) for parent in model.modules() for child, other in parent._modules.items() if other is old]
@@ -250,7 +247,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             del layer.adapters[name]
         if not layer.adapters:
-            _replace(model, path, layer.base_layer)
+            replace_module(model, path, layer.base_layer)
     if not any(layer.adapters for layer in layers.values()):
         forget_checkpointing(model)
 
@@ -281,70 +278,6 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-# --- merge and take off ----------------------------------------------------------------------------------------------
-
-
-def merge(model: nn.Module, safe: bool = True) -> None:
-    """Fold the active adapters into the weights, each layer W + Σ s·BA; NF4 layers become dense, never 4-bit again.
-
-    The layers as they were are kept for `unmerge`.
-
-    Args:
-        model: a model with adapters, changed in place.
-        safe: look whether each merged weight is finite; False saves the time.
-
-    Raises:
-        InputError: naming the layer, where the sum is not finite or the layer cannot be merged, and where the model has
-            adapters and none of them is active. The model is then unmerged, as it was.
-    """
-    layers = adapted_layers(model)
-    if layers and not any(layer.active for layer in layers.values()):
-        raise InputError(f"no adapter is active, to be merged: set_adapter chooses among {adapter_names(model)}")
-    try:
-        for path, layer in with_progress(layers.items(), len(layers), "Merging", "layers"):
-            layer.merge(path, safe)
-    except BaseException:
-        unmerge(model)
-        raise
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every layer is what it was, bit for bit.
-
-    Args:
-        model: a model, merged or not.
-    """
-    for layer in adapted_layers(model).values():
-        layer.unmerge()
-
-
-def unload(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Take all adapters off, in place, and return the model with plain layers: the original ones, or the merged ones.
-
-    The parameters stay frozen. A tied pair whose merged weights differ is untied in the model's `config` too.
-
-    Args:
-        model: a model with adapters.
-        merge: fold the active adapters into the weights first.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        InputError: as `merge` does.
-    """
-    (_merge if merge else unmerge)(model)
-    for path, layer in adapted_layers(model).items():
-        _replace(model, path, layer.base_layer)
-    forget_checkpointing(model)
-    if merge:
-        settle_ties(model)
-    return model
-
-
-_merge = merge  # under a name that unload's argument does not hide
-
-
 def refuse_switched_off(model: nn.Module, before: str) -> None:
     """Raise InputError inside `disable_adapters`, which is to be left before what the words say."""
     if not all(layer.enabled for layer in adapted_layers(model).values()):
@@ -354,95 +287,3 @@ def refuse_switched_off(model: nn.Module, before: str) -> None:
 def refuse_merged(model: nn.Module) -> None:
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise InputError("the adapters are merged into the weights: call unmerge(model) first")
-
-
-# --- parameters ------------------------------------------------------------------------------------------------------
-
-
-def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """The adapter's parameters by `<path of the layer>.lora_A` and so on; one that a tied pair shares is named once."""
-    found: dict[nn.Parameter, str] = {}
-    for path, adapter in adapters_named(model, name).items():
-        for key, parameter in adapter.named_parameters():
-            found.setdefault(parameter, f"{path}.{key}")
-    return {path: parameter for parameter, path in found.items()}
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that requires a gradient, by path, in the model's order.
-
-    Args:
-        model: any nn.Module.
-
-    Returns:
-        The parameters, for an optimizer; one that is shared is there once.
-    """
-    return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """How many numbers train, of how many in all; as text "4.9M of 139M, 3.5%"."""
-
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        return f"{_short(self.trainable)} of {_short(self.total)}, {self.trainable / max(self.total, 1):.1%}"
-
-
-def _short(count: int) -> str:
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= 0.9995 * unit:  # what three digits round up to the unit
-            return f"{count / unit:.3g}{letter}"
-    return str(count)
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count the parameters, tied ones once; an NF4 weight counts as the in·out numbers it stands for."""
-    parameters = list(model.parameters())
-    in_nf4 = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
-    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return ParameterCount(trainable, sum(parameter.numel() for parameter in parameters) + in_nf4)
-
-
-# --- in a training loop ----------------------------------------------------------------------------------------------
-
-
-def regularization(model: nn.Module) -> Tensor | float:
-    """What the acting adapters add to the loss, such as AdaLoRA's term for orthogonal factors.
-
-    Args:
-        model: a model with adapters.
-
-    Returns:
-        The term, a scalar; 0.0 where no adapter adds any.
-
-    Example:
-        (loss + regularization(model)).backward()
-    """
-    layers = adapted_layers(model).values()
-    return summed_regularization(adapter for layer in layers for adapter in layer.acting_adapters())
-
-
-def summed_regularization(adapters: Iterable[Adapter]) -> Tensor | float:
-    """The same of adapters that have been collected: to go through a model's modules takes a millisecond."""
-    terms = [adapter.regularization() for adapter in adapters]
-    return sum((term for term in terms if term is not None), start=0.0)
-
-
-def after_step(model: nn.Module, step: int) -> None:
-    """What the active adapters do after an optimizer step: AdaLoRA brings its ranks to the budget.
-
-    Call it between optimizer.step() and optimizer.zero_grad(): it needs the gradients.
-
-    Args:
-        model: a model with adapters.
-        step: the number of the step, from 1.
-
-    Raises:
-        InputError: where the gradients are gone already, or an earlier step was left out.
-    """
-    for name in dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.active):
-        adapters = adapters_named(model, name)
-        adapter_class(next(iter(adapters.values())).config).after_step(adapters, step)

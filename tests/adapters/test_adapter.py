@@ -9,22 +9,14 @@ import torch
 from helpers.layers import FLOAT32, layers
 from torch import Tensor, nn
 
-from minilora.adapters import (
-    Adapter,
-    AdapterConfig,
-    Below,
-    LoRA,
-    LoRAConfig,
-    adapter_class,
-    add_adapter,
-    config_class,
-    disable_adapters,
-    merge,
-    register,
-    unmerge,
-)
 from minilora.adapters import adapter as registry
+from minilora.adapters import merge
 from minilora.adapters.adapted_module import adapted
+from minilora.adapters.adapter import Adapter, AdapterConfig, Below, adapter_class, config_class, register
+from minilora.adapters.attach import add_adapter, disable_adapters
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import unmerge
 from minilora.errors import InputError
 from minilora.variants.dora import DoRA
 

@@ -12,27 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora.adapters import (
-    LoRA,
-    LoRAConfig,
-    LoRALinear,
-    adapted_layers,
-    adapter_names,
-    adapter_parameters,
-    add_adapter,
-    delete_adapter,
-    disable_adapters,
-    find_targets,
-    merge,
-    set_adapter,
-    trainable_parameters,
-    unload,
-    unmerge,
-)
-from minilora.adapters.attach import ParameterCount, count_parameters
+from minilora.adapters import merge
+from minilora.adapters.attach import adapter_names, add_adapter, delete_adapter, disable_adapters, set_adapter
+from minilora.adapters.for_training import ParameterCount, adapter_parameters, count_parameters, trainable_parameters
+from minilora.adapters.layer import LoRALinear
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import unload, unmerge
+from minilora.adapters.targets import adapted_layers, find_targets
 from minilora.errors import InputError
-from minilora.models import ModelConfig, Transformer
-from minilora.nf4 import NF4Linear
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4.linear import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(did not match|no modules were excluded)")  # PEFT's
 

@@ -10,21 +10,16 @@ from helpers.adapters import ALL, logits, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapter_names,
-    adapter_parameters,
-    adapters_named,
-    add_adapter,
-    combine_adapters,
-    merge,
-    set_adapter,
-)
-from minilora.adapters.combine import METHODS, drop_at_random, keep_largest, mean_of_majority
+from minilora.adapters import merge
+from minilora.adapters.attach import adapter_names, adapters_named, add_adapter, set_adapter
+from minilora.adapters.combine import METHODS, combine_adapters, drop_at_random, keep_largest, mean_of_majority
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
-from minilora.variants import IA3Config, LoHaConfig
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
 
 SAME_RANK: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},

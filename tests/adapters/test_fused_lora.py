@@ -14,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minilora.adapters import LoRA, LoRAConfig, LoRALinear
 from minilora.adapters.fused_lora import LoRAProduct, fused_lora
+from minilora.adapters.layer import LoRALinear
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.models.shared_input import project
-from minilora.nf4 import NF4Linear, linear, quantize
+from minilora.nf4 import linear
+from minilora.nf4.codec import quantize
+from minilora.nf4.linear import NF4Linear
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 

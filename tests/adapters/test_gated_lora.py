@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.gated_lora import gated_lora
 from minilora.models.shared_input import project_swiglu
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 
 IN, OUT, TOKENS, R = 48, 40, 20, 8
 

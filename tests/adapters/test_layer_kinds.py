@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minilora.adapters import kind_of
-from minilora.nf4 import linear_onto
+from minilora.adapters.layer_kinds import kind_of
+from minilora.nf4.linear import linear_onto
 
 
 @st.composite

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minilora.adapters import LoRA, LoRAConfig, LoRALinear
+from minilora.adapters.layer import LoRALinear
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 
 peft = pytest.importorskip("peft")
 

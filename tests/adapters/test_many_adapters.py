@@ -9,20 +9,14 @@ from helpers.adapters import ALL, FLOAT32, logits, peft_with_adapters, tiny_llam
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapted_layers,
-    adapter_names,
-    adapters_for_rows,
-    add_adapter,
-    delete_adapter,
-    disable_adapters,
-    merge,
-    set_adapter,
-    trainable_parameters,
-)
+from minilora.adapters import merge
+from minilora.adapters.attach import adapter_names, add_adapter, delete_adapter, disable_adapters, set_adapter
+from minilora.adapters.for_training import trainable_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.mixed_batch import adapters_for_rows
+from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},

@@ -25,22 +25,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, Phi3Config
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapter_parameters,
-    adapters_for_rows,
-    add_adapter,
-    disable_adapters,
-    merge,
-    set_adapter,
-    trainable_parameters,
-)
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
+from minilora.adapters.for_training import adapter_parameters, trainable_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.evaluation import evaluate, generate, generate_tokens
-from minilora.models import ModelConfig, Transformer
-from minilora.nf4 import NF4Linear, linear
-from minilora.training import TrainConfig, train
-from minilora.variants import IA3Config, LoHaConfig
+from minilora.evaluation import evaluate, generate
+from minilora.evaluation.generate import generate_tokens
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4 import linear
+from minilora.nf4.linear import NF4Linear
+from minilora.training import train
+from minilora.training.config import TrainConfig
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fr": {"r": 4, "lora_alpha": 8, "target_modules": ALL},

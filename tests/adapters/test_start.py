@@ -15,12 +15,18 @@ from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from minilora.adapters import LoRAConfig, adapters_named, add_adapter, merge, trainable_parameters
+from minilora.adapters import merge
+from minilora.adapters.attach import adapters_named, add_adapter
+from minilora.adapters.for_training import trainable_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
-from minilora.training import TrainConfig, language_model_loss, train
-from minilora.variants import IA3Config, lora_ga
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
+from minilora.training import train
+from minilora.training.config import TrainConfig
+from minilora.training.loss import language_model_loss
+from minilora.variants import lora_ga
+from minilora.variants.ia3 import IA3Config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern"),  # PEFT's

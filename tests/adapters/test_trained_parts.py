@@ -16,26 +16,25 @@ from helpers.training import LLAMA, quantized, random_rows, run, trained
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapter_names,
-    adapter_parameters,
-    adapters_for_rows,
-    add_adapter,
-    after_step,
-    disable_adapters,
-    merge,
-    set_adapter,
-    trainable_parameters,
-    unload,
-    unmerge,
-)
+from minilora.adapters import merge
+from minilora.adapters.attach import adapter_names, add_adapter, disable_adapters, set_adapter
+from minilora.adapters.for_training import adapter_parameters, after_step, trainable_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import unload, unmerge
+from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.errors import InputError
-from minilora.formats import load, load_adapter, save_adapter, save_pretrained
-from minilora.merging import merge_report, merge_to_nf4
-from minilora.models import ModelConfig, Transformer
-from minilora.nf4 import NF4Linear
-from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig
+from minilora.formats import load, save_pretrained
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.merging.into_nf4 import merge_to_nf4
+from minilora.merging.report import merge_report
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.adalora import AdaLoRAConfig
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"

@@ -33,18 +33,14 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapter_parameters,
-    add_adapter,
-    disable_adapters,
-    find_targets,
-    merge,
-    unload,
-    unmerge,
-)
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter, disable_adapters
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import unload, unmerge
+from minilora.adapters.targets import find_targets
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
+from minilora.formats.peft import load_adapter, save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out|ensure_weight_tying|missing keys|config file)"

@@ -11,11 +11,11 @@ import torch
 from helpers.training import PADDING, tiny_base, trained
 
 import minilora as ml
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.app import cli
 from minilora.errors import InputError
 from minilora.nf4.linear import NF4Linear
-from minilora.training.train import DivergedError
+from minilora.training.result import DivergedError
 
 
 def run(capsys, *argv):

@@ -5,7 +5,7 @@ import torch
 from helpers.training import random_rows, tiny_base
 
 from minilora.adapters.attach import adapter_names
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.app import demo_estimate
 from minilora.app.demo_estimate import NEW_TOKENS, Speeds, Work, in_words, measured_speeds
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.examples import encode_rows
 from minilora.data.rows import Row, as_rows, load_rows
 from minilora.errors import InputError

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.evaluation.generate import encode_prompt, generate, generate_tokens, stream
 from minilora.evaluation.sampling import Sampling

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minilora.adapters.adapter import config_class
-from minilora.adapters.attach import adapter_names, adapter_parameters, add_adapter, set_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import adapter_names, add_adapter, set_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.formats import peft as peft_format
 from minilora.formats.peft import load_adapter, save_adapter

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from minilora.adapters.attach import add_adapter, disable_adapters, merge, set_adapter, unmerge
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import merge, unmerge
 from minilora.errors import InputError
 from minilora.evaluation.generate import generate
 from minilora.formats.load import load

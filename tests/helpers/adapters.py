@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minilora.adapters import LoRAConfig, adapter_parameters, add_adapter
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 
 SHAPE = {
     "vocab_size": 64,

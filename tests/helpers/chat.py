@@ -10,7 +10,8 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from minilora.text import Tokenizer, save_tokenizer
+from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer_files import save_tokenizer
 
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),

@@ -7,9 +7,10 @@ from helpers.models import CONFIGS, SHAPE, our_model, transformers_model
 from torch import nn
 from transformers import LlamaConfig
 
-from minilora.adapters import LoRAConfig, add_adapter
-from minilora.models import Transformer
-from minilora.nf4 import NF4Linear
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4.linear import NF4Linear
 
 VOCABULARY = 320  # tiny() has 307 tokens
 WIDE = {**SHAPE, "vocab_size": VOCABULARY, "intermediate_size": 128}  # rows of whole blocks of 32

@@ -14,7 +14,7 @@ pytest.importorskip("triton", "3.6", reason="needs triton: pip install minilora[
 from minilora.kernels.codes import INTERPRETED
 
 from minilora import nf4
-from minilora.nf4 import QuantizedTensor
+from minilora.nf4.codec import QuantizedTensor
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

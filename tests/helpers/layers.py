@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRA, LoRAConfig, LoRALinear
-from minilora.nf4 import NF4Linear
+from minilora.adapters.layer import LoRALinear
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.nf4.linear import NF4Linear
 
 # float32 sums of a few dozen products, in the layer's order and in that of another routine
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}

@@ -10,9 +10,13 @@ import torch
 from helpers.adapters import IDS, tiny_llama
 from torch import Tensor, nn
 
-from minilora.adapters import AdapterConfig, adapters_named, add_adapter, kind_of, merge, unmerge
+from minilora.adapters import merge
+from minilora.adapters.adapter import AdapterConfig
+from minilora.adapters.attach import adapters_named, add_adapter
+from minilora.adapters.layer_kinds import kind_of
+from minilora.adapters.merge import unmerge
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
+from minilora.formats.peft import load_adapter, save_adapter
 
 FLOAT32 = 1e-5  # of the largest number: two layers of sums over dozens of terms, in another order than PEFT's
 FLOAT64 = 1e-9  # the same in float64, where 10 steps of AdamW have divided small gradients by their own size

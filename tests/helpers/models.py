@@ -29,7 +29,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from minilora.models import ModelConfig, Transformer
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import adapted_layers, adapters_named, merge
-from minilora.nf4 import NF4Linear
+from minilora.adapters import merge
+from minilora.adapters.attach import adapters_named
+from minilora.adapters.targets import adapted_layers
+from minilora.nf4.linear import NF4Linear
 
 Tensors = dict[str, Tensor]
 DTYPES = {"float32": torch.float32, "NF4": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 
 
 @dataclass(frozen=True)

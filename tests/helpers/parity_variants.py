@@ -16,7 +16,9 @@ from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from minilora.adapters import add_adapter, config_class, trainable_parameters
+from minilora.adapters.adapter import config_class
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import trainable_parameters
 from minilora.training.lora_fa import LoRAFA as OurLoRAFA
 from minilora.training.lora_plus import parameter_groups
 from minilora.variants import eva, lora_ga

@@ -10,8 +10,10 @@ from helpers.adapters import FLOAT32, IDS, logits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from minilora.adapters import LoRAConfig, adapter_parameters, adapters_named, add_adapter, disable_adapters
-from minilora.formats import load_adapter, save_adapter
+from minilora.adapters.attach import adapters_named, add_adapter, disable_adapters
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.formats.peft import load_adapter, save_adapter
 
 
 def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:

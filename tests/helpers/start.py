@@ -13,9 +13,14 @@ from helpers.layers import rel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRA, LoRAConfig, adapted_layers, adapter_parameters, add_adapter, kind_of
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.layer_kinds import kind_of
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 
 IN, OUT, R, ALPHA = 24, 20, 4, 6
 KINDS = ["linear", "conv1d", "nf4"]

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.adapters import LoRAConfig, add_adapter
-from minilora.data import Example
-from minilora.models import ModelConfig, Transformer
-from minilora.nf4 import NF4Linear
-from minilora.training import TrainConfig, TrainResult, train
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.data.examples import Example
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.nf4.linear import NF4Linear
+from minilora.training import train
+from minilora.training.config import TrainConfig
 from minilora.training.log import read_log
+from minilora.training.result import TrainResult
 
 VOCABULARY = 64
 PADDING = SimpleNamespace(pad_token_id=0)  # all that `train` asks a tokenizer when the rows are Examples

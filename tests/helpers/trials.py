@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from minilora.nf4 import Kind
-from minilora.nf4.kernel_device import GPU, Contest, Shape
+from minilora.nf4.kernel_device import GPU, Contest, Kind, Shape
 
 Cost = Callable[[Kind, Shape, int], tuple[float, float]]  # seconds of the kernel and of PyTorch's way
 

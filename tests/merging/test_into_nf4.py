@@ -14,9 +14,10 @@ from helpers.models import SHAPE as MODEL_SHAPE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from minilora.adapters.attach import adapter_names, add_adapter, merge, set_adapter, unload, unmerge
+from minilora.adapters.attach import adapter_names, add_adapter, set_adapter
 from minilora.adapters.layer import AdaptedLayer
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import merge, unload, unmerge
 from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
 from minilora.formats.load import load

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from minilora.adapters.attach import add_adapter, merge
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import merge
 from minilora.errors import InputError
 from minilora.merging.report import ERASED, MergeReport, compare_changes, merge_report, read_back
 from minilora.nf4.linear import NF4Linear

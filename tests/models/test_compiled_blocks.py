@@ -8,7 +8,7 @@ from helpers.training import random_rows
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.batches import collate, pack
 from minilora.models.transformer import Transformer
 from minilora.training.loss import summed_loss

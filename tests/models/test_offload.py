@@ -9,7 +9,7 @@ from helpers.training import LLAMA, random_rows, run, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.batches import collate
 from minilora.errors import InputError
 from minilora.models.config import ModelConfig

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from minilora.adapters.attach import add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.data.batches import batches, collate, pack
 from minilora.data.examples import Example
 from minilora.models import packed_sequences

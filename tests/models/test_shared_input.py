@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minilora.adapters import fused_lora, gated_lora
 from minilora.adapters import layer as adapted_layer
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.models.config import ModelConfig
 from minilora.models.shared_input import project, project_swiglu

@@ -14,13 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minilora.testing
-from minilora.adapters import AdapterConfig, EmbeddingKind, LoRA, LoRAConfig, add_adapter
 from minilora.adapters import adapter as registry
+from minilora.adapters.adapter import AdapterConfig
+from minilora.adapters.attach import add_adapter
 from minilora.adapters.initialization import initializations
+from minilora.adapters.layer_kinds import EmbeddingKind
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
-from minilora.testing import CHECKS, Add, Check, arithmetic, life
-from minilora.variants import AdaLoRAConfig, IA3Config, LoHaConfig, LoKrConfig, VeRAConfig, eva, lora_ga
+from minilora.nf4.linear import NF4Linear
+from minilora.testing import Add, arithmetic, life
+from minilora.testing.trial import CHECKS, Check
+from minilora.variants import eva, lora_ga
+from minilora.variants.adalora import AdaLoRAConfig
+from minilora.variants.ia3 import IA3Config
+from minilora.variants.loha import LoHaConfig
+from minilora.variants.lokr import LoKrConfig
+from minilora.variants.vera import VeRAConfig
 
 # --- every variant passes every check --------------------------------------------------------------------------------
 

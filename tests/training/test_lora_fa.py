@@ -9,8 +9,10 @@ from helpers.adapters import IDS, peft_model, peft_parameters, randomize, tiny_l
 from helpers.training import random_rows, run, tiny_model, trained
 from torch import nn
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.lora import LoRA, LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.training.lora_fa import LoRAFA, projected
 

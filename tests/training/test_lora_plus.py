@@ -10,8 +10,9 @@ from helpers.training import random_rows, run, tiny_model, trained
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.training.config import TrainConfig
 from minilora.training.lora_plus import parameter_groups

@@ -7,8 +7,9 @@ from helpers.training import LLAMA, VOCABULARY, random_rows, tiny_base, tiny_mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.adapters.attach import adapter_parameters, add_adapter, disable_adapters
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter, disable_adapters
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.data.batches import collate, pack
 from minilora.data.examples import Example

@@ -13,7 +13,7 @@ from minilora.errors import InputError
 from minilora.nf4.linear import NF4Linear
 from minilora.training.checkpoint import GROWTH_INTERVAL, Progress
 from minilora.training.loss_scale import FIRST_SCALE, needs_loss_scale
-from minilora.training.train import DivergedError
+from minilora.training.result import DivergedError
 
 TRAINING = import_module("minilora.training.train")  # the name minilora.train is the function's
 ROWS = random_rows(16)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.training import random_rows, run, timeless_log, tiny_model, trained
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
 from minilora.training.config import TrainConfig
 from minilora.training.optimizer import make_optimizer, optimizer_state, restore_optimizer

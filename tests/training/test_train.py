@@ -24,8 +24,9 @@ from helpers.training import (
 )
 
 from minilora import variants
-from minilora.adapters.attach import adapter_names, add_adapter, disable_adapters, merge
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import adapter_names, add_adapter, disable_adapters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import merge
 from minilora.data.batches import batches, collate, pack
 from minilora.data.examples import Example
 from minilora.data.rows import load_rows
@@ -37,7 +38,8 @@ from minilora.training.config import TrainConfig
 from minilora.training.interrupt import TrainingInterrupted
 from minilora.training.log import read_log
 from minilora.training.loss import held_out_loss, language_model_loss
-from minilora.training.train import DivergedError, train
+from minilora.training.result import DivergedError
+from minilora.training.train import train
 
 
 def losses(result):

@@ -20,8 +20,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from minilora.adapters.attach import adapter_parameters, add_adapter
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.mixed_batch import adapters_for_rows
 from minilora.data.batches import collate
 from minilora.training import loss as loss_module

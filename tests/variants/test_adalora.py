@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRAConfig, add_adapter, after_step, regularization
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import after_step, regularization
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
-from minilora.variants import AdaLoRAConfig
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.adalora import AdaLoRAConfig
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 12}

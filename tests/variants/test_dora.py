@@ -11,9 +11,12 @@ from helpers.adapters import logits, tiny_llama
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRAConfig, adapter_parameters, add_adapter, merge
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
 
 # float32: sums of at most 64 products in another order, a norm over as many, and their quotient
 FLOAT32 = {"rtol": 2e-5, "atol": 1e-5}

@@ -13,21 +13,15 @@ from helpers.training import tiny_base
 from peft import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
-from minilora.adapters import (
-    LoRAConfig,
-    adapted_layers,
-    adapter_names,
-    adapter_parameters,
-    adapters_named,
-    add_adapter,
-    merge,
-    set_adapter,
-    trainable_parameters,
-)
-from minilora.data import Batch
+from minilora.adapters import merge
+from minilora.adapters.attach import adapter_names, adapters_named, add_adapter, set_adapter
+from minilora.adapters.for_training import adapter_parameters, trainable_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.targets import adapted_layers
+from minilora.data.batches import Batch
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.training import language_model_loss
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.training.loss import language_model_loss
 from minilora.variants import eva
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization used")  # PEFT's

@@ -11,11 +11,13 @@ from helpers.methods import Method, assert_near, output, randomize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRAConfig, add_adapter, merge, set_adapter
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter, set_adapter
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
-from minilora.variants import IA3Config
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.ia3 import IA3Config
 
 TARGETS = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 IA3 = Method(IA3Config, peft.IA3Config)

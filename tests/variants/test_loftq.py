@@ -11,10 +11,15 @@ from helpers.start import IN, OUT, R, Start, adapter, assert_trains_as, base, re
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import LoRAConfig, add_adapter, disable_adapters, kind_of, merge, unload, unmerge
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter, disable_adapters
+from minilora.adapters.layer_kinds import kind_of
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.merge import unload, unmerge
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear, dequantize, quantize
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.codec import dequantize, quantize
+from minilora.nf4.linear import NF4Linear
 
 LOFTQ = Start("loftq")
 

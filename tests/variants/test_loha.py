@@ -13,11 +13,12 @@ from peft.tuners.loha.layer import HadaWeightCP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import adapters_named, add_adapter, merge, set_adapter
+from minilora.adapters import merge
+from minilora.adapters.attach import adapters_named, add_adapter, set_adapter
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
-from minilora.variants import LoHaConfig, LoKrConfig
-from minilora.variants.loha import LoHa
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.loha import LoHa, LoHaConfig
+from minilora.variants.lokr import LoKrConfig
 
 LOHA, LOKR = Method(LoHaConfig, peft.LoHaConfig), Method(LoKrConfig, peft.LoKrConfig)
 both_methods = pytest.mark.parametrize("method", [LOHA, LOKR], ids=["LoHa", "LoKr"])

@@ -13,8 +13,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 from minilora.errors import InputError
-from minilora.variants import LoKrConfig
-from minilora.variants.lokr import factors
+from minilora.variants.lokr import LoKrConfig, factors
 
 LOKR = Method(LoKrConfig, peft.LoKrConfig)
 

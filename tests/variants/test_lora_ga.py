@@ -13,9 +13,13 @@ from peft import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from minilora.adapters import LoRAConfig, adapted_layers, adapter_parameters, add_adapter, disable_adapters, merge
+from minilora.adapters import merge
+from minilora.adapters.attach import add_adapter, disable_adapters
+from minilora.adapters.for_training import adapter_parameters
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.targets import adapted_layers
 from minilora.errors import InputError
-from minilora.training import language_model_loss
+from minilora.training.loss import language_model_loss
 from minilora.variants import lora_ga
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's

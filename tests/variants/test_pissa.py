@@ -8,9 +8,10 @@ import torch
 from helpers.start import ALPHA, IN, KINDS, OUT, R, Start, adapter, assert_trains_as, base, rel, seeded, train
 from torch import nn
 
-from minilora.adapters import LoRAConfig, add_adapter, disable_adapters, set_adapter
+from minilora.adapters.attach import add_adapter, disable_adapters, set_adapter
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.errors import InputError
-from minilora.nf4 import NF4Linear
+from minilora.nf4.linear import NF4Linear
 from minilora.torch_helpers import randomized_svd
 
 PISSA = Start("pissa")

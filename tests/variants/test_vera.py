@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from minilora.adapters import adapters_named, add_adapter
+from minilora.adapters.attach import adapters_named, add_adapter
 from minilora.errors import InputError
-from minilora.formats import load_adapter, save_adapter
-from minilora.nf4 import NF4Linear
-from minilora.variants import VeRAConfig
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.nf4.linear import NF4Linear
+from minilora.variants.vera import VeRAConfig
 
 TARGETS = ["q_proj", "v_proj", "down_proj", "up_proj"]  # (32, 32), (16, 32), (32, 48) and (48, 32)
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")  # PEFT, of save_projection=False

@@ -14,7 +14,7 @@ from helpers.models import CONFIGS, our_model, relative_error, transformers_mode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from minilora import TrainConfig, add_adapter, disable_adapters, generate, load, save_gguf, train
-from minilora.adapters.lora import LoRAConfig
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.merged_weights import dense_tensors, layers_with_weights
 from minilora.errors import InputError
 from minilora.formats.gguf.file import GGUFFile

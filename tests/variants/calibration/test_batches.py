@@ -7,13 +7,16 @@ import torch
 from helpers.adapters import IDS, tiny_llama
 from torch import Tensor, nn
 
-from minilora.adapters import LoRA, LoRAConfig, add_adapter
-from minilora.data import Batch
+from minilora.adapters.attach import add_adapter
+from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
+from minilora.data.batches import Batch
 from minilora.errors import InputError
-from minilora.models import ModelConfig, Transformer
-from minilora.training import language_model_loss
-from minilora.variants import IA3Config
-from minilora.variants.calibration import as_list, loras_to_start
+from minilora.models.config import ModelConfig
+from minilora.models.transformer import Transformer
+from minilora.training.loss import language_model_loss
+from minilora.variants.calibration.batches import as_list, loras_to_start
+from minilora.variants.ia3 import IA3Config
 
 MASK = torch.ones_like(IDS).index_fill(1, torch.arange(9, 12), 0)
 LABELS = IDS.masked_fill(MASK == 0, -100)

@@ -5,7 +5,7 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA as PeftPCA
 from torch import Tensor
 
-from minilora.variants.calibration import IncrementalPCA
+from minilora.variants.calibration.incremental_pca import IncrementalPCA
 
 
 def batches(n: int = 5, rows: int = 40, features: int = 24) -> list[Tensor]:
