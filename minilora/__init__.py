@@ -24,7 +24,7 @@ from minilora.adapters import (
 from minilora.data import load_rows, show_example
 from minilora.errors import InputError
 from minilora.evaluation import compare, evaluate, general_ability, generate
-from minilora.formats import load, load_adapter, save_adapter, save_pretrained
+from minilora.formats import load, load_adapter, save_adapter, save_pretrained, swap_adapter
 from minilora.merging import merge_report, merge_to_lora, merge_to_nf4
 from minilora.nf4 import NF4Linear
 from minilora.training import TrainConfig, language_model_loss, train
@@ -70,6 +70,7 @@ __all__ = [
     "load_rows",
     "show_example",
     "load_adapter",
+    "swap_adapter",
     "save_adapter",
     "save_pretrained",
     "save_gguf",

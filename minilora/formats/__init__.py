@@ -8,7 +8,7 @@ that is written is written whole or not at all: atomic.py.
 from minilora.formats.atomic import atomic_files
 from minilora.formats.fetch import BFCL, model_file, wheel_file
 from minilora.formats.load import load, locate, usable
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.formats.peft import load_adapter, save_adapter, swap_adapter
 from minilora.formats.safetensors import read_config
 from minilora.formats.save_pretrained import save_pretrained, saved_dtype
 
@@ -23,6 +23,7 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "saved_dtype",
+    "swap_adapter",
     "usable",
     "wheel_file",
 ]

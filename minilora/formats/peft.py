@@ -46,6 +46,7 @@ from minilora.adapters import (
     modules_before_adapters,
     name_of,
     not_derivable,
+    refuse_merged,
     tied_head,
 )
 from minilora.errors import InputError
@@ -131,6 +132,59 @@ def load_adapter(
             file, naming the file and the option or key in it. The model is then unchanged.
     """
     model = _without_wrappers(model)
+    adapters = _read_adapters(model, folder, key_mapping)
+    attach(model, adapters, name)
+    if not is_trainable:
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
+
+
+@torch.no_grad()
+def swap_adapter(
+    model: nn.Module, folder: str | Path, name: str = "default", *, key_mapping: Mapping[str, str] | None = None
+) -> None:
+    """Put the numbers of an adapter in a folder into the place of those of an adapter on the model.
+
+    They go into the same memory, so that a compiled model and a CUDA graph go on with them: a compiled one is compiled
+    again where the scaling is another. What trains, what is active, and lora_dropout stay.
+
+    Args:
+        model: A model with the adapter.
+        folder: As in `load_adapter`; its adapter must be of the same method, on the same layers and of the same ranks.
+        name: The adapter on the model.
+        key_mapping: As in `load_adapter`.
+
+    Raises:
+        InputError: as `load_adapter` does, for a merged model, and where the two adapters are not alike, naming the
+            layer. The adapter is then what it was.
+    """
+    model = _without_wrappers(model)
+    refuse_merged(model)
+    here, there = adapters_named(model, name), _read_adapters(model, folder, key_mapping)
+    if here.keys() != there.keys():
+        raise InputError(
+            f"{folder} is on other layers than {name!r}: {_some(here.keys() ^ there.keys())}; load it anew"
+        )
+    for path, new in there.items():
+        shapes = [{key: tensor.shape for key, tensor in _tensors_of(each).items()} for each in (here[path], new)]
+        if type(here[path]) is not type(new) or shapes[0] != shapes[1]:
+            raise InputError(f"{folder} has another adapter on {path} than {name!r}, in method or rank: load it anew")
+    for path, new in there.items():
+        old = here[path]
+        for key, tensor in _tensors_of(new).items():
+            _tensors_of(old)[key].copy_(tensor)
+        old.config = new.config
+        for number in ("lora_alpha", "scaling"):
+            if hasattr(new, number):
+                setattr(old, number, getattr(new, number))
+
+
+def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    return {**dict(adapter.named_parameters()), **dict(adapter.named_buffers()), **adapter.shared_tensors()}
+
+
+def _read_adapters(model: nn.Module, folder: str | Path, key_mapping: Mapping[str, str] | None) -> dict[str, Adapter]:
+    """The adapters of a folder by the path of their layer, not on the model."""
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     config = _read_config(config_path)
     tensors = _read_tensors(weights_path)
@@ -152,10 +206,7 @@ def load_adapter(
     for adapter in adapters.values():
         if isinstance(adapter, LoRA):
             adapter.awaits_data = False  # what its initialization would have found is in the file
-    attach(model, adapters, name)
-    if not is_trainable:
-        for adapter in adapters.values():
-            adapter.requires_grad_(False)
+    return adapters
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:

@@ -738,3 +738,59 @@ def test_an_adapter_that_is_not_merged_is_deleted_while_another_is() -> None:
     ml.unmerge(model)
     ml.delete_adapter(model, "a")
     assert type(model[0]) is nn.Linear
+
+
+def of_seed(seed: int, **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    torch.manual_seed(seed)
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"], "init_lora_weights": False} | config
+    ml.add_adapter(model, ml.LoRAConfig(**values))
+    return model
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_alpha": 20}], ids=str
+)
+def test_a_swapped_adapter_computes_as_the_other_in_the_same_memory(config: dict[str, Any], tmp_path: Path) -> None:
+    other = of_seed(2, **config)
+    with torch.no_grad():
+        for parameter in ml.trainable_parameters(other).values():
+            parameter.add_(0.1)
+    ml.save_adapter(other, tmp_path)
+    model = of_seed(1, **{**config, "lora_alpha": 8})
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 16)
+    before = compiled(x)
+    memory = [parameter.data_ptr() for parameter in model.parameters()]
+    ml.swap_adapter(compiled, tmp_path)
+    torch.testing.assert_close(compiled(x), other(x))
+    assert not torch.allclose(compiled(x), before)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == memory
+
+
+def test_what_all_layers_share_is_swapped_too(tmp_path: Path) -> None:
+    models = [nn.Sequential(nn.Linear(16, 16)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for seed, model in enumerate(models):
+        ml.add_adapter(model, ml.VeRAConfig(r=4, target_modules=["0"], projection_prng_key=seed, d_initial=0.5))
+        with torch.no_grad():
+            for parameter in ml.trainable_parameters(model).values():
+                parameter.add_(1.0 + seed)
+    ml.save_adapter(models[1], tmp_path)
+    ml.swap_adapter(models[0], tmp_path)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(models[0](x), models[1](x))
+
+
+def test_adapters_that_are_not_alike_are_not_swapped(tmp_path: Path) -> None:
+    model, x = of_seed(1), torch.randn(3, 16)
+    before = model(x)
+    for folder, config, message in (
+        ("rank", {"r": 2}, "another adapter on 0"),
+        ("layers", {"target_modules": ["0"]}, "on other layers than 'default': 2"),
+        ("method", {"use_dora": True}, "another adapter on 0"),
+    ):
+        ml.save_adapter(of_seed(2, **config), tmp_path / folder)
+        with pytest.raises(ml.InputError, match=message):
+            ml.swap_adapter(model, tmp_path / folder)
+    assert torch.equal(model(x), before)
