@@ -1,12 +1,12 @@
 """Rows of other people's data, made into token ids with labels, and into batches.
 
-Read rows.py first (the formats), then examples.py (token ids and labels) and batches.py; answers.py finds the
-assistant's words in a rendered conversation.
+Read rows.py first (the formats), then messages.py (a conversation in one form), examples.py (token ids and labels) and
+batches.py; answers.py finds the assistant's words in a rendered conversation, by the places of its pieces (pieces.py).
 """
 
 from minilora.data.batches import Batch, PackedBatch, batches, collate, pack
-from minilora.data.examples import IGNORE, Example, Skipped, encode_rows, show_example
-from minilora.data.rows import Row, Rows, as_rows, given_rows, load_rows
+from minilora.data.examples import IGNORE, Example, encode_rows, show_example
+from minilora.data.rows import Row, Rows, Skipped, as_rows, given_rows, load_rows, quoted
 
 __all__ = [
     "Batch",
@@ -23,5 +23,6 @@ __all__ = [
     "given_rows",
     "load_rows",
     "pack",
+    "quoted",
     "show_example",
 ]

@@ -3,84 +3,220 @@
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
                                                           ^^^^^^^^^^^^^^^^
 An answer is what the template marks with `{% generation %}`. Without marks it begins where generation would begin,
-and ends with the token that ends a turn. Where that is not certain we refuse: a wrong label mask is silent.
+and ends with the token that ends a turn. Where that is not certain we refuse: a wrong label mask is silent. We refuse
+too where the template leaves out a part of the row, since the model would learn from another row than was given.
 """
 
+import re
 from collections.abc import Sequence
-from itertools import pairwise
+from typing import NamedTuple
 
+from minilora.data.pieces import MARK, NONCE, UNCERTAIN, Place, marked, places
 from minilora.data.rows import Row
 from minilora.errors import InputError
 from minilora.text import Message, Span, Tokenizer
 
-MARKER = "\ue000answer\ue001"  # private-use characters: its ends can match nothing around them by chance
-
-NOT_SHOWN = "the chat template leaves out {}; write it into the messages' content, or use another template"
-UNCERTAIN = (
-    "the chat template changes earlier messages as the conversation goes on, so that its answers cannot be told apart;"
-    " split the conversation, or mark the answers in the template with {% generation %}"
+LEFT_OUT = "the chat template leaves out {}; write it into the content of a message, or use another template"
+EARLIER_THOUGHTS = (
+    "the chat template leaves out the thoughts of earlier answers, as it does when the model is used, so that these"
+    " answers are learned without them (mask_history learns the last answer only)"
 )
+# What a template is made of: tags such as <|im_end|> and [/INST], words, single characters.
+UNIT = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]+\]|\w+|.", re.DOTALL)
 
 
-def render_with_answers(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> tuple[str, list[Span]]:
-    """Render a conversation; return the text and the character spans to be learned, in order.
+class Answers(NamedTuple):
+    """A rendered conversation: `spans` are the characters to learn, in order; `remarks` what one should know of it."""
 
-    Not learned are answers among its first `row.context` messages; `turn_ends` are the texts of tokens that end a turn.
-    Raises InputError where the template refuses the conversation, leaves out an answer or the tools, or changes
-    messages so that the answers cannot be told apart.
+    text: str
+    spans: list[Span]
+    remarks: list[str]
+
+
+def render_with_answers(
+    row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str], mask_history: bool = False
+) -> Answers:
+    """Render a conversation and find its answers.
+
+    Not learned are answers among its first `row.context` messages, those with `weight` 0, and with `mask_history` all
+    but the last; `turn_ends` are the texts of tokens that end a turn. A conversation is rendered a few times, however
+    many turns it has.
+
+    Raises InputError where the template refuses the conversation, leaves out a part of it, or writes it so that the
+    answers cannot be told apart.
     """
-    messages = row.messages or []
-    text, marked = tokenizer.render_chat(messages, tools=row.tools)
-    if row.tools and text == tokenizer.render_chat(messages)[0]:
-        raise InputError(NOT_SHOWN.format("the tools"))
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(marked) >= len(answers):  # `{% generation %}`; a template that marks some answers only is not relied on
-        if row.context == 0:
-            return text, marked
-        before, _ = tokenizer.render_chat(messages[: row.context], tools=row.tools)
-        if text.startswith(before):
-            return text, [(start, end) for start, end in marked if start >= len(before)]
-    spans = [_span(i, text, row, tokenizer, turn_ends) for i in answers if i >= row.context]
-    for start, end in spans:
-        if text[start:end].strip() in ("", *turn_ends):
-            raise InputError(NOT_SHOWN.format("an answer"))
-    if any(start < end for (_, end), (start, _) in pairwise(spans)):
-        raise InputError(UNCERTAIN)
-    return text, spans
+    return _Rendering(row, tokenizer, turn_ends).answers(mask_history)
 
 
-def _span(i: int, text: str, row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> Span:
-    """The characters of answer i, from what the template makes of the messages before it and up to it."""
-    messages = row.messages or []
-    prompt, _ = tokenizer.render_chat(messages[:i], add_generation_prompt=True, tools=row.tools)
-    through = text if i == len(messages) - 1 else tokenizer.render_chat(messages[: i + 1], tools=row.tools)[0]
-    if text.startswith(prompt) and text.startswith(through) and len(prompt) < len(through):
-        # but for the white space that a template writes after the token that ends a turn
-        stripped = through.rstrip()
-        return len(prompt), len(stripped if stripped.endswith(tuple(turn_ends)) else through)
-    # The template writes an earlier answer, or a generation prompt, other than it stands in the whole: Qwen3 drops
-    # the thoughts of earlier answers, for one.
-    start, end = _replaceable(i, text, row, tokenizer)
-    if text.startswith(prompt):
-        start = min(start, len(prompt))
-    turn_end = next((each for each in turn_ends if text.startswith(each, end)), "")
-    return start, end + len(turn_end)
+class _Rendering:
+    def __init__(self, row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> None:
+        self.row, self.tokenizer, self.turn_ends = row, tokenizer, turn_ends
+        self.messages = row.messages or []
+        self.text, self.generation = tokenizer.render_chat(self.messages, tools=row.tools, **row.chat_template_kwargs)
+        self.marked, self.pieces = marked(self.messages)
+        self.places = places(self.text, self.render(self.marked), self.pieces)
+        self.first: dict[int, int] = {}  # each piece's first place
+        for index, place in enumerate(self.places):
+            self.first.setdefault(place.piece, index)
+        self.remarks: dict[str, None] = {}  # in order, each once
+        self.tails: dict[tuple[str, str], str] = {}
 
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        row = self.row
+        return self.tokenizer.render_chat(messages, add_generation_prompt, tools=row.tools, **row.chat_template_kwargs)[
+            0
+        ]
 
-def _replaceable(i: int, text: str, row: Row, tokenizer: Tokenizer) -> Span:
-    """The characters that change when answer i is replaced by something else, and no others."""
-    messages = row.messages or []
-    marker: Message = {"role": "assistant", "content": MARKER}
-    other, _ = tokenizer.render_chat([*messages[:i], marker, *messages[i + 1 :]], tools=row.tools)
-    start = _common_prefix(text, other)
-    end = len(text) - _common_prefix(text[start:][::-1], other[start:][::-1])
-    # Everyone else's words must be on their side of the answer, or the template moved something.
-    for j, message in enumerate(messages):
-        words, side = (message.get("content") or "").strip(), text[:start] if j < i else text[end:]
-        if message["role"] in ("system", "user") and words not in side:
+    def answers(self, mask_history: bool) -> Answers:
+        own = self.own_places()
+        learned = [
+            i
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant" and i >= self.row.context and "weight" not in message
+        ]
+        if mask_history:
+            learned = learned[-1:]
+        self.refuse_what_is_left_out(learned)
+        self.refuse_what_is_moved(learned, own)
+        by_template = [self.in_generation(own[i]) for i in learned]
+        if all(by_template):  # a template that marks some answers only is not relied on
+            spans = [span for spans in by_template for span in spans]
+        else:
+            spans = [(self.begin(i, own[i]), self.end(i, own[i])) for i in learned]
+        return Answers(self.text, spans, list(self.remarks))
+
+    def own_places(self) -> dict[int, tuple[int, int]]:
+        """For each answer the first and the last of its places: numbers in `self.places`."""
+        own: dict[int, tuple[int, int]] = {}
+        for piece, index in sorted(self.first.items(), key=lambda item: item[1]):
+            message, part, _ = self.pieces[piece]
+            if self.messages[message]["role"] == "assistant" and part in ("content", "thoughts", "call"):
+                own[message] = (own[message][0] if message in own else index, index)
+        return own
+
+    # What of the row is not in the text
+
+    def refuse_what_is_left_out(self, learned: list[int]) -> None:
+        tools = self.row.tools
+        if tools and self.text == self.tokenizer.render_chat(self.messages, **self.row.chat_template_kwargs)[0]:
+            raise InputError(LEFT_OUT.format("the tools"))
+        last_answer = max((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), default=-1)
+        shown = {(self.pieces[k].message, self.pieces[k].text) for k in self.first}
+        for k, (i, part, text) in enumerate(self.pieces):
+            if k in self.first or (i, text) in shown:  # the same thoughts may go by two names
+                continue
+            role = self.messages[i]["role"]
+            if part == "thoughts" and role == "assistant":
+                if i == last_answer and i in learned:
+                    raise InputError(LEFT_OUT.format(f"the thoughts of message {i + 1}, the last answer"))
+                self.remarks[EARLIER_THOUGHTS] = None
+            elif part in ("content", "call") and (role != "assistant" or i in learned):
+                what = "" if i not in {self.pieces[k].message for k in self.first} else "a part of "
+                whose = "an answer" if role == "assistant" else f"the {role}'s"
+                what = "a tool call of " if part == "call" else what
+                raise InputError(LEFT_OUT.format(f"{what}message {i + 1}, {whose}"))
+            else:
+                name = f"an earlier answer's {part}" if role == "assistant" and part == "content" else f"{part!r}"
+                self.remarks[f"the chat template does not read {name} of a message"] = None
+
+    def refuse_what_is_moved(self, learned: list[int], own: dict[int, tuple[int, int]]) -> None:
+        """What comes before an answer must stand before it, and what comes after it, after it."""
+        order = [
+            (index, self.pieces[k].message)
+            for k, index in sorted(self.first.items(), key=lambda item: item[1])
+            if self.pieces[k].part in ("content", "thoughts", "call")
+        ]
+        highest = -1
+        before: dict[int, int] = {}  # the highest message before each place
+        for index, message in order:
+            before[index] = highest
+            highest = max(highest, message)
+        lowest = len(self.messages)
+        after: dict[int, int] = {}
+        for index, message in reversed(order):
+            after[index] = lowest
+            lowest = min(lowest, message)
+        for i in learned:
+            if i not in own:
+                raise InputError(LEFT_OUT.format(f"message {i + 1}, an answer"))
+            first, last = own[i]
+            if before[first] >= i or after[last] <= i:
+                raise InputError(UNCERTAIN)
+            if any(self.pieces[p.piece].message != i for p in self.places[first:last] if self.is_first(p)):
+                raise InputError(UNCERTAIN)
+
+    def is_first(self, place: Place) -> bool:
+        return self.places[self.first[place.piece]] == place
+
+    # Where an answer begins and ends
+
+    def in_generation(self, own: tuple[int, int]) -> list[Span]:
+        """What of the template's `{% generation %}` is about this answer."""
+        start, end = self.places[own[0]].start, self.places[own[1]].end
+        return [span for span in self.generation if span[0] < end and span[1] > start]
+
+    def begin(self, i: int, own: tuple[int, int]) -> int:
+        """Where generation would begin: where the text parts from the prompt for answer i."""
+        start = self.places[own[0]].start
+        previous = next((p for p in reversed(self.places[: own[0]]) if self.pieces[p.piece].message != i), None)
+        header_start = 0 if previous is None else previous.end
+        header = self.text[header_start:start]
+        key = (self.messages[i - 1]["role"] if i else "", header)
+        if key not in self.tails:
+            self.tails[key] = self.prompt_after(i, previous)
+        prompt = self.tails[key]
+        same = _common(prompt, header)
+        if same < min(len(prompt), len(header)) and not header[:same].strip():
             raise InputError(UNCERTAIN)
-    return start, end
+        if prompt[same:].strip():
+            self.remarks[
+                f"the chat template ends the prompt with {prompt[same:]!r} when the model is used, and not in the text"
+                " that is learned"
+            ] = None
+        return header_start + same
+
+    def prompt_after(self, i: int, previous: Place | None) -> str:
+        """What the prompt for answer i ends with, after the last piece of text in it."""
+        try:
+            prompt = self.render(self.marked[:i], add_generation_prompt=True)
+        except InputError:
+            if i:
+                raise
+            return ""  # a conversation that begins with an answer: many templates make no prompt of nothing
+        mark = next(iter(reversed(list(MARK.finditer(prompt)))), None)
+        if (mark and int(mark.group(1))) != (previous and previous.piece):
+            raise InputError(UNCERTAIN)
+        return prompt[mark.end() :] if mark else prompt
+
+    def end(self, i: int, own: tuple[int, int]) -> int:
+        """Behind the token that ends the turn; without one, behind what the template writes after the answer."""
+        start = self.places[own[1]].end
+        following = self.places[own[1] + 1].start if own[1] + 1 < len(self.places) else len(self.text)
+        rest = self.text[start:following]
+        if turn_end := next((each for each in self.turn_ends if rest.startswith(each)), None):
+            return start + len(turn_end)
+        key = ("assistant's end", rest)
+        if key not in self.tails:
+            self.tails[key] = rest if i == len(self.messages) - 1 else self.after_answer(i, self.places[own[1]])
+        ending = self.tails[key]
+        ends = [at + len(each) for each in self.turn_ends if (at := rest.find(each)) >= 0]
+        if ends and ending.startswith(rest[: min(ends)]):
+            return start + min(ends)
+        return start + _common(ending, rest)
+
+    def after_answer(self, i: int, last: Place) -> str:
+        """What follows the last piece of answer i where the conversation ends with it."""
+        _, mark, after = self.render(self.marked[: i + 1]).partition(f"{NONCE}{last.piece}z")
+        if not mark:
+            raise InputError(UNCERTAIN)
+        return MARK.split(after)[0]
 
 
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _common(a: str, b: str) -> int:
+    """How much of two texts is the same from the beginning, tags and words taken whole."""
+    same = 0
+    for unit in UNIT.finditer(a):
+        if not b.startswith(unit.group(), same):
+            break
+        same = unit.end()
+    return same

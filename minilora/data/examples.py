@@ -11,13 +11,14 @@ token, and where an answer quotes a special token.
 import os
 import sys
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from minilora.data.answers import render_with_answers
-from minilora.data.rows import Row, as_rows, each
+from minilora.data.rows import Row, Skipped, as_rows, each
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.text import Span, Tokenizer, require_own_tokenizer
@@ -45,48 +46,55 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A row that is not trained on, and why."""
-
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Encoded:
-    """What became of some rows: every one is in `examples` or in `skipped`, in its order."""
+    """What became of some rows: every one is in `examples` or in `skipped`, in its order.
 
-    examples: list[Example]
-    skipped: list[Skipped]
+    `remarks` count the rows of which something is to be known, such as a key that is not used.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | None = None) -> Encoded:
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    *,
+    mask_history: bool = False,
+    skip_bad_rows: bool = False,
+) -> Encoded:
     """Render, tokenize and label rows; those of more than `max_length` tokens are skipped, and say so.
 
-    Every answer is learned, with the token that ends it; a sequence that the chat template leaves without such a
-    token gets EOS. A plain text is learned whole, and a pair's completion where there is no chat template, EOS
-    included and after BOS where the tokenizer wants one. A sequence's first token is never learned: nothing is there
-    to predict it from.
+    Every answer is learned, or with `mask_history` the last of a conversation, with the token that ends it; a sequence
+    that the chat template leaves without such a token gets EOS. A plain text is learned whole, and a pair's completion
+    where there is no chat template, EOS included and after BOS where the tokenizer wants one. A sequence's first token
+    is never learned: nothing is there to predict it from.
 
-    Raises InputError for another library's tokenizer, and where there is no chat template, or it refuses rows or does
-    not show where their answers are: how many, and for the first few where they come from and what is wrong.
+    Raises InputError for another library's tokenizer, and where there is no chat template, or it refuses rows, leaves
+    out a part of them or does not show where their answers are: how many, and for the first few where they come from
+    and what is wrong; with `skip_bad_rows` these are skipped too, unless none is left.
     """
     require_own_tokenizer(tokenizer)
     eos_ids = tokenizer.eos_token_ids
     turn_ends = tuple(tokenizer.decode([id], skip_special_tokens=False) for id in eos_ids)
+    encoded = Encoded()
     rendered = each(
         with_progress(rows, len(rows), "Rendering", "rows"),
         lambda row: row.source,
-        lambda row: _render(row, tokenizer, turn_ends),
+        lambda row: (row, _render(row, tokenizer, turn_ends, mask_history)),
+        encoded.skipped if skip_bad_rows else None,
     )
     encoded_texts = (
         encoding
-        for start in range(0, len(rows), CHUNK)
-        for encoding in tokenizer.encode_batch([row.text for row in rendered[start : start + CHUNK]])
+        for start in range(0, len(rendered), CHUNK)
+        for encoding in tokenizer.encode_batch([one.text for _, one in rendered[start : start + CHUNK]])
     )
-    encoded = Encoded([], [])
-    encodings = with_progress(encoded_texts, len(rows), "Tokenizing", "rows")
-    for row, one, (ids, offsets) in zip(rows, rendered, encodings, strict=True):
+    encodings = with_progress(encoded_texts, len(rendered), "Tokenizing", "rows")
+    for (row, one), (ids, offsets) in zip(rendered, encodings, strict=True):
+        encoded.remarks.update(one.remarks)
+        encoded.remarks.update(f"the key {key!r} is not used" for key in row.unused)
         labels, last = _labels(one, ids, offsets, eos_ids)
         # A template may mark the line's end after the token that ends the turn, too.
         if last < 0 or not one.text[: offsets[last][1]].rstrip().endswith(turn_ends):
@@ -105,19 +113,23 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int | Non
 class _Rendered(NamedTuple):
     text: str
     answers: list[Span]  # the characters to learn
+    remarks: list[str]
     bos: bool  # whether BOS is still to be put first
 
 
-def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str]) -> _Rendered:
+def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str], mask_history: bool) -> _Rendered:
     if row.text is not None:
-        return _Rendered(row.text, [(0, len(row.text))], bos=tokenizer.add_bos_token)
+        return _Rendered(row.text, [(0, len(row.text))], [], bos=tokenizer.add_bos_token)
     if row.messages and row.pair and tokenizer.chat_template is None:
+        if len(row.messages) > 2 or row.tools:
+            raise InputError("a system message and tools beside prompt and completion need a chat template")
         prompt, completion = (message["content"] for message in row.messages)
-        return _Rendered(prompt + completion, [(len(prompt), len(prompt + completion))], bos=tokenizer.add_bos_token)
-    text, answers = render_with_answers(row, tokenizer, turn_ends)
-    if not answers:
+        answer = len(prompt), len(prompt + completion)
+        return _Rendered(prompt + completion, [answer], [], bos=tokenizer.add_bos_token)
+    rendered = render_with_answers(row, tokenizer, turn_ends, mask_history)
+    if not rendered.spans:
         raise InputError("it has no answer to learn")
-    return _Rendered(text, answers, bos=False)
+    return _Rendered(rendered.text, rendered.spans, rendered.remarks, bos=False)
 
 
 def _labels(row: _Rendered, ids: list[int], offsets: list[Span], eos_ids: list[int]) -> tuple[list[int], int]:

@@ -1,13 +1,14 @@
 """Rows of training data, read from JSON and JSON Lines and recognised by their keys.
 
-    messages or conversations        a conversation, in `role`/`content` or in ShareGPT's `from`/`value`; also `tools`
-    instruction, output              Alpaca: also `input`, which follows the instruction, `system`, and `history`,
-                                     a list of earlier [instruction, output] pairs
+    messages or conversations        a conversation, in `role`/`content` or in ShareGPT's `from`/`value`
+    instruction, output              Alpaca: also `input`, which follows the instruction, and `history`, a list of
+                                     earlier [instruction, output] pairs
     prompt, completion               two strings, or two lists of messages
     text                             a plain text, learned whole
 
-Whichever of these comes first in this list decides. Every malformed row is an error that names its file and line:
-a row that silently disappears, or is learned as something else, is found out too late.
+Whichever of these comes first in this list decides; `system`, `tools` and `chat_template_kwargs` may stand beside all
+but the last. Nothing in a row is dropped silently: a key is used, or named in `Row.unused`, or the row is refused, with
+its file and line: a row that disappears, or is learned as something else, is found out too late.
 """
 
 import json
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minilora.data.messages import as_messages, as_tools, kind_of
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.text import Message
@@ -24,12 +26,12 @@ from minilora.text import Message
 T = TypeVar("T")
 R = TypeVar("R")
 
-ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
-FOLLOWS = {  # the roles that a message of each role may come after; None is the beginning
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
+SYSTEM = ("system", "system_prompt", "system_message")
+PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
+REFUSED = {  # keys that mean something for training which would be lost
+    **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "only text is read"),
+    **dict.fromkeys(("weight", "loss_weight", "sample_weight"), "all rows weigh the same; repeat or leave out rows"),
+    "loss_mask": "for a mask of your own, train on Examples: input_ids with labels",
 }
 BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
 SHOWN = 5  # malformed rows quoted in an error
@@ -37,14 +39,17 @@ SHOWN = 5  # malformed rows quoted in an error
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a conversation that ends with an answer, or a plain text.
+    """One row: a conversation with an answer, or a plain text.
 
     Attributes:
-        messages: dicts with `role`, `content` and whatever else the chat template reads; None for a plain text.
+        messages: dicts with `role`, `content`, `tool_calls` and whatever else the chat template reads, in OpenAI's
+            form; `weight: 0` marks an answer that is only read. None for a plain text.
         text: the plain text, learned whole; None for a conversation.
         tools: JSON schemas of the functions that the conversation may call.
         context: the number of leading messages that are only read, even where they are the assistant's.
         pair: the conversation was two strings, prompt and completion: without a chat template they are joined.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`, for this row.
+        unused: keys of the row that training does not use.
         source: where the row comes from, such as "file.jsonl:12".
         meta: the row as it was.
     """
@@ -54,6 +59,8 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     context: int = 0
     pair: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +68,15 @@ class Row:
 Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
 
 
-def load_rows(path: str | Path) -> list[Row]:
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is not trained on, and why."""
+
+    source: str
+    reason: str
+
+
+def load_rows(path: str | Path, skipped: list[Skipped] | None = None) -> list[Row]:
     """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
 
     A row is recognised by its keys: `messages` or `conversations` (OpenAI's or ShareGPT's form of a conversation);
@@ -69,6 +84,7 @@ def load_rows(path: str | Path) -> list[Row]:
 
     Args:
         path: the file, in UTF-8.
+        skipped: a list that malformed rows are put into; None makes them an error.
 
     Returns:
         The rows in the file's order.
@@ -87,21 +103,21 @@ def load_rows(path: str | Path) -> list[Row]:
     values = _array(content) if content.lstrip().startswith("[") else _lines(content)
     if not values:
         raise InputError(f"{path}: holds no rows")
-    return collect((f"{path.name}:{line}", value) for line, value in values)
+    return collect(((f"{path.name}:{line}", value) for line, value in values), skipped)
 
 
-def as_rows(values: Iterable[Any]) -> list[Row]:
+def as_rows(values: Iterable[Any], skipped: list[Skipped] | None = None) -> list[Row]:
     """The same from dicts in memory; their sources are "row 1", "row 2", ... InputError as `load_rows`."""
-    return collect((f"row {number}", value) for number, value in enumerate(values, start=1))
+    return collect(((f"row {number}", value) for number, value in enumerate(values, start=1)), skipped)
 
 
-def given_rows(rows: Rows, what: str) -> list[Row]:
+def given_rows(rows: Rows, what: str, skipped: list[Skipped] | None = None) -> list[Row]:
     """The rows of whatever a caller gave; `what` they are, such as "training", is named in errors.
 
     Raises InputError where there are none, they are not all of a kind, or as `load_rows` does.
     """
     if isinstance(rows, str | Path):
-        return load_rows(rows)
+        return load_rows(rows, skipped)
     given: list[Any] = list(rows) if isinstance(rows, Iterable) else [rows]
     kinds = {type(row) for row in given}
     if not given:
@@ -109,31 +125,44 @@ def given_rows(rows: Rows, what: str) -> list[Row]:
     if kinds == {Row}:
         return given
     if kinds == {dict}:
-        return as_rows(given)
+        return as_rows(given, skipped)
     names = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise InputError(f"{what} rows must be a path, or all dicts or all Rows, not {names}")
 
 
-def collect(values: Iterable[tuple[str, Any]]) -> list[Row]:
+def collect(values: Iterable[tuple[str, Any]], skipped: list[Skipped] | None = None) -> list[Row]:
     """Recognise (source, value) pairs; a value may be an InputError, met while reading it."""
     pairs = with_progress(values, None, "Reading", "rows")
-    return each(pairs, lambda pair: pair[0], lambda pair: as_row(pair[1], pair[0]))
+    return each(pairs, lambda pair: pair[0], lambda pair: as_row(pair[1], pair[0]), skipped)
 
 
-def each(items: Iterable[T], source: Callable[[T], str], function: Callable[[T], R]) -> list[R]:
-    """Apply a function to all items; if it refuses any, raise one InputError that counts them and quotes a few."""
+def each(
+    items: Iterable[T], source: Callable[[T], str], function: Callable[[T], R], skipped: list[Skipped] | None = None
+) -> list[R]:
+    """Apply a function to all items; those it refuses go into `skipped`, or into one InputError that quotes a few.
+
+    An error too where it refuses all.
+    """
     results: list[R] = []
-    bad: list[str] = []
+    bad: list[Skipped] = []
     for item in items:
         try:
             results.append(function(item))
         except InputError as error:
-            bad.append(f"{source(item)}: {error}")
-    if bad:
-        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            bad.append(Skipped(source(item), str(error)))
+    if skipped is not None and results:
+        skipped += bad
+    elif bad:
+        way_out = "" if skipped is not None else "; skip_bad_rows leaves them out"
         total = len(bad) + len(results)
-        raise InputError(f"{len(bad)} of {total} rows cannot be used: {'; '.join(bad[:SHOWN])}{more}")
+        raise InputError(f"{len(bad)} of {total} rows cannot be used: {quoted(bad, SHOWN)}{way_out}")
     return results
+
+
+def quoted(skipped: Sequence[Skipped], shown: int) -> str:
+    """The first reasons in words, and how many more there are."""
+    more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
+    return "; ".join(f"{row.source or 'a row'}: {row.reason}" for row in skipped[:shown]) + more
 
 
 # From text to JSON values, each with its line
@@ -187,29 +216,61 @@ def as_row(value: Any, source: str = "") -> Row:
     if isinstance(value, InputError):
         raise value
     if not isinstance(value, dict):
-        raise InputError(f"a row is a JSON object, not {_kind(value)}")
+        raise InputError(f"a row is a JSON object, not {kind_of(value)}")
     _check_characters(value)
-    kind = next((key for key in ("messages", "conversations", "instruction") if key in value), None)
-    if kind is not None:
-        messages = _alpaca(value) if kind == "instruction" else _messages(value, kind)
-        if value.get("system"):
-            messages.insert(0, {"role": "system", "content": value["system"]})
-        tools = None if kind == "instruction" else _tools(value.get("tools"))
-        return Row(_checked(messages), tools=tools, source=source, meta=value)
-    if "prompt" in value:
-        return _completion(value, source)
-    if "text" in value:
+    _refuse_what_would_be_lost(value)
+    kind = next((key for key in ("messages", "conversations", "instruction", "prompt", "text") if key in value), None)
+    if kind is None:
+        raise InputError(
+            f"its keys are {', '.join(map(repr, value)) or 'none'}; a row has messages, conversations,"
+            " instruction and output, prompt and completion, or text"
+        )
+    if kind == "text":
         text = _string(value["text"], "text")
+        if beside := [key for key in (*SYSTEM, "tools", "functions") if value.get(key)]:
+            raise InputError(
+                f"it has {beside[0]!r} beside a plain text, which is learned as it is: write it into the text"
+            )
         if not text.strip():
             raise InputError("the text is empty")
-        return Row(text=text, source=source, meta=value)
-    raise InputError(
-        f"its keys are {', '.join(map(repr, value)) or 'none'}; a row has messages, conversations,"
-        " instruction and output, prompt and completion, or text"
+        return Row(text=text, unused=_unused(value, {"text"}), source=source, meta=value)
+    given, context, used = FORMATS[kind](value, kind)
+    system = _system(value)
+    messages = as_messages(given)
+    if system is not None and messages[:1] != [system]:
+        if messages and messages[0]["role"] == "system":
+            raise InputError("it has two system messages, which differ: one is its first message")
+        messages.insert(0, system)
+        context += bool(context)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise InputError("there is no answer: no message is the assistant's" if messages else "no messages")
+    if all("weight" in message for message in answers):
+        raise InputError("there is no answer to learn: all are marked as only to be read")
+    variables = value.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise InputError(f"chat_template_kwargs is an object, not {kind_of(variables)}")
+    return Row(
+        messages,
+        tools=as_tools(value.get("tools"), value.get("functions")),
+        context=context,
+        pair=isinstance(value.get(kind), str) and kind == "prompt",
+        chat_template_kwargs=variables,
+        unused=_unused(value, {*used, *SYSTEM, "tools", "functions", "chat_template_kwargs"}),
+        source=source,
+        meta=value,
     )
 
 
-def _alpaca(value: dict[str, Any]) -> list[Message]:
+# Each format: its messages as they are written, how many of them are only read, and the keys that it uses.
+Given = tuple[list[Any], int, tuple[str, ...]]
+
+
+def _conversation(value: dict[str, Any], key: str) -> Given:
+    return _list(value, key), 0, (key,)
+
+
+def _alpaca(value: dict[str, Any], key: str) -> Given:
     instruction, given = _string(value["instruction"], "instruction"), _string(value.get("input") or "", "input")
     messages: list[Message] = []
     for turn in value.get("history") or []:
@@ -217,67 +278,64 @@ def _alpaca(value: dict[str, Any]) -> list[Message]:
             raise InputError("history is a list of [instruction, output] pairs")
         messages += _turn(*turn)
     question = f"{instruction}\n\n{given}" if given else instruction
-    return messages + _turn(question, _string(value.get("output"), "output"))
+    messages += _turn(question, _string(value.get("output"), "output"))
+    return messages, 0, ("instruction", "input", "output", "history")
 
 
-def _completion(value: dict[str, Any], source: str) -> Row:
+def _completion(value: dict[str, Any], key: str) -> Given:
     prompt, completion = value["prompt"], value.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        context, rest = _messages(value, "prompt"), _messages(value, "completion")
-        if not rest:
+        if not completion:
             raise InputError("the completion is empty")
-        tools = _tools(value.get("tools"))
-        return Row(_checked([*context, *rest]), tools=tools, context=len(context), source=source, meta=value)
-    messages = _turn(_string(prompt, "prompt"), _string(completion, "completion"))
-    return Row(_checked(messages), pair=True, source=source, meta=value)
+        return [*prompt, *completion], len(prompt), ("prompt", "completion")
+    return _turn(_string(prompt, "prompt"), _string(completion, "completion")), 0, ("prompt", "completion")
+
+
+FORMATS = {"messages": _conversation, "conversations": _conversation, "instruction": _alpaca, "prompt": _completion}
 
 
 def _turn(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _messages(value: dict[str, Any], key: str) -> list[Message]:
+def _system(value: dict[str, Any]) -> Message | None:
+    """The system message that a row names beside its conversation."""
+    texts = {_string(value[key], key) for key in SYSTEM if value.get(key)}
+    if len(texts) > 1:
+        raise InputError(
+            f"it has several system messages ({', '.join(key for key in SYSTEM if value.get(key))}), which differ"
+        )
+    return {"role": "system", "content": texts.pop()} if texts else None
+
+
+def _refuse_what_would_be_lost(value: dict[str, Any]) -> None:
+    preference = [key for key in PREFERENCE if value.get(key) is not None]
+    if isinstance(value.get("label"), bool):  # KTO's: whether the completion is wanted
+        preference.append("label")
+    if preference:
+        raise InputError(
+            f"a preference row ({', '.join(preference)}): it is for preference training (DPO, KTO), not for SFT"
+        )
+    for key, reason in REFUSED.items():
+        if value.get(key) not in (None, 1, [], {}, ""):
+            raise InputError(f"it has {key!r}: {reason}")
+
+
+def _unused(value: dict[str, Any], used: set[str]) -> tuple[str, ...]:
+    return tuple(str(key) for key in value if key not in used and value[key] not in (None, [], {}, ""))
+
+
+def _list(value: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(value[key], list):
-        raise InputError(f"{key} is a list, not {_kind(value[key])}")
-    messages = []
-    for number, entry in enumerate(value[key], start=1):
-        if not isinstance(entry, dict):
-            raise InputError(f"message {number} is a JSON object, not {_kind(entry)}")
-        if "from" in entry and "role" not in entry:  # ShareGPT
-            entry = {"role": entry["from"], "content": entry.get("value")}
-        messages.append(dict(entry))
-    return messages
-
-
-def _checked(messages: list[Message]) -> list[Message]:
-    """The messages with their roles in our words, if a chat template can make sense of them."""
-    before = None
-    for number, message in enumerate(messages, start=1):
-        name = message.get("role")
-        role = ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise InputError(f"message {number} has the role {name!r}; known are {', '.join(ROLES)}")
-        if before not in FOLLOWS[role]:
-            place = f"after the {before}'s" if before else "first"
-            raise InputError(f"message {number} is the {role}'s, which cannot come {place}")
-        if "weight" in message:
-            raise InputError(f"message {number} has a weight: every answer is learned; leave out what should not be")
-        message["role"] = before = role
-        if message.get("content") is None and message.get("tool_calls"):
-            continue
-        content = _string(message.get("content"), f"the content of message {number}")
-        if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-            raise InputError(f"message {number}, an answer, is empty")
-    if before != "assistant":
-        raise InputError(f"there is no answer: the last message is the {before}'s" if before else "no messages")
-    return messages
+        raise InputError(f"{key} is a list, not {kind_of(value[key])}")
+    return list(value[key])
 
 
 def _string(value: Any, what: str) -> str:
     if value is None:
         raise InputError(f"{what} is missing")
     if not isinstance(value, str):
-        raise InputError(f"{what} is a string, not {_kind(value)}")
+        raise InputError(f"{what} is a string, not {kind_of(value)}")
     return value
 
 
@@ -289,18 +347,3 @@ def _check_characters(value: dict[str, Any]) -> None:
         raise InputError(f"{error.object[error.start]!a} is half a character, not text") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"not made of JSON values: {error}") from error
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools are a list of JSON schemas; some data sets hold that list as a string of JSON."""
-    tools = _parse(value) if isinstance(value, str) and value else value or None
-    if isinstance(tools, InputError):
-        raise InputError(f"tools: {tools}")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError("tools is a list of JSON objects")
-    return tools
-
-
-def _kind(value: Any) -> str:
-    kinds = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a number"}
-    return "null" if value is None else kinds.get(type(value), "a number")

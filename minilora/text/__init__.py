@@ -5,7 +5,7 @@ formats/gguf/); chat_template.py renders a conversation, by a Jinja template in 
 """
 
 from minilora.text import chat_template
-from minilora.text.chat_template import Message, Span
+from minilora.text.chat_template import Message, Span, joined_parts
 from minilora.text.tokenizer import Tokenizer, require_own_tokenizer
 from minilora.text.tokenizer_files import read_tokenizer, save_tokenizer
 
@@ -14,6 +14,7 @@ __all__ = [
     "Span",
     "Tokenizer",
     "chat_template",
+    "joined_parts",
     "read_tokenizer",
     "require_own_tokenizer",
     "save_tokenizer",

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from minilora.errors import InputError
+from minilora.text.call_form import CallForm, call_form
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -31,20 +32,48 @@ def render(
     """
     from minilora.text import sandbox  # with it Jinja2, which `import minilora` alone does not need
 
-    given = {"messages": [_completed(message) for message in messages], "tools": tools}
+    calls = any(message.get("tool_calls") for message in messages)
+    form = call_form(source, json.dumps(_plain(variables), sort_keys=True)) if calls else CallForm()
+    given = {"messages": [_completed(message, form, source) for message in messages], "tools": tools}
     values = _plain({"documents": None, **variables, **given, "add_generation_prompt": add_generation_prompt})
     return sandbox.render(source, values)
 
 
-def _completed(message: Message) -> Message:
-    """The message as templates expect it: null is a missing key, and an answer's thoughts go by all their names.
+def joined_parts(parts: list[Any], what: str) -> str:
+    """Content in parts, [{"type": "text", "text": "..."}, ...], as one text: joined by line ends.
 
-    An exported `"content": null` beside tool calls must not render as the word None; and thoughts under another name
-    than the template reads would silently not be there.
+    So do llama.cpp's server and vLLM, where a chat template wants a string. Raises InputError, naming `what` they are
+    the content of, for a part that is no text.
     """
-    present = {key: value for key, value in message.items() if value is not None}
+    texts = []
+    for part in parts:
+        given = part if isinstance(part, dict) else {"text": part}
+        text, kind = given.get("text", given.get("value")), given.get("type", "text")
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise InputError(f"{what}: the content has a part that is no text ({kind}): only text is read")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _completed(message: Message, form: CallForm, source: str) -> Message:
+    """The message as this template reads it.
+
+    Null is a missing key; an answer's thoughts go by all their names, since under another name than the template reads
+    they would silently not be there; `weight`, which says whether it is learned, is not the template's; a developer's
+    words are the system's for a template that knows no developer.
+    """
+    present = {key: value for key, value in message.items() if value is not None and key != "weight"}
     thoughts = next((present[name] for name in THOUGHTS if name in present), None)
-    return present if thoughts is None else {**dict.fromkeys(THOUGHTS[:2], thoughts), **present}
+    if thoughts is not None:
+        present = {**dict.fromkeys(THOUGHTS[:2], thoughts), **present}
+    if present.get("role") == "developer" and "developer" not in source:
+        present["role"] = "system"
+    if isinstance(present.get("content"), list):
+        present["content"] = joined_parts(present["content"], f"the {present.get('role')}'s message")
+    if present.get("tool_calls"):
+        return form.applied(present)
+    present.pop("tool_calls", None)  # no calls are no key
+    return present
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ _NUMBERS = (int, float, int | None, float | None)
 _AT_LEAST_ZERO = ("warmup_steps", "weight_decay")  # every other number but the seed is above 0
 _RESUME_MAY_CHANGE = (
     "output_dir",
+    "skip_bad_rows",
     "keep_weights",
     "offload_activations",
     "save_every",
@@ -71,6 +72,10 @@ class TrainConfig:
     """Where rows are padded, put those of similar length into the same step: less padding."""
     max_length: int = 1024
     """Rows of more tokens are skipped, and reported."""
+    mask_history: bool = False
+    """Learn only the last answer of each conversation."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and report them; else one of them is an error."""
     eval_every: int | None = None
     """Steps between two evaluations on the held-out rows; they are also evaluated at the end."""
     early_stopping_patience: int | None = None

@@ -9,7 +9,7 @@ from typing import cast
 from torch import nn
 
 from minilora.adapters import input_embedding
-from minilora.data import IGNORE, Example, Rows, Skipped, encode_rows, given_rows
+from minilora.data import IGNORE, Example, Rows, Skipped, encode_rows, given_rows, quoted
 from minilora.errors import InputError
 from minilora.progress import silent
 from minilora.text import Tokenizer
@@ -25,19 +25,21 @@ def examples_of(
 ) -> tuple[list[Example], list[Example], list[Skipped]]:
     """The examples to train on, the held-out ones, and what of both cannot be used; InputError as `usable_examples`."""
     with nullcontext() if config.progress else silent():
-        examples, skipped = usable_examples(rows, tokenizer, config.max_length)
+        examples, skipped = usable_examples(rows, tokenizer, config)
         if eval_rows is None:
             if config.eval_every:
                 raise InputError("eval_every needs eval_rows")
             return examples, [], skipped
-        eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config.max_length, "held-out")
+        eval_examples, eval_skipped = usable_examples(eval_rows, tokenizer, config, "held-out")
     return examples, eval_examples, skipped + eval_skipped
 
 
 def usable_examples(
-    rows: TrainingRows, tokenizer: Tokenizer, max_length: int, what: str = "training"
+    rows: TrainingRows, tokenizer: Tokenizer, config: TrainConfig, what: str = "training"
 ) -> tuple[list[Example], list[Skipped]]:
     """Examples that can be trained on, and the rows that cannot: they are reported, never silently dropped.
+
+    Reported too, once for all rows, is what of them is not learned from, such as a key that nothing reads.
 
     Raises InputError where none is left, or where the rows are not all of a kind; `what` they are is named there.
     """
@@ -46,20 +48,25 @@ def usable_examples(
     if isinstance(rows, Sequence) and rows and all(isinstance(row, Example) for row in rows):
         examples = cast(Sequence[Example], rows)
     else:
-        encoded = encode_rows(given_rows(cast(Rows, rows), what), tokenizer, max_length)
-        examples, skipped = encoded.examples, encoded.skipped
+        given = given_rows(cast(Rows, rows), what, skipped if config.skip_bad_rows else None)
+        encoded = encode_rows(
+            given, tokenizer, config.max_length, mask_history=config.mask_history, skip_bad_rows=config.skip_bad_rows
+        )
+        examples, skipped = encoded.examples, skipped + encoded.skipped
+        if encoded.remarks:
+            remarks = "; ".join(f"{remark} ({count} rows)" for remark, count in encoded.remarks.most_common())
+            logger.warning(f"of {len(given)} {what} rows: {remarks}")
     for example in examples:
         length = len(example.input_ids)
-        if length > max_length:
-            skipped.append(Skipped(example.source, f"{length} tokens, more than max_length={max_length}"))
+        if length > config.max_length:
+            skipped.append(Skipped(example.source, f"{length} tokens, more than max_length={config.max_length}"))
         elif label_tokens([example]) == 0:
             skipped.append(Skipped(example.source, "no token to learn: the loss is taken on assistant messages"))
         else:
             usable.append(example)
     if skipped:
-        first = "; ".join(f"{row.source or 'a row'}: {row.reason}" for row in skipped[:3])
-        given = len(usable) + len(skipped)
-        message = f"{len(skipped)} of {given} {what} rows skipped ({first}{'; …' if len(skipped) > 3 else ''})"
+        total = len(usable) + len(skipped)
+        message = f"{len(skipped)} of {total} {what} rows skipped ({quoted(skipped, 3)})"
         if not usable:
             raise InputError(f"no {what} row is left: {message}")
         logger.warning(message)

@@ -1,5 +1,6 @@
 """Where the answers are: what the template marks, what generation would write, or a refusal."""
 
+import json
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.chat import (
     TURN_END,
     assistant,
     conversations,
+    system,
     tiny,
     untagged,
     user,
@@ -27,7 +29,7 @@ from minilora.errors import InputError
 
 
 def answers(template: str, messages: list[dict[str, Any]], turn_end: str = "<|im_end|>", **row: Any) -> list[str]:
-    text, spans = render_with_answers(Row(messages=messages, **row), tiny(template), [turn_end])
+    text, spans, _ = render_with_answers(Row(messages=messages, **row), tiny(template), [turn_end])
     return [text[start:end] for start, end in spans]
 
 
@@ -40,7 +42,7 @@ def test_prefixes_find_what_the_template_marks(name: str, messages: list[dict[st
     marked, bare = tiny(TEMPLATES[name]), tiny(untagged(TEMPLATES[name]))
     expected = render_with_answers(row, marked, [TURN_END[name]])
     assert render_with_answers(row, bare, [TURN_END[name]]) == expected
-    _, spans = expected
+    _, spans, _ = expected
     assert len(spans) == sum(m["role"] == "assistant" for m in messages[row.context :])
 
 
@@ -127,11 +129,15 @@ def test_white_space_after_the_turns_end_is_not_the_answers() -> None:
 
 
 def test_a_template_that_marks_some_answers_only_is_not_relied_on() -> None:
-    template = """{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}call{% elif m.role == 'assistant' -%}
+    template = """{% for m in messages %}<|{{ m.role }}|>
+        {%- if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% elif m.role == 'assistant' -%}
         {% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"""
     template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     messages = [user("q"), {"role": "assistant", "tool_calls": [CALL]}, *TOOL_CONVERSATION[2:]]
-    assert answers(template, messages, "<|end|>") == ["call<|end|>", "21 °C.<|end|>"]
+    assert answers(template, messages, "<|end|>") == [
+        json.dumps(CALL["function"], ensure_ascii=False) + "<|end|>",
+        "21 °C.<|end|>",
+    ]
 
 
 def test_what_follows_the_last_answer_is_not_the_answers() -> None:
@@ -141,31 +147,152 @@ def test_what_follows_the_last_answer_is_not_the_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "words"),
     [
         # the questions go to the end, after the answers
-        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        # the answers are not there at all
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        # earlier answers are left out
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}",
+        (
+            "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "answers cannot be told apart",
+        ),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out message 2, an answer"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out message 2, an answer",
+        ),
+        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "leaves out message 1, the user's"),
     ],
 )
-def test_refuses_rather_than_guess(template: str) -> None:
+def test_refuses_rather_than_guess(template: str, words: str) -> None:
     messages = [user("question"), assistant("first"), user("another"), assistant("second")]
-    with pytest.raises(InputError, match="answers cannot be told apart"):
+    with pytest.raises(InputError, match=words):
         answers(template, messages)
 
 
-def test_refuses_an_answer_that_is_not_shown() -> None:
-    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(InputError, match="leaves out an answer"):
-        answers(template, [user("question"), assistant("answer")])
-    no_calls = "{% for m in messages %}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
-    with pytest.raises(InputError, match="leaves out an answer"):
-        answers(no_calls, [user("q"), assistant("") | {"tool_calls": [CALL]}])
-    assert answers(no_calls, [user("q"), assistant("a")]) == ["a<|im_end|>"]
+LINES = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"  # calls are not written
+SHORT = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"  # thoughts are cut
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        (LINES, [user("q"), assistant("") | {"tool_calls": [CALL]}], "a tool call of message 2, an answer"),
+        (LINES, [user("q"), assistant("Let me see.") | {"tool_calls": [CALL]}], "a tool call of message 2, an answer"),
+        (LINES, [user("q"), assistant("a") | {"reasoning_content": "hm"}], "thoughts of message 2, the last answer"),
+        (SHORT, [user("q"), assistant("<think>hm</think>a")], "thoughts of message 2, the last answer"),
+        (SHORT, [user("q"), assistant("hm</think>a")], "thoughts of message 2, the last answer"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content ~ '<|im_end|>' }}{% endfor %}",
+            [system("s"), user("q"), assistant("a")],
+            "message 1, the system's",
+        ),
+        (
+            "{% for m in messages if m.role != 'tool' %}"
+            "{{ m.content or m.tool_calls[0].function | tojson }}{% endfor %}",
+            TOOL_CONVERSATION,
+            "message 3, the tool's",
+        ),
+    ],
+)
+def test_refuses_what_the_template_leaves_out(template: str, messages: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(InputError, match=f"the chat template leaves out .*{words}"):
+        answers(template, messages)
+
+
+def test_thoughts_of_earlier_answers_may_be_left_out_and_are_reported() -> None:
+    messages = [user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")]
+    _, _, remarks = render_with_answers(Row(messages), tiny(SHORT), ["<|im_end|>"])
+    assert any("leaves out the thoughts of earlier answers" in remark for remark in remarks)
+    _, _, remarks = render_with_answers(Row(messages[2:]), tiny(SHORT), ["<|im_end|>"])
+    assert remarks == []
+
+
+def test_a_prompt_that_ends_otherwise_when_the_model_is_used_is_reported() -> None:
+    template = LINES + "{% if add_generation_prompt %}{{ 'assistant: <think>\n' }}{% endif %}"
+    text, [(start, end)], [remark] = render_with_answers(
+        Row([user("q"), assistant("a")]), tiny(template), ["<|im_end|>"]
+    )
+    assert text[start:end] == "a<|im_end|>"
+    assert "ends the prompt with '<think>\\n'" in remark
+
+
+def test_a_key_that_the_template_does_not_read_is_reported() -> None:
+    messages = [user("q") | {"name": "Al"}, assistant("a")]
+    _, _, [remark] = render_with_answers(Row(messages), tiny(LINES), ["<|im_end|>"])
+    assert "does not read 'name'" in remark
+    named = LINES.replace("m.role", "m.role ~ (m.name or '')")
+    text, _, remarks = render_with_answers(Row(messages), tiny(named), ["<|im_end|>"])
+    assert remarks == []
+    assert text.startswith("userAl: q")
+
+
+@pytest.mark.parametrize("template", [CHATML, untagged(CHATML)])
+def test_answers_that_are_not_to_be_learned(template: str) -> None:
+    messages = [user("q"), assistant("a") | {"weight": 0}, user("r"), assistant("b"), user("s"), assistant("c")]
+    assert answers(template, messages) == ["b<|im_end|>", "c<|im_end|>"]
+    _, spans, _ = render_with_answers(Row(messages), tiny(template), ["<|im_end|>"], mask_history=True)
+    assert len(spans) == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, untagged(CHATML)])
+def test_conversations_of_other_shapes(template: str) -> None:
+    """Begun by the assistant, two turns of one role in a row, ended by the user, a system message in the middle."""
+    messages = [assistant("a"), user("q"), user("r"), assistant("b"), assistant("c"), system("s"), user("t")]
+    found = answers(template, messages)
+    assert found[1:] == ["b<|im_end|>", "c<|im_end|>"]
+    assert found[0].endswith("a<|im_end|>")
+
+
+def test_a_results_place_between_two_answers_of_one_turn() -> None:
+    """As in Gemma 4: a call, its result and the answer stand in one turn, without a header between them."""
+    template = """{% for m in messages %}{% if m.role == 'user' %}<|turn>user
+{{ m.content }}<turn|>
+<|turn>model
+{% elif m.role == 'tool' %}<|response>{{ m.content }}<response|>{% elif m.tool_calls -%}
+<|call>{{ m.tool_calls[0].function.name }}:{{ m.tool_calls[0].function.arguments.city }}<call|>{% else -%}
+{{ m.content }}<turn|>
+{% endif %}{% endfor %}"""
+    found = answers(template, TOOL_CONVERSATION, "<turn|>")
+    assert found == ["<|call>weather:Zürich <&> 'x'<call|>", "21 °C.<turn|>"]
+
+
+@pytest.mark.parametrize("arguments", ["{{ c.arguments | tojson }}", "{{ c.arguments }}", "{{ c.arguments | string }}"])
+def test_arguments_are_written_as_json_however_the_template_takes_them(arguments: str) -> None:
+    """An object for templates that write JSON, a string of JSON for those that write what they get."""
+    template = (
+        "{% for m in messages %}{% if m.tool_calls %}{% set c = m.tool_calls[0].function %}{{ c.name }}:ARGUMENTS"
+        "{% else %}{{ m.role ~ ': ' + m.content }}{% endif %}<|im_end|>{% endfor %}"
+    ).replace("ARGUMENTS", arguments)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"on": True, "to": "Zürich"}}}
+    [found] = answers(template, [user("q"), {"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert found == 'f:{"on": true, "to": "Zürich"}<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ '' + m.content }}", "{{ m.content if m.content is not none }}", "{{ m['content'] or '' }}"]
+)
+def test_a_call_without_content_in_every_template(content: str) -> None:
+    template = (
+        "{% for m in messages %}" + content + "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+        "<|im_end|>{% endfor %}"
+    )
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}, assistant("")):
+        [found] = answers(template, [user("q"), message | {"tool_calls": [CALL]}])
+        assert found == json.dumps(CALL["function"], ensure_ascii=False) + "<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, untagged(CHATML), THINKING])
+def test_a_conversation_is_rendered_a_few_times_however_long_it_is(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each turn would take time quadratic in the turns."""
+    tokenizer, rendered = tiny(template), []
+    render = tokenizer.render_chat
+    monkeypatch.setattr(tokenizer, "render_chat", lambda *args, **kwargs: rendered.append(1) or render(*args, **kwargs))
+    turns = [[user(f"question {i}"), assistant(f"<think>hm {i}</think>answer {i}")] for i in range(100)]
+    _, spans, _ = render_with_answers(Row([message for turn in turns for message in turn]), tokenizer, ["<|im_end|>"])
+    assert len(spans) == 100
+    assert len(rendered) <= 6
 
 
 def test_refuses_tools_that_are_not_shown() -> None:

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minilora.data.examples import Example
 from minilora.errors import InputError
+from minilora.training.config import TrainConfig
 from minilora.training.rows import refuse_unreadable, usable_examples
 
 GOOD = Example([5, 6, 7], [-100, 6, 7], "good")
@@ -15,7 +16,7 @@ UNLABELLED = Example([5, 6], [5, -100], "unlabelled")  # nothing comes before th
 
 
 def test_every_row_is_used_or_skipped_for_a_reason(caplog):
-    examples, skipped = usable_examples([LONG, GOOD, UNLABELLED, GOOD], PADDING, max_length=8)
+    examples, skipped = usable_examples([LONG, GOOD, UNLABELLED, GOOD], PADDING, TrainConfig(max_length=8))
     assert examples == [GOOD, GOOD]
     assert [row.source for row in skipped] == ["long", "unlabelled"]
     assert "9 tokens, more than max_length=8" in skipped[0].reason
@@ -24,22 +25,22 @@ def test_every_row_is_used_or_skipped_for_a_reason(caplog):
 
 
 def test_nothing_is_said_where_every_row_is_used(caplog):
-    assert usable_examples((GOOD,), PADDING, max_length=3) == ([GOOD], [])
+    assert usable_examples((GOOD,), PADDING, TrainConfig(max_length=3)) == ([GOOD], [])
     assert not caplog.text
 
 
 def test_no_row_is_an_error_that_names_which_rows():
     with pytest.raises(InputError, match="there are no held-out rows"):
-        usable_examples([], PADDING, 8, "held-out")
+        usable_examples([], PADDING, TrainConfig(), "held-out")
     with pytest.raises(InputError, match="no held-out row is left: 1 of 1 held-out rows skipped"):
-        usable_examples([LONG], PADDING, 8, "held-out")
+        usable_examples([LONG], PADDING, TrainConfig(max_length=8), "held-out")
     with pytest.raises(InputError, match="a path, or all dicts or all Rows, not Example and str"):
-        usable_examples([GOOD, "text"], PADDING, 8)
+        usable_examples([GOOD, "text"], PADDING, TrainConfig())
 
 
 def test_another_librarys_tokenizer_is_named():
     with pytest.raises(InputError, match=r"a SimpleNamespace is not minilora's tokenizer: .*read_tokenizer"):
-        usable_examples([{"prompt": "a", "completion": "b"}], PADDING, 8)
+        usable_examples([{"prompt": "a", "completion": "b"}], PADDING, TrainConfig())
 
 
 @pytest.mark.parametrize(
