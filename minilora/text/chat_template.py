@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from minilora.errors import InputError
-from minilora.text.call_form import CallForm, call_form
+from minilora.text.template_form import TemplateForm, call_form, content_form
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -32,8 +32,11 @@ def render(
     """
     from minilora.text import sandbox  # with it Jinja2, which `import minilora` alone does not need
 
-    calls = any(message.get("tool_calls") for message in messages)
-    form = call_form(source, json.dumps(_plain(variables), sort_keys=True)) if calls else CallForm()
+    given_variables = json.dumps(_plain(variables), sort_keys=True)
+    if any(message.get("tool_calls") for message in messages):
+        form = call_form(source, given_variables)
+    else:
+        form = TemplateForm(content_form(source, given_variables))
     given = {"messages": [_completed(message, form, source) for message in messages], "tools": tools}
     values = _plain({"documents": None, **variables, **given, "add_generation_prompt": add_generation_prompt})
     return sandbox.render(source, values)
@@ -55,7 +58,7 @@ def joined_parts(parts: list[Any], what: str) -> str:
     return "\n".join(texts)
 
 
-def _completed(message: Message, form: CallForm, source: str) -> Message:
+def _completed(message: Message, form: TemplateForm, source: str) -> Message:
     """The message as this template reads it.
 
     Null is a missing key; an answer's thoughts go by all their names, since under another name than the template reads
@@ -70,10 +73,9 @@ def _completed(message: Message, form: CallForm, source: str) -> Message:
         present["role"] = "system"
     if isinstance(present.get("content"), list):
         present["content"] = joined_parts(present["content"], f"the {present.get('role')}'s message")
-    if present.get("tool_calls"):
-        return form.applied(present)
-    present.pop("tool_calls", None)  # no calls are no key
-    return present
+    if not present.get("tool_calls"):
+        present.pop("tool_calls", None)  # no calls are no key
+    return form.applied(present)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

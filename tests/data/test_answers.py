@@ -281,6 +281,13 @@ def test_a_call_without_content_in_every_template(content: str) -> None:
         assert found == json.dumps(CALL["function"], ensure_ascii=False) + "<|im_end|>"
 
 
+@pytest.mark.parametrize("content", ["content[0]['text']", "content | map(attribute='text') | join"])
+def test_a_template_that_takes_content_in_parts(content: str) -> None:
+    """As those of most vision-language models: a string in their place would come out as nothing."""
+    template = "{% for m in messages %}{{ m.role ~ ': ' ~ m." + content + " ~ '<|im_end|>' }}{% endfor %}"
+    assert answers(template, [user("q"), assistant("a")]) == ["assistant: a<|im_end|>"]
+
+
 @pytest.mark.parametrize("template", [CHATML, untagged(CHATML), THINKING])
 def test_a_conversation_is_rendered_a_few_times_however_long_it_is(
     template: str, monkeypatch: pytest.MonkeyPatch
