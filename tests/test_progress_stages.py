@@ -171,7 +171,7 @@ raise SystemExit(3)
     run = fetch._run
     monkeypatch.setattr(fetch, "_run", lambda command, *rest: run([sys.executable, "-c", pip], *rest))
     with pytest.raises(ml.InputError, match="no room left"):
-        fetch.wheel_file(Wheel("toy", "1.0", "", 1.0), "toy.txt")
+        fetch.wheel_file(Wheel("toy", "1.0", "", 1.0, {"toy.txt": ""}), "toy.txt")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Fetching toy 1.0 (1.0 MB) from PyPI ..."
     assert any(re.match(r"Fetching toy: 30% · [\d:]+ (so far|left)$", line) for line in lines)

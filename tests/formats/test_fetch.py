@@ -1,5 +1,8 @@
 import hashlib
+import subprocess
+import sys
 import zipfile
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +27,8 @@ def pypi(tmp_path, monkeypatch):
         return 0, ""
 
     monkeypatch.setattr(fetch, "_run", pip)
-    return served, Wheel("toy", "1.0", hashlib.sha256(served.read_bytes()).hexdigest(), 0.1), calls
+    members = {"toy/data.txt": hashlib.sha256(b"hello").hexdigest()}
+    return served, Wheel("toy", "1.0", hashlib.sha256(served.read_bytes()).hexdigest(), 0.1, members), calls
 
 
 def test_a_member_is_fetched_once(pypi):
@@ -43,10 +47,31 @@ def test_a_truncated_wheel_in_the_cache_is_fetched_again(pypi, tmp_path):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("content", ["", "jello"])
+def test_a_damaged_member_in_the_cache_is_unpacked_again(pypi, content):
+    _, wheel, calls = pypi
+    path = wheel_file(wheel, "toy/data.txt")
+    path.write_text(content)
+    assert wheel_file(wheel, "toy/data.txt").read_text() == "hello"
+    assert len(calls) == 1  # the wheel itself is whole
+
+
+def test_a_pip_in_the_current_folder_is_not_run(pypi, tmp_path, monkeypatch):
+    _, wheel, calls = pypi
+    wheel_file(wheel, "toy/data.txt")
+    (tmp_path / "pip.py").write_text("print('not this one')")
+    [command] = calls
+    as_fetched = command[: command.index("download")]
+    told = subprocess.run([*as_fetched, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("pip ")
+    unsafe = subprocess.run([sys.executable, "-m", "pip"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert unsafe.stdout == "not this one\n"
+
+
 def test_another_file_than_the_pinned_one_is_refused(pypi):
     _, wheel, _ = pypi
     with pytest.raises(InputError, match="SHA-256"):
-        wheel_file(Wheel(wheel.package, wheel.version, "0" * 64, 0.1), "toy/data.txt")
+        wheel_file(replace(wheel, sha256="0" * 64), "toy/data.txt")
 
 
 def test_a_member_that_is_not_there_is_named(pypi):
