@@ -25,6 +25,7 @@ from minilora.data import Row, batches, collate, encode_rows
 from minilora.devices import default_device
 from minilora.errors import InputError
 from minilora.evaluation import stream
+from minilora.foreign_text import shown
 from minilora.formats import saved_dtype
 from minilora.formats.gguf import OutType
 from minilora.merging import MergeReport
@@ -161,7 +162,7 @@ class Chat:
             for piece in stream(
                 model, tokenizer, messages, max_new_tokens=self.max_new_tokens, temperature=self.temperature
             ):
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
                 answer += piece
             print()
             messages.append({"role": "assistant", "content": answer})

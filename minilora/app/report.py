@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minilora.evaluation import Scores
+from minilora.foreign_text import shown
 from minilora.formats import atomic_files
 
 SAMPLES = 3  # rows shown with every model's answer
@@ -71,14 +72,19 @@ def _number(metric: str, value: float) -> str:
 def show_samples(report: Report, console: Console) -> None:
     """Print a few held-out requests with every model's answer beside the accepted one."""
     for sample in _samples(report):
-        table = Table(title=escape(sample["request"]), title_justify="left", show_header=False, expand=True)
+        table = Table(title=_cell(sample["request"]), title_justify="left", show_header=False, expand=True)
         table.add_column("model", no_wrap=True)
         table.add_column("answer", ratio=1)
-        table.add_row("accepted", escape(sample["expected"]), style="dim")
+        table.add_row("accepted", _cell(sample["expected"]), style="dim")
         for answer in sample["answers"]:
             mark = "[green]✓[/green]" if answer["right"] else "[red]✗[/red]"
-            table.add_row(f"{mark} {escape(answer['label'])}", escape(_shortened(answer["text"])))
+            table.add_row(f"{mark} {escape(answer['label'])}", _cell(_shortened(answer["text"])))
         console.print(table)
+
+
+def _cell(text: str) -> str:
+    """What a model or a row says, in a table: neither markup of rich nor control characters of a terminal."""
+    return escape(shown(text))
 
 
 def _samples(report: Report) -> list[dict[str, Any]]:

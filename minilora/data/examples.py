@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from minilora.data.answers import render_with_answers
 from minilora.data.rows import Row, Skipped, as_rows, each
 from minilora.errors import InputError
+from minilora.foreign_text import shown
 from minilora.progress import with_progress
 from minilora.text import Span, Tokenizer, require_own_tokenizer
 
@@ -165,12 +166,12 @@ def show_example(example: Example | Row | dict[str, Any], tokenizer: Tokenizer, 
     if color is None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     pieces = []
-    shown, count = "", 0
+    before_it, count = "", 0
     for learned, group in groupby(label != IGNORE for label in example.labels):
         count += len(list(group))
         # Some tokenizers spell a token differently at the start of a text: so decode from the start, and cut.
         text = tokenizer.decode(example.input_ids[:count], skip_special_tokens=False)
-        piece, shown = text[len(shown) :].replace("\x1b", "␛"), text
+        piece, before_it = shown(text[len(before_it) :]), text
         before, after = (GREEN if learned else DIM, RESET) if color else ("⟦", "⟧") if learned else ("", "")
         pieces.append(before + piece + after)
     return "".join(pieces)

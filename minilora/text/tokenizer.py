@@ -6,6 +6,7 @@ It is built by who reads a file: of a Hugging Face folder text/tokenizer_files.p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,12 @@ def require_own_tokenizer(tokenizer: object) -> None:
         )
 
 
+def require_template_name(name: object) -> None:
+    """Raises InputError for a chat template's name that is no file name: saving writes a file of that name."""
+    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)):
+        raise InputError(f"a chat template may not be named {name!r}: letters, digits and . _ - make its file's name")
+
+
 class Tokenizer:
     """A tokenizer and its chat templates.
 
@@ -39,7 +46,8 @@ class Tokenizer:
         config: what tokenizer_config.json says besides, kept for saving.
 
     Raises:
-        InputError: no EOS token is named, or a named token is not in the vocabulary.
+        InputError: no EOS token is named, a named token is not in the vocabulary, or a chat template's name is no
+            file name.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class Tokenizer:
         self.backend = backend
         self.named_tokens = dict(named_tokens)
         self.chat_templates = dict(chat_templates or {})
+        for name in self.chat_templates:
+            require_template_name(name)
         self.config = dict(config or {})
         if "eos_token" not in self.named_tokens:
             raise InputError("the tokenizer names no eos_token; name one in tokenizer_config.json")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora.errors import InputError
-from minilora.text.tokenizer import Tokenizer
+from minilora.text.tokenizer import Tokenizer, require_template_name
 
 if TYPE_CHECKING:
     import tokenizers
@@ -99,9 +98,6 @@ def _read_chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]
     if isinstance(field, str):
         field = [{"name": "default", "template": field}]
     templates = {entry["name"]: entry["template"] for entry in field}
-    for name in templates:  # it becomes a file's name in `save_tokenizer`
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise InputError(f"a chat template may not be named {name!r}")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = path.read_text(encoding="utf-8")
     if (folder / "chat_template.jinja").is_file():
@@ -120,6 +116,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "special_tokens_map.json": _to_json(tokenizer.named_tokens),
     }
     for name, source in tokenizer.chat_templates.items():
+        require_template_name(name)
         files["chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"] = source
     for name, text in files.items():
         _replace(Path(folder) / name, text)

@@ -97,14 +97,14 @@ def test_chat_reads_a_pipe_without_prompting(capsys, monkeypatch):
 
     def stream(model, tokenizer, messages, **_):
         asked.append([message["content"] for message in messages])
-        yield from ("an", "swer")
+        yield from ("an", "swer\x1b[2J")  # which must not clear the screen
 
     monkeypatch.setattr(cli.ModelOptions, "load", lambda self, adapter: (tiny_base(), PADDING))
     monkeypatch.setattr(cli, "stream", stream)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     code, out, err = run(capsys, "chat", "--system", "be brief")
-    assert (code, out, err) == (0, "answer\nanswer\n", "")
-    assert asked == [["be brief", "one"], ["be brief", "one", "answer", "two"]]
+    assert (code, out, err) == (0, "answer\\x1b[2J\n" * 2, "")
+    assert asked == [["be brief", "one"], ["be brief", "one", "answer\x1b[2J", "two"]]
 
 
 @pytest.mark.parametrize(

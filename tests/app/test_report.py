@@ -18,7 +18,7 @@ from minilora.app.report import (
 )
 from minilora.evaluation.evaluate import Prediction, Scores
 
-HOSTILE = "<script>alert(1)</script> [bold]not markup[/bold]"
+HOSTILE = "<script>alert(1)</script> [bold]not markup[/bold] \x1b]0;title\x07"
 
 
 def scores(right, n=10):
@@ -65,6 +65,7 @@ def test_samples_show_what_was_answered_and_whether_it_was_right(report):
     text = console.export_text()
     assert text.count("✓ tuned") == 3 and text.count("✗ base") == 3  # rows 0, 3 and 6; 7 are right
     assert "[bold]not markup[/bold]" in text  # an answer is never read as markup
+    assert "\x1b" not in console.file.getvalue()  # nor does it steer the terminal
 
 
 def test_the_page_stands_alone_and_escapes_what_models_say(report, tmp_path):

@@ -250,7 +250,7 @@ def test_an_example_has_a_label_for_each_token() -> None:
 def test_show_example_marks_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny(CHATML)
     example = encode(Row([user("Hi \x1b[31m"), assistant("Hello 🤗")]), tokenizer)
-    header, answer = "<|im_start|>user\nHi ␛[31m<|im_end|>\n<|im_start|>assistant\n", "Hello 🤗<|im_end|>"
+    header, answer = "<|im_start|>user\nHi \\x1b[31m<|im_end|>\n<|im_start|>assistant\n", "Hello 🤗<|im_end|>"
     assert show_example(example, tokenizer, color=False) == f"{header}⟦{answer}⟧\n"
     colored = show_example(example, tokenizer, color=True)
     assert colored == f"\x1b[2m{header}\x1b[0m\x1b[32m{answer}\x1b[0m\x1b[2m\n\x1b[0m"

@@ -147,3 +147,20 @@ def test_smollm2(smollm2_gguf: Path) -> None:
     assert turns is not None
     messages = [{"role": "user", "content": "Hi"}]
     assert in_go(turns.in_go(), messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("end", ['</s>\nADAPTER x\nSYSTEM "y', '</s>"""\nFROM other\nSYSTEM """', '"""', "a\x1b[2J"])
+def test_a_token_cannot_bring_directives_of_its_own(end: str) -> None:
+    tokenizer = tiny(CHATML)
+    tokenizer.backend.add_special_tokens([end])
+    tokenizer.named_tokens["eos_token"] = end
+    text = modelfile(tokenizer, "model.gguf")
+    commands = read_by_ollama(text)
+    assert [name for name, _ in commands if name not in ("stop", "TEMPLATE")] == ["FROM"]
+    left_out = f"# A token that ends an answer cannot be written here: {end!a}" in text.splitlines()
+    assert left_out or ("stop", end) in commands
+
+
+def test_a_files_name_cannot_bring_directives() -> None:
+    with pytest.raises(InputError, match="cannot stand in a Modelfile"):
+        modelfile(tiny(CHATML), "model\nADAPTER x.gguf")

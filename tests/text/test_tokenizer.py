@@ -241,6 +241,18 @@ def test_padding_falls_back_to_eos() -> None:
     assert tiny(named_tokens={"pad_token": "<|end|>"}).pad_token == "<|end|>"
 
 
+@pytest.mark.parametrize("name", ["../../../trusted/chat_template", "a/b", "", ".hidden", "a\x00", "a b", 3])
+def test_a_templates_name_is_a_file_name(name: Any, tmp_path: Path) -> None:
+    """Whoever read it, from a folder or from GGUF: saving would write a file of that name."""
+    tokenizer = tiny(CHATML)
+    with pytest.raises(InputError, match="a chat template may not be named"):
+        Tokenizer(tokenizer.backend, tokenizer.named_tokens, {"default": CHATML, name: CHATML})
+    tokenizer.chat_templates[name] = CHATML
+    with pytest.raises(InputError, match="a chat template may not be named"):
+        save_tokenizer(tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_template_says_the_way_out() -> None:
     tokenizer = tiny()
     with pytest.raises(InputError, match=r"chat_template\.jinja"):
