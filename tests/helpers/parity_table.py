@@ -4,10 +4,10 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from helpers.architectures import architectures_table
+from helpers.markdown import Notes, table
 from helpers.parity import HALF, Cell
 from helpers.parity_cells import (
     CELLS,
@@ -28,23 +28,6 @@ from helpers.parity_layers import LAYERS, MODELS
 from helpers.parity_variants import VARIANTS, Variant
 
 # --- what is said of a cell ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Notes:
-    """Numbered remarks, each said once."""
-
-    texts: list[str]
-
-    def mark(self, *remarks: str) -> str:
-        """The numbers of the remarks, raised."""
-        numbers = []
-        for remark in remarks:
-            if remark not in self.texts:
-                self.texts.append(remark)
-            numbers.append(self.texts.index(remark) + 1)
-        raised = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-        return " ".join(str(number).translate(raised) for number in sorted(set(numbers)))
 
 
 def refusal(side: str, why: str) -> str:
@@ -125,11 +108,6 @@ def half_cell(cells: list[Cell], notes: Notes) -> str:
 
 
 SHORT = {"Linear, no bias": "no bias", "Conv1D (GPT-2)": "GPT-2"}
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---", *[":-:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def find(variant: Variant, layers: str, dtype: str) -> Cell | None:
