@@ -24,10 +24,15 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "masks.md"
 STILL_WRONG = [
     ("*", "*", "left out silently: the *"),
     ("*gemma*", "*", "the tool's text is learned"),
-    ("*gemma*", "*", "`<|tool_response>response*` is learned"),
+    ("*gemma*", "*", "'<|tool_response>response*' is learned"),
     ("gptoss", "*", "refused for another reason: the chat template refuses this conversation: Message has tool role*"),
-    ("glm4moe", "quotes", "the text has `` where TRL's has `<|user|>`"),
+    ("glm4moe", "quotes", "the text has 'nothing' where TRL's has '<|user|>'"),
     ("*", "*", "refused*: the content of message 1 is a string, not a list"),
+    ("*", "string arguments", "*"),
+    ("*", "empty keys", "*"),
+    ("*", "answer first", "refused: message 1 is the assistant's, which cannot come first"),
+    ("*", "two answers", "refused: message 3 is the assistant's, which cannot come after the assistant's"),
+    ("*", "question last", "refused: there is no answer: the last message is the user's"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The conversations of docs/masks.md. A word of six letters or more stands in one message: it tells who wrote it."""
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -63,6 +64,11 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         PACK | {"reasoning_content": "Dampness matters."},
     ],
     "no tools": [UMBRELLA, calls(call("Lillehammer"), content="Consulting satellites."), DRIZZLE, PACK],
+    "string arguments": [UMBRELLA, calls(call("Lillehammer")), DRIZZLE, PACK],
+    "empty keys": [system("Please sound librarianlike."), WHERE, THERE],
+    "answer first": [assistant("Welcome, traveller!"), WHERE, THERE],
+    "two answers": [WHERE, THERE, assistant("Beautiful fjords."), LARGER, SMALLER],
+    "question last": [WHERE, THERE, LARGER],
     "quotes": [user(f"Which marker {END}?"), assistant(f"Usually {END} itself."), LARGER, assistant(f"{END} {END}")],
     "emoji": [user("Grüße 👩‍👧, 東京"), assistant("Schön 🤗, 中文 👩‍🚀")],
     "white space": [user("  Where is Trondheim?\n\n"), assistant("\n Northern Norway. \n"), LARGER, SMALLER],
@@ -81,6 +87,11 @@ DESCRIPTIONS = {
     "null content": 'as `call`; `"content": null` beside the call',
     "thoughts and call": "as `call`; the call and the answer have `reasoning_content`",
     "no tools": "as `call and text`; the row lists no `tools`",
+    "string arguments": "as `call`; the arguments are JSON in a string, as OpenAI has them",
+    "empty keys": "as `system`; every message has the keys that some have, empty or null",
+    "answer first": "begins with the assistant",
+    "two answers": "the assistant speaks twice in a row",
+    "question last": "ends with the user",
     "quotes": "question and answers quote the token that ends a turn; the last one ends with it",
     "emoji": "letters of several bytes, of several tokens; the answer ends with one",
     "white space": "contents begin and end with spaces and line ends",
@@ -97,6 +108,18 @@ def row_of(conversation: str, end: str, in_parts: bool = False) -> dict[str, Any
             message["content"] = [{"type": "text", "text": text}] if in_parts else text
     has_calls = any("tool_calls" in message for message in messages)
     return {"messages": messages} | ({"tools": TOOLS} if has_calls and conversation != "no tools" else {})
+
+
+def as_given(conversation: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row in the form in which minilora is given it: it may say the same in another way."""
+    row = copy.deepcopy(row)
+    for message in row["messages"]:
+        if conversation == "empty keys":
+            message |= {"tool_calls": [], "reasoning_content": None, "tool_call_id": None, "name": None}
+        if conversation == "string arguments":
+            for each in message.get("tool_calls", []):
+                each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+    return row
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from itertools import groupby, takewhile
 from operator import eq
 from typing import Any, NamedTuple
 
-from helpers.mask_conversations import row_of, written
+from helpers.mask_conversations import as_given, row_of, written
 from helpers.mask_templates import Template
 
 from minilora.data.examples import IGNORE, encode_rows
@@ -78,7 +78,7 @@ def outcome(template: Template, conversation: str, marked: bool) -> Outcome:
     source = template.marked if marked else template.source
     tokenizer = template.tokenizer(source)
     text = rendered(template, source, row)
-    mine = our_labels(row, tokenizer)
+    mine = our_labels(as_given(conversation, row), tokenizer)
     if isinstance(mine, str):
         return refusal(mine, text, template, row)
     assert text is not None, "transformers refuses it"
@@ -90,11 +90,15 @@ def outcome(template: Template, conversation: str, marked: bool) -> Outcome:
             wrong.append(f"left out silently: {part}")
     theirs = their_labels(template, row)
     same_text = theirs is not None and mine.ids == theirs.ids
+    unexplained = []
     for difference in differences(mine, theirs, tokenizer) if theirs else ():
         if remark := explained(difference, template):
             remarks.append(remark)
         else:
-            wrong.append(difference.says())
+            unexplained.append(difference)
+    # Where the texts are not the same, one place says so; what else differs then means little.
+    other_text = [difference for difference in unexplained if difference.kind == "text"][:1]
+    wrong += [difference.says() for difference in other_text or unexplained]
     sign = "≠" if wrong else "=" if same_text else "≈"
     return Outcome(sign, tuple(dict.fromkeys(remarks)), tuple(dict.fromkeys(wrong)))
 
@@ -112,7 +116,7 @@ def rendered(template: Template, source: str, row: dict[str, Any]) -> str | None
 def our_labels(row: dict[str, Any], tokenizer: Tokenizer) -> Labelled | str:
     """The row's labels, or why it is refused."""
     try:
-        [example] = encode_rows(as_rows([copy.deepcopy(row)]), tokenizer).examples
+        [example] = encode_rows(as_rows([row]), tokenizer).examples
     except InputError as error:
         return re.sub(r"^\d+ of \d+ rows cannot be used: row \d+: ", "", str(error))
     return Labelled(example.input_ids, [label != IGNORE for label in example.labels])
@@ -193,8 +197,8 @@ class Difference(NamedTuple):
 
     def says(self) -> str:
         if self.kind == "text":
-            return f"the text has `{self.what}` where TRL's has `{self.instead}`"
-        return f"`{self.what}` is learned" if self.kind == "+" else f"`{self.what}` is not learned"
+            return f"the text has {self.what or 'nothing'!r} where TRL's has {self.instead or 'nothing'!r}"
+        return f"{self.what!r} is {'learned' if self.kind == '+' else 'not learned'}"
 
 
 def differences(mine: Labelled, theirs: Labelled, tokenizer: Tokenizer) -> Iterator[Difference]:

@@ -62,10 +62,10 @@ Written with {versions}.
 ## Found by minilora
 
 The templates as their models have them, without marks. `llama3_1` is Llama 3.1's and 3.3's, `gemma` also Gemma 2's,
-`qwen2_5_vl` also Qwen2-VL's, `smolvlm` also SmolVLM2's; `mistral`, `mistral, tools` and `phi4` are written in the manner
-of those models', all others are the models' own. For those three and for `gemma4`, `llama3_1`, `llama3_2` and `smollm2`
-TRL has no training template: they are marked in `tests/helpers/mask_templates.py`. `lfm2_2_5` comes with marks, which
-are taken out here.
+`qwen2_5_vl` also Qwen2-VL's, `smolvlm` also SmolVLM2's; `mistral`, `mistral, tools` and `phi4` are written in the
+manner of those models', all others are the models' own. For those three and for `gemma4`, `llama3_1`, `llama3_2` and
+`smollm2` TRL has no training template: they are marked in `tests/helpers/mask_templates.py`. `lfm2_2_5` comes with
+marks, which are taken out here.
 
 {inferred}
 
@@ -80,8 +80,8 @@ The same with the training templates, in which the answers are marked: here mini
 Qwen3's template, and others like it, writes the thoughts of the answers after the last question only. Earlier answers
 stand in the text without them, as they do when the model is used: with a new question, what it thought before is gone.
 minilora trains on the text that the model's own template writes. So the last answer is learned with its thoughts, after
-exactly the prompt that the model will get. Of an earlier answer is learned what stands there, the answer alone. When the
-model gives such an answer, a think block comes first; here none does, so that part of the row teaches it to answer
+exactly the prompt that the model will get. Of an earlier answer is learned what stands there, the answer alone. When
+the model gives such an answer, a think block comes first; here none does, so that part of the row teaches it to answer
 without thinking.
 
 TRL changes the template instead (for Qwen3, 3.5 and 3.6): in its training template every answer has a think block, an

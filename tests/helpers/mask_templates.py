@@ -228,6 +228,7 @@ class Template:
         """transformers' tokenizer."""
         return in_transformers(self.tokenizer(self.source))
 
+    @cache  # noqa: B019 (templates live as long as the tests)
     def tokenizer(self, source: str) -> Tokenizer:
         """Ours, with this template or its marked form; both have the same tokens."""
         backend = tokenizers.Tokenizer.from_str(tiny_backend_json())
