@@ -82,7 +82,10 @@ def outcome(template: Template, conversation: str, marked: bool) -> Outcome:
     if isinstance(mine, str):
         return refusal(mine, text, template, row)
     assert text is not None, "transformers refuses it"
-    remarks, wrong = [], [*mislearned(mine, tokenizer, template, row)]
+    learned, read = runs(mine, tokenizer)
+    remarks, wrong = [], [*mislearned(learned, read, template, row)]
+    if not marked and any(text.rstrip().endswith(template.ends) and text != text.rstrip() for text in learned):
+        wrong.append("the line's end after the token that ends a turn is learned")
     for part in left_out(text, template, row):
         if part == EARLIER:
             remarks.append(part)
@@ -157,12 +160,18 @@ def telling_words(template: Template, row: dict[str, Any]) -> Iterator[tuple[int
         yield i, part, {word for word in words if count[word] == 1 and word not in template.source + template.marked}
 
 
-def mislearned(mine: Labelled, tokenizer: Tokenizer, template: Template, row: dict[str, Any]) -> Iterator[str]:
-    """Other people's words that are learned, and the assistant's that are not."""
-    learned, read = [], []
+def runs(mine: Labelled, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """The texts that are learned, and those between them that are only read."""
+    learned: list[str] = []
+    read: list[str] = []
     for is_learned, group in groupby(zip(*mine, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode([id for id, _ in group], skip_special_tokens=False)
         (learned if is_learned else read).append(text)
+    return learned, read
+
+
+def mislearned(learned: list[str], read: list[str], template: Template, row: dict[str, Any]) -> Iterator[str]:
+    """Other people's words that are learned, and the assistant's that are not."""
     for i, part, words in telling_words(template, row):
         who = row["messages"][i]["role"] if i >= 0 else "system"
         if who == "assistant" and any(word in text for text in read for word in words):
