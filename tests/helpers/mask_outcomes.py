@@ -1,6 +1,7 @@
 """What becomes of a conversation in a template: our labels beside TRL's mask, and beside who wrote what."""
 
 import copy
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from minilora.errors import InputError
 from minilora.text import Tokenizer
 
 # Where the two differ by design, said once in the document.
-LINE_END = "TRL learns the line's end after the token that ends the turn as well, which is never generated"
+LINE_END = "TRL learns what follows the token that ends the turn as well (a line's end, EOS): it is never generated"
 PROMPT = "TRL learns a part of the generation prompt as well, which the model is given"
 CHARACTER = "an answer ends with a character of several tokens: transformers' mask has the first of them only"
 EOS = "the template writes no token that ends the last answer, so minilora adds EOS"
@@ -41,6 +42,7 @@ KNOWN = [
         "after a tool's result the generation prompt has no header, and the text has one: generation has to write it",
     ),
     ("deepseek*", ("-", "<｜tool▁outputs▁end｜>"), PROMPT),
+    ("glm4moe", ("text", "<|user|>"), "TRL's text has `<|user|>` after every answer, as the token that ends it"),
     (
         "gptoss",
         ("-", "<|end|>"),
@@ -78,75 +80,78 @@ def outcome(template: Template, conversation: str, marked: bool) -> Outcome:
     source = template.marked if marked else template.source
     tokenizer = template.tokenizer(source)
     text = rendered(template, source, row)
-    mine = our_labels(as_given(conversation, row), tokenizer)
-    if isinstance(mine, str):
-        return refusal(mine, text, template, row)
+    try:
+        encoded = encode_rows(as_rows([as_given(conversation, row)]), tokenizer)
+    except InputError as error:
+        return refusal(str(error), text, template, row)
     assert text is not None, "transformers refuses it"
+    [example] = encoded.examples
+    mine = Labelled(example.input_ids, [label != IGNORE for label in example.labels])
     learned, read = runs(mine, tokenizer)
     remarks, wrong = [], [*mislearned(learned, read, template, row)]
     if not marked and any(text.rstrip().endswith(template.ends) and text != text.rstrip() for text in learned):
         wrong.append("the line's end after the token that ends a turn is learned")
     for part in left_out(text, template, row):
-        if part == EARLIER:
+        if part == EARLIER and any("thoughts of earlier answers" in said for said in encoded.remarks):
             remarks.append(part)
         else:
             wrong.append(f"left out silently: {part}")
     theirs = their_labels(template, row)
-    same_text = theirs is not None and mine.ids == theirs.ids
     unexplained = []
     for difference in differences(mine, theirs, tokenizer) if theirs else ():
-        if remark := explained(difference, template):
-            remarks.append(remark)
+        if said := explained(difference, template):
+            remarks += said
         else:
             unexplained.append(difference)
     # Where the texts are not the same, one place says so; what else differs then means little.
     other_text = [difference for difference in unexplained if difference.kind == "text"][:1]
     wrong += [difference.says() for difference in other_text or unexplained]
-    sign = "≠" if wrong else "=" if same_text else "≈"
+    sign = "≠" if wrong else "=" if theirs and mine.ids == theirs.ids else "≈"
     return Outcome(sign, tuple(dict.fromkeys(remarks)), tuple(dict.fromkeys(wrong)))
 
 
 def rendered(template: Template, source: str, row: dict[str, Any]) -> str | None:
-    """The conversation as transformers renders it; None where the template refuses it."""
-    try:
-        return template.theirs.apply_chat_template(
-            copy.deepcopy(row["messages"]), tools=row.get("tools"), chat_template=source, tokenize=False
-        )
-    except Exception:  # a template is a program: any exception may come out of it
-        return None
-
-
-def our_labels(row: dict[str, Any], tokenizer: Tokenizer) -> Labelled | str:
-    """The row's labels, or why it is refused."""
-    try:
-        [example] = encode_rows(as_rows([row]), tokenizer).examples
-    except InputError as error:
-        return re.sub(r"^\d+ of \d+ rows cannot be used: row \d+: ", "", str(error))
-    return Labelled(example.input_ids, [label != IGNORE for label in example.labels])
+    """The conversation as transformers renders it, in the first form that the template takes; None where in none."""
+    for arguments_as in (dict, json.dumps):
+        messages = copy.deepcopy(row["messages"])
+        for message in messages:
+            for call in message.get("tool_calls", []):
+                call["function"]["arguments"] = arguments_as(call["function"]["arguments"])
+        for no_content in (None, ""):
+            for message in messages:
+                message["content"] = message["content"] or no_content
+            try:
+                return template.theirs.apply_chat_template(
+                    messages, tools=row.get("tools"), chat_template=source, tokenize=False
+                )
+            except Exception:  # a template is a program: any exception may come out of it
+                continue
+    return None
 
 
 def their_labels(template: Template, row: dict[str, Any]) -> Labelled | None:
     """TRL's assistant mask; None where its template refuses the conversation."""
-    if rendered(template, template.marked, row) is None:
+    try:
+        encoded = template.theirs.apply_chat_template(
+            copy.deepcopy(row["messages"]),
+            tools=row.get("tools"),
+            chat_template=template.marked,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+    except Exception:  # as above
         return None
-    encoded = template.theirs.apply_chat_template(
-        copy.deepcopy(row["messages"]),
-        tools=row.get("tools"),
-        chat_template=template.marked,
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-    )
     return Labelled(encoded["input_ids"], [bool(bit) for bit in encoded["assistant_masks"]])
 
 
-def refusal(why: str, text: str | None, template: Template, row: dict[str, Any]) -> Outcome:
-    """A refusal is right where the template refuses, or where it leaves out something and the reason says that."""
+def refusal(error: str, text: str | None, template: Template, row: dict[str, Any]) -> Outcome:
+    """A refusal is right where the template refuses, or where the reason is one and is true."""
     if text is None:
         return Outcome("–")
-    missing = list(left_out(text, template, row))
-    if missing and "leaves out" in why:
-        return Outcome("refused", (why,))
-    return Outcome("refused", (why,), (f"refused{' for another reason' if missing else ''}: {why}",))
+    why = re.sub(r"^\d+ of \d+ rows cannot be used: row \d+: |; skip_bad_rows leaves them out$", "", error)
+    reasons = {"leaves out": list(left_out(text, template, row)), "cannot be told apart": is_moved(text, template, row)}
+    is_true = any(holds for words, holds in reasons.items() if words in why)
+    return Outcome("refused", (why,), () if is_true else (f"refused: {why}",))
 
 
 # Who wrote what: this needs no reference
@@ -192,6 +197,13 @@ def left_out(text: str, template: Template, row: dict[str, Any]) -> Iterator[str
             yield f"the {messages[i]['role']}'s {part}" if i >= 0 else "the list of tools"
 
 
+def is_moved(text: str, template: Template, row: dict[str, Any]) -> bool:
+    """Whether a part of a message stands behind a later message."""
+    parts = [(text.find(word), i) for i, _, words in telling_words(template, row) if i >= 0 for word in words]
+    order = [i for place, i in sorted(parts) if place >= 0]
+    return order != sorted(order)
+
+
 # Token by token
 
 BEFORE = 40  # tokens before a difference that are looked at: a generation prompt has fewer
@@ -232,24 +244,41 @@ def differences(mine: Labelled, theirs: Labelled, tokenizer: Tokenizer) -> Itera
                 yield Difference("+" if ours else "-", decode([mine.ids[place] for place in places]), before)
 
 
-def explained(difference: Difference, template: Template) -> str | None:
-    """The remark on a difference, where we know that it is meant."""
+def explained(difference: Difference, template: Template) -> list[str]:
+    """The remarks on a difference, where we know that it is meant; otherwise none."""
     kind, what, before, instead, at_end = difference
     if kind == "text":
-        if at_end and what == template.ends[0] and instead in ("", *template.ends):
-            return EOS
-        return THOUGHTS if what == "" and "<think>" in instead else None
-    for known in KNOWN:
-        if fnmatchcase(template.name, known[0]) and (kind, what) == known[1]:
-            used.add(known)
-            return known[2]
+        return explained_text(what, instead, at_end, template)
+    if begins := known(kind, what, template):
+        said, rest = begins
+        after = explained(Difference(kind, rest, before + what.removesuffix(rest)), template) if rest else [said]
+        return after and [said, *after]
     if kind == "+":
-        return CHARACTER if set(what) == {"\ufffd"} else None
-    if not what.strip() and before.endswith(template.ends):
-        return LINE_END
+        return [CHARACTER] if set(what) == {"\ufffd"} else []
+    if what.strip() in ("", template.ends[0]) and before.endswith(template.ends):
+        return [LINE_END]
     for prompt in generation_prompts(template):
         if any((before + what).endswith(prompt[:cut]) for cut in range(len(what), len(prompt) + 1)):
-            return PROMPT
+            return [PROMPT]
+    return []
+
+
+def explained_text(what: str, instead: str, at_end: bool, template: Template) -> list[str]:
+    if at_end and what == template.ends[0] and (instead in ("", *template.ends) or known("-", instead, template)):
+        return [EOS]
+    if what == "" and "<think>" in instead:
+        return [THOUGHTS]
+    begins = known("text", instead, template) if what == "" and not at_end else None
+    return [begins[0]] if begins else []
+
+
+def known(kind: str, what: str, template: Template) -> tuple[str, str] | None:
+    """The remark on a known difference with which this one begins, and the rest of it."""
+    for entry in KNOWN:
+        name, (entry_kind, text), said = entry
+        if fnmatchcase(template.name, name) and kind == entry_kind and what.startswith(text):
+            used.add(entry)
+            return said, what.removeprefix(text)
     return None
 
 

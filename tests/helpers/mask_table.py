@@ -88,9 +88,11 @@ TRL changes the template instead (for Qwen3, 3.5 and 3.6): in its training templ
 empty one where the row has no thoughts, so that no message changes as the conversation goes on. Every answer is learned
 with its thoughts then, but after a history full of thoughts, which the model never sees when it is used.
 
-To have both, the right prompt and all thoughts, make a row of each answer: `{{"prompt": [...], "completion": [...]}}`
-learns the completion only, whatever the assistant says in the prompt. Each answer is then the last one of its row, and
-is learned with its thoughts, after the history as it is when the model is used. Qwen's authors advise the same.
+With `mask_history` minilora learns the last answer of each row only. To have the right prompt and all thoughts, make a
+row of each answer, with the conversation up to it, and set `mask_history`; or give each as `{{"prompt": [...],
+"completion": [...]}}`, of which the completion is learned, whatever the assistant says in the prompt. So every answer is
+learned with its thoughts, after the history as it is when the model is used. Qwen's authors
+[advise the same](https://github.com/QwenLM/Qwen3/discussions/1398).
 
 ## Remarks
 

@@ -101,7 +101,8 @@ PHI4 = """\
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}
-{%- else %}{%- generation %}{{- eos_token }}{%- endgeneration %}
+{%- elif messages[-1].role == 'assistant' %}{%- generation %}{{- eos_token }}{%- endgeneration %}
+{%- else %}{{- eos_token }}
 {%- endif %}"""
 
 Edits = Sequence[tuple[str, str]]
