@@ -218,8 +218,13 @@ class Difference(NamedTuple):
 
     def says(self) -> str:
         if self.kind == "text":
-            return f"the text has {self.what or 'nothing'!r} where TRL's has {self.instead or 'nothing'!r}"
-        return f"{self.what!r} is {'learned' if self.kind == '+' else 'not learned'}"
+            return f"the text has {quoted(self.what)} where TRL's has {quoted(self.instead)}"
+        return f"{quoted(self.what)} is {'learned' if self.kind == '+' else 'not learned'}"
+
+
+def quoted(text: str) -> str:
+    """The text, without the middle of a long one: that may be a template's system message, with today's date."""
+    return repr(text if len(text) <= 80 else f"{text[:20]} … {text[-40:]}") if text else "nothing"
 
 
 def differences(mine: Labelled, theirs: Labelled, tokenizer: Tokenizer) -> Iterator[Difference]:

@@ -90,8 +90,8 @@ with its thoughts then, but after a history full of thoughts, which the model ne
 
 With `mask_history` minilora learns the last answer of each row only. To have the right prompt and all thoughts, make a
 row of each answer, with the conversation up to it, and set `mask_history`; or give each as `{{"prompt": [...],
-"completion": [...]}}`, of which the completion is learned, whatever the assistant says in the prompt. So every answer is
-learned with its thoughts, after the history as it is when the model is used. Qwen's authors
+"completion": [...]}}`, of which the completion is learned, whatever the assistant says in the prompt. So every answer
+is learned with its thoughts, after the history as it is when the model is used. Qwen's authors
 [advise the same](https://github.com/QwenLM/Qwen3/discussions/1398).
 
 ## Remarks
