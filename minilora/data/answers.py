@@ -8,6 +8,7 @@ too where the template leaves out a part of the row, since the model would learn
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,11 +27,15 @@ UNIT = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_/]+\]|\w+|.", re.DOTALL)
 
 
 class Answers(NamedTuple):
-    """A rendered conversation: `spans` are the characters to learn, in order; `remarks` what one should know of it."""
+    """A rendered conversation: `spans` are the characters to learn, in order; `remarks` what one should know of it.
+
+    `words_end` is where the last answer's own words end in the text: what follows in its span is the template's.
+    """
 
     text: str
     spans: list[Span]
     remarks: list[str]
+    words_end: int = 0
 
 
 def render_with_answers(
@@ -62,10 +67,8 @@ class _Rendering:
         self.tails: dict[tuple[str, str], str] = {}
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        row = self.row
-        return self.tokenizer.render_chat(messages, add_generation_prompt, tools=row.tools, **row.chat_template_kwargs)[
-            0
-        ]
+        variables = self.row.chat_template_kwargs
+        return self.tokenizer.render_chat(messages, add_generation_prompt, tools=self.row.tools, **variables)[0]
 
     def answers(self, mask_history: bool) -> Answers:
         own = self.own_places()
@@ -77,13 +80,14 @@ class _Rendering:
         if mask_history:
             learned = learned[-1:]
         self.refuse_what_is_left_out(learned)
-        self.refuse_what_is_moved(learned, own)
-        by_template = [self.in_generation(own[i]) for i in learned]
-        if all(by_template):  # a template that marks some answers only is not relied on
-            spans = [span for spans in by_template for span in spans]
+        by_template = self.in_generation()
+        if by_template.keys() >= set(learned):  # a template that marks some answers only is not relied on
+            spans = sorted(span for i in learned for span in by_template[i])
         else:
+            self.refuse_what_is_moved(learned, own)
             spans = [(self.begin(i, own[i]), self.end(i, own[i])) for i in learned]
-        return Answers(self.text, spans, list(self.remarks))
+        words_end = max((self.places[own[i][1]].end for i in learned), default=0)
+        return Answers(self.text, spans, list(self.remarks), words_end)
 
     def own_places(self) -> dict[int, tuple[int, int]]:
         """For each answer the first and the last of its places: numbers in `self.places`."""
@@ -150,10 +154,21 @@ class _Rendering:
 
     # Where an answer begins and ends
 
-    def in_generation(self, own: tuple[int, int]) -> list[Span]:
-        """What of the template's `{% generation %}` is about this answer."""
-        start, end = self.places[own[0]].start, self.places[own[1]].end
-        return [span for span in self.generation if span[0] < end and span[1] > start]
+    def in_generation(self) -> dict[int, list[Span]]:
+        """What the template marks with `{% generation %}`, by the answer that it is of.
+
+        A span without words, such as the token that ends a turn, is of the answer before it, or else of the one after.
+        """
+        starts = [place.start for place in self.places]
+        spans: dict[int, list[Span]] = {}
+        for start, end in self.generation:
+            inside = range(bisect_left(starts, start), bisect_left(starts, end))
+            around = (bisect_left(starts, start) - 1, bisect_left(starts, end))
+            of = [self.pieces[self.places[at].piece].message for at in (*inside, *around) if 0 <= at < len(starts)]
+            answer = next((i for i in of if self.messages[i]["role"] == "assistant"), None)
+            if answer is not None:
+                spans.setdefault(answer, []).append((start, end))
+        return spans
 
     def begin(self, i: int, own: tuple[int, int]) -> int:
         """Where generation would begin: where the text parts from the prompt for answer i."""
@@ -161,7 +176,9 @@ class _Rendering:
         previous = next((p for p in reversed(self.places[: own[0]]) if self.pieces[p.piece].message != i), None)
         header_start = 0 if previous is None else previous.end
         header = self.text[header_start:start]
-        key = (self.messages[i - 1]["role"] if i else "", header)
+        if i == 0:
+            return self.begin_of_conversation(header)
+        key = (self.messages[i - 1]["role"], header)
         if key not in self.tails:
             self.tails[key] = self.prompt_after(i, previous)
         prompt = self.tails[key]
@@ -175,14 +192,21 @@ class _Rendering:
             ] = None
         return header_start + same
 
+    def begin_of_conversation(self, header: str) -> int:
+        """The same for an answer that begins the conversation, which has no prompt: behind an answer's header in it."""
+        question: list[Message] = [{"role": "user", "content": "?"}]
+        asked = self.render(question)
+        prompt = self.render(question, add_generation_prompt=True)
+        units = [unit.end() for unit in UNIT.finditer(prompt[len(asked) :])] if prompt.startswith(asked) else []
+        for length in reversed(units):
+            answer_header = prompt[len(asked) :][:length]
+            if answer_header.strip() and (at := header.rfind(answer_header)) >= 0:
+                return at + length
+        return len(header)
+
     def prompt_after(self, i: int, previous: Place | None) -> str:
         """What the prompt for answer i ends with, after the last piece of text in it."""
-        try:
-            prompt = self.render(self.marked[:i], add_generation_prompt=True)
-        except InputError:
-            if i:
-                raise
-            return ""  # a conversation that begins with an answer: many templates make no prompt of nothing
+        prompt = self.render(self.marked[:i], add_generation_prompt=True)
         mark = next(iter(reversed(list(MARK.finditer(prompt)))), None)
         if (mark and int(mark.group(1))) != (previous and previous.piece):
             raise InputError(UNCERTAIN)

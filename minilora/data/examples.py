@@ -97,8 +97,10 @@ def encode_rows(
         encoded.remarks.update(one.remarks)
         encoded.remarks.update(f"the key {key!r} is not used" for key in row.unused)
         labels, last = _labels(one, ids, offsets, eos_ids)
-        # A template may mark the line's end after the token that ends the turn, too.
-        if last < 0 or not one.text[: offsets[last][1]].rstrip().endswith(turn_ends):
+        learned_to = offsets[last][1] if last >= 0 else 0
+        # Behind the answer's words stands the token that ends the turn, and perhaps a line's end that is marked too.
+        ended = one.text[one.words_end : learned_to].rstrip().endswith(turn_ends)
+        if not ended and not one.text[learned_to:].strip():
             eos = [tokenizer.eos_token_id]
             ids, labels = ids[: last + 1] + eos, labels[: last + 1] + eos
         bos = tokenizer.bos_token_id
@@ -115,22 +117,23 @@ class _Rendered(NamedTuple):
     text: str
     answers: list[Span]  # the characters to learn
     remarks: list[str]
+    words_end: int  # behind it the template ends the last answer
     bos: bool  # whether BOS is still to be put first
 
 
 def _render(row: Row, tokenizer: Tokenizer, turn_ends: Sequence[str], mask_history: bool) -> _Rendered:
     if row.text is not None:
-        return _Rendered(row.text, [(0, len(row.text))], [], bos=tokenizer.add_bos_token)
+        return _Rendered(row.text, [(0, len(row.text))], [], 0, bos=tokenizer.add_bos_token)
     if row.messages and row.pair and tokenizer.chat_template is None:
         if len(row.messages) > 2 or row.tools:
             raise InputError("a system message and tools beside prompt and completion need a chat template")
         prompt, completion = (message["content"] for message in row.messages)
         answer = len(prompt), len(prompt + completion)
-        return _Rendered(prompt + completion, [answer], [], bos=tokenizer.add_bos_token)
+        return _Rendered(prompt + completion, [answer], [], 0, bos=tokenizer.add_bos_token)
     rendered = render_with_answers(row, tokenizer, turn_ends, mask_history)
     if not rendered.spans:
         raise InputError("it has no answer to learn")
-    return _Rendered(rendered.text, rendered.spans, rendered.remarks, bos=False)
+    return _Rendered(rendered.text, rendered.spans, rendered.remarks, rendered.words_end, bos=False)
 
 
 def _labels(row: _Rendered, ids: list[int], offsets: list[Span], eos_ids: list[int]) -> tuple[list[int], int]:

@@ -56,10 +56,10 @@ def call_form(source: str, variables: str) -> TemplateForm:
     for form in forms:
         text = _written_call(source, variables, form) or ""
         # as JSON; not as Python writes it, not quoted twice
-        right = "true" in text and "True" not in text and '\\"flag' not in text
+        right = WORD in text and "true" in text and "True" not in text and '\\"flag' not in text
         if right and (form.no_content != "null" or "None" not in text):
             return form
-    # in a syntax of its own, such as f(flag=True)
+    # In a syntax of its own, such as f(flag=True), or not at all.
     return next((form for form in forms if _written_call(source, variables, form) is not None), TemplateForm(content))
 
 
@@ -70,8 +70,7 @@ def _written_call(source: str, variables: str, form: TemplateForm) -> str | None
         {"role": "tool", "content": "r", "name": "f", "tool_call_id": "a1b2c3d4e"},
         {"role": "assistant", "content": "a"},
     ]
-    text = _written(source, variables, [form.applied(message) for message in messages], [TOOL])
-    return text if text is not None and WORD in text else None
+    return _written(source, variables, [form.applied(message) for message in messages], [TOOL])
 
 
 def _written(

@@ -29,7 +29,7 @@ from minilora.errors import InputError
 
 
 def answers(template: str, messages: list[dict[str, Any]], turn_end: str = "<|im_end|>", **row: Any) -> list[str]:
-    text, spans, _ = render_with_answers(Row(messages=messages, **row), tiny(template), [turn_end])
+    text, spans, *_ = render_with_answers(Row(messages=messages, **row), tiny(template), [turn_end])
     return [text[start:end] for start, end in spans]
 
 
@@ -42,7 +42,7 @@ def test_prefixes_find_what_the_template_marks(name: str, messages: list[dict[st
     marked, bare = tiny(TEMPLATES[name]), tiny(untagged(TEMPLATES[name]))
     expected = render_with_answers(row, marked, [TURN_END[name]])
     assert render_with_answers(row, bare, [TURN_END[name]]) == expected
-    _, spans, _ = expected
+    _, spans, *_ = expected
     assert len(spans) == sum(m["role"] == "assistant" for m in messages[row.context :])
 
 
@@ -201,15 +201,15 @@ def test_refuses_what_the_template_leaves_out(template: str, messages: list[dict
 
 def test_thoughts_of_earlier_answers_may_be_left_out_and_are_reported() -> None:
     messages = [user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")]
-    _, _, remarks = render_with_answers(Row(messages), tiny(SHORT), ["<|im_end|>"])
+    _, _, remarks, _ = render_with_answers(Row(messages), tiny(SHORT), ["<|im_end|>"])
     assert any("leaves out the thoughts of earlier answers" in remark for remark in remarks)
-    _, _, remarks = render_with_answers(Row(messages[2:]), tiny(SHORT), ["<|im_end|>"])
+    _, _, remarks, _ = render_with_answers(Row(messages[2:]), tiny(SHORT), ["<|im_end|>"])
     assert remarks == []
 
 
 def test_a_prompt_that_ends_otherwise_when_the_model_is_used_is_reported() -> None:
     template = LINES + "{% if add_generation_prompt %}{{ 'assistant: <think>\n' }}{% endif %}"
-    text, [(start, end)], [remark] = render_with_answers(
+    text, [(start, end)], [remark], _ = render_with_answers(
         Row([user("q"), assistant("a")]), tiny(template), ["<|im_end|>"]
     )
     assert text[start:end] == "a<|im_end|>"
@@ -218,10 +218,10 @@ def test_a_prompt_that_ends_otherwise_when_the_model_is_used_is_reported() -> No
 
 def test_a_key_that_the_template_does_not_read_is_reported() -> None:
     messages = [user("q") | {"name": "Al"}, assistant("a")]
-    _, _, [remark] = render_with_answers(Row(messages), tiny(LINES), ["<|im_end|>"])
+    _, _, [remark], _ = render_with_answers(Row(messages), tiny(LINES), ["<|im_end|>"])
     assert "does not read 'name'" in remark
     named = LINES.replace("m.role", "m.role ~ (m.name or '')")
-    text, _, remarks = render_with_answers(Row(messages), tiny(named), ["<|im_end|>"])
+    text, _, remarks, _ = render_with_answers(Row(messages), tiny(named), ["<|im_end|>"])
     assert remarks == []
     assert text.startswith("userAl: q")
 
@@ -230,7 +230,7 @@ def test_a_key_that_the_template_does_not_read_is_reported() -> None:
 def test_answers_that_are_not_to_be_learned(template: str) -> None:
     messages = [user("q"), assistant("a") | {"weight": 0}, user("r"), assistant("b"), user("s"), assistant("c")]
     assert answers(template, messages) == ["b<|im_end|>", "c<|im_end|>"]
-    _, spans, _ = render_with_answers(Row(messages), tiny(template), ["<|im_end|>"], mask_history=True)
+    _, spans, *_ = render_with_answers(Row(messages), tiny(template), ["<|im_end|>"], mask_history=True)
     assert len(spans) == 1
 
 
@@ -297,7 +297,7 @@ def test_a_conversation_is_rendered_a_few_times_however_long_it_is(
     render = tokenizer.render_chat
     monkeypatch.setattr(tokenizer, "render_chat", lambda *args, **kwargs: rendered.append(1) or render(*args, **kwargs))
     turns = [[user(f"question {i}"), assistant(f"<think>hm {i}</think>answer {i}")] for i in range(100)]
-    _, spans, _ = render_with_answers(Row([message for turn in turns for message in turn]), tokenizer, ["<|im_end|>"])
+    _, spans, *_ = render_with_answers(Row([message for turn in turns for message in turn]), tokenizer, ["<|im_end|>"])
     assert len(spans) == 100
     assert len(rendered) <= 6
 

@@ -5,7 +5,6 @@ PYTHONPATH=tests python tests/data/test_masks.py --write writes docs/masks.md fr
 
 import re
 import sys
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,16 +23,6 @@ from minilora.text import Tokenizer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "masks.md"
 
-# What is wrong and known: template, conversation, what is wrong. To be mended, and then taken out here.
-STILL_WRONG = [
-    ("*", "answer first", "*"),
-    ("glm4moe", "quotes", "the text has nothing where TRL's has '<|user|>'"),
-    ("gptoss", "question last", "the text has '<|return|>' where TRL's has '<|start|>user*"),
-    ("llama3_[12]", "*", "'}<|eot_id|>' is not learned"),
-    ("llama3_[12]", "last call", "the text has nothing where TRL's has '}'"),
-    ("*", "null content", "refused: the chat template * this conversation: *"),
-]
-
 
 def wrong_cells(template: Template) -> list[tuple[str, str, str]]:
     return [
@@ -44,14 +33,9 @@ def wrong_cells(template: Template) -> list[tuple[str, str, str]]:
     ]
 
 
-def matches(cell: tuple[str, str, str], pattern: tuple[str, str, str]) -> bool:
-    return all(fnmatchcase(said, part) for said, part in zip(cell, pattern, strict=True))
-
-
 @pytest.mark.parametrize("template", all_templates(), ids=lambda template: template.name)
 def test_labels(template: Template) -> None:
-    for cell in wrong_cells(template):
-        assert any(matches(cell, pattern) for pattern in STILL_WRONG), cell
+    assert wrong_cells(template) == []
 
 
 @pytest.mark.parametrize("template", all_templates(), ids=lambda template: template.name)
@@ -79,9 +63,8 @@ def test_answers_that_are_only_read(template: Template) -> None:
 
 
 def test_every_known_difference_is_one() -> None:
-    cells = [cell for template in all_templates() for cell in wrong_cells(template)]
-    for pattern in STILL_WRONG:
-        assert any(matches(cell, pattern) for cell in cells), f"{pattern}: mended; take it out"
+    for template in all_templates():
+        wrong_cells(template)
     for known in KNOWN:
         assert known in used, f"{known}: not so any more; take it out"
 

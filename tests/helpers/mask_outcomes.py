@@ -25,6 +25,7 @@ from minilora.text import Tokenizer
 LINE_END = "TRL learns what follows the token that ends the turn as well (a line's end, EOS): it is never generated"
 PROMPT = "TRL learns a part of the generation prompt as well, which the model is given"
 CHARACTER = "an answer ends with a character of several tokens: transformers' mask has the first of them only"
+FIRST = "a sequence's first token is not learned by minilora: nothing is there to predict it"
 EOS = "the template writes no token that ends the last answer, so minilora adds EOS"
 THOUGHTS = "TRL's text has a think block in every answer, the model's own template in some"
 EARLIER = "the template leaves out the thoughts of earlier answers, as it does when the model is used"
@@ -260,6 +261,8 @@ def explained(difference: Difference, template: Template) -> list[str]:
         return after and [said, *after]
     if kind == "+":
         return [CHARACTER] if set(what) == {"\ufffd"} else []
+    if not before and not what.strip():
+        return [FIRST]
     if what.strip() in ("", template.ends[0]) and before.endswith(template.ends):
         return [LINE_END]
     for prompt in generation_prompts(template):
