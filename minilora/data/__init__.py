@@ -1,11 +1,13 @@
 """Rows of other people's data, made into token ids with labels, and into batches.
 
 Read rows.py first (the formats), then examples.py (token ids and labels) and batches.py; answers.py finds the
-assistant's words in a rendered conversation.
+assistant's words in a rendered conversation. Where rows come from: files.py and tables.py; which are taken: mixture.py.
 """
 
 from minilora.data.batches import Batch, PackedBatch, batches, collate, pack
 from minilora.data.examples import IGNORE, Example, Skipped, encode_rows, show_example
+from minilora.data.files import SUFFIXES
+from minilora.data.mixture import mix_rows, split_rows
 from minilora.data.rows import Row, Rows, as_rows, given_rows, load_rows
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "PackedBatch",
     "Row",
     "Rows",
+    "SUFFIXES",
     "Skipped",
     "as_rows",
     "batches",
@@ -22,6 +25,8 @@ __all__ = [
     "encode_rows",
     "given_rows",
     "load_rows",
+    "mix_rows",
     "pack",
     "show_example",
+    "split_rows",
 ]
