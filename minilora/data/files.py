@@ -22,7 +22,7 @@ from minilora.data.tables import parquet_rows
 from minilora.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet", *archives.SUFFIXES)
+SUFFIXES = (".json", ".jsonl", ".ndjson", *DELIMITERS, ".parquet", *archives.SUFFIXES)
 
 
 def find_files(names: Iterable[str | Path]) -> dict[Path, str]:

@@ -19,6 +19,7 @@ import numpy as np
 from minilora.data.json_values import parse_json
 from minilora.errors import InputError
 
+Convert = Callable[[Any], Any]
 BATCH = 256  # rows made into Python's objects at a time
 
 
@@ -30,7 +31,7 @@ def table_rows(value: Any) -> Iterator[Any] | None:
     if _is(value, "datasets", "Dataset"):
         return _dataset_rows(value)
     if _is(value, "datasets", "IterableDataset"):
-        return (_row(row.items(), plain) for row in value.with_format(None))
+        return (_row((*cell, plain) for cell in row.items()) for row in value.with_format(None))
     if _is(value, "pandas", "DataFrame"):
         return _frame_rows(value)
     if _is(value, "pyarrow", "Table"):
@@ -62,7 +63,7 @@ def parquet_rows(path: Path) -> Iterator[Any]:
 
 def _dataset_rows(dataset: Any) -> Iterator[Any]:
     if dataset.format["type"] == "custom":  # set_transform: the rows are what it makes of the columns
-        return (_row(row.items(), plain) for row in dataset)
+        return (_row((*cell, plain) for cell in row.items()) for row in dataset)
     arrow = dataset.with_format("arrow", columns=dataset.format["columns"])
     return _arrow_rows(arrow.iter(BATCH))
 
@@ -73,19 +74,19 @@ def _frame_rows(frame: Any) -> Iterator[Any]:
     _refuse_repeated(frame.columns)
     for cells in frame.itertuples(index=False, name=None):
         pairs = zip(frame.columns, cells, strict=True)
-        yield _row([(name, cell) for name, cell in pairs if not (is_scalar(cell) and missing(cell))], plain)
+        yield _row((name, cell, plain) for name, cell in pairs if not (is_scalar(cell) and missing(cell)))
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         _refuse_repeated(batch.schema.names)
-        types = dict(zip(batch.schema.names, batch.schema.types, strict=True))
+        convert = {field.name: _of_arrow(field.type) for field in batch.schema}
         try:
-            rows = batch.to_pylist(maps_as_pydicts="strict")
-        except (ValueError, KeyError, OverflowError) as error:  # a key twice in a struct, the year 285 billion
+            rows = batch.to_pylist()
+        except (ValueError, KeyError, OverflowError) as error:  # a key twice in a struct, a year of ten digits
             raise InputError(f"the table has values that are none of Python's: {error}") from error
         for row in rows:
-            yield _row([(name, (value, types[name])) for name, value in row.items()], lambda pair: _of_arrow(*pair))
+            yield _row((name, value, convert[name]) for name, value in row.items())
 
 
 def _refuse_repeated(columns: Any) -> None:
@@ -94,35 +95,47 @@ def _refuse_repeated(columns: Any) -> None:
         raise InputError(f"the table has more than one column {', '.join(repeated)}")
 
 
-def _row(cells: Iterable[tuple[Any, Any]], convert: Callable[[Any], Any]) -> dict[Any, Any] | InputError:
+def _row(cells: Iterable[tuple[Any, Any, Convert]]) -> dict[Any, Any] | InputError:
+    """The row of (column, value, how to convert it)."""
     row = {}
-    for name, cell in cells:
+    for name, value, convert in cells:
         try:
-            row[name] = convert(cell)
+            row[name] = None if value is None else convert(value)
         except InputError as error:
             return InputError(f"column {name!r}: {error}")
     return _without_nulls(row)
 
 
-def _of_arrow(value: Any, kind: Any) -> Any:
-    """The value of an Arrow type, which says what a dict is: a struct with filled keys, or a map with its own."""
-    pyarrow = sys.modules["pyarrow"]
-    if value is None:
-        return None
+def _of_arrow(kind: Any) -> Convert:
+    """How to convert the values of an Arrow type, which tells a struct, whose keys are filled, from a map."""
+    types = sys.modules["pyarrow"].types
     if getattr(kind, "extension_name", "") == "arrow.json":
-        parsed = parse_json(value)
-        if isinstance(parsed, InputError):
-            raise parsed
-        return parsed
-    if isinstance(kind, pyarrow.BaseExtensionType):  # such as datasets' Array2D
-        return _of_arrow(value, kind.storage_type)
-    if pyarrow.types.is_struct(kind):
-        return _without_nulls({field.name: _of_arrow(value[field.name], field.type) for field in kind})
-    if pyarrow.types.is_map(kind):
-        return {key: _of_arrow(item, kind.item_type) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_of_arrow(item, kind.value_type) for item in value]
-    return _leaf(value)
+        return _parsed
+    if hasattr(kind, "storage_type"):  # another extension, such as datasets' Array2D
+        return _of_arrow(kind.storage_type)
+    if types.is_struct(kind):
+        fields = {field.name: _of_arrow(field.type) for field in kind}
+        return lambda struct: {key: fields[key](value) for key, value in struct.items() if value is not None}
+    if types.is_map(kind):
+        item = _of_arrow(kind.item_type)
+        return lambda pairs: _mapping([(key, None if value is None else item(value)) for key, value in pairs])
+    if types.is_nested(kind) and not types.is_union(kind):
+        item = _of_arrow(kind.value_type)
+        return lambda values: [None if value is None else item(value) for value in values]
+    return _leaf
+
+
+def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    if len(mapping := dict(pairs)) < len(pairs):
+        raise InputError("a map has a key twice")
+    return mapping
+
+
+def _parsed(text: str) -> Any:
+    value = parse_json(text)
+    if isinstance(value, InputError):
+        raise value
+    return value
 
 
 def plain(value: Any) -> Any:

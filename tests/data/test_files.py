@@ -69,14 +69,17 @@ def test_one_meaning_in_every_file(rows: list[Any], tmp_path: Path) -> None:
 def test_csv_is_read_as_csv_and_pandas_write_it(rows: list[Any], end: str, bom: bool, tmp_path: Path) -> None:
     for name, delimiter in {"rows.csv": ",", "rows.tsv": "\t", "rows.csv.gz": ","}.items():
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["prompt", "completion"], delimiter=delimiter, lineterminator=end)
+        writer = csv.DictWriter(
+            text, ["prompt", "completion"], delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL
+        )
         writer.writeheader()
         writer.writerows(rows)
         content = text.getvalue().encode("utf-8-sig" if bom else "utf-8")
         loaded = load_rows(save(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
         assert [row.meta for row in loaded] == rows
-    pandas.DataFrame(rows).to_csv(tmp_path / "pandas.csv", index=False, lineterminator=end)
-    assert [row.meta for row in load_rows(tmp_path / "pandas.csv")] == rows
+    if "\\r" not in json.dumps(rows):  # where lines end in \n, it writes a lone \r without quotes, as Python's csv does
+        pandas.DataFrame(rows).to_csv(tmp_path / "pandas.csv", index=False, lineterminator=end)
+        assert [row.meta for row in load_rows(tmp_path / "pandas.csv")] == rows
 
 
 def test_a_record_of_csv_says_the_line_on_which_it_begins(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_a_pyarrow_that_unpickles_reads_no_file(tmp_path: Path, monkeypatch: pyt
 
 
 DATASET = datasets.Dataset.from_dict({"text": ["a"]})
+MAP = pyarrow.array([[("a", 1), ("a", 2)]], pyarrow.map_(pyarrow.string(), pyarrow.int8()))
 TWICE = pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
 
 
@@ -161,6 +162,7 @@ TWICE = pyarrow.StructArray.from_arrays([pyarrow.array([1]), pyarrow.array([2])]
         (pyarrow.table([[1], [2]], names=["a", "a"]), "more than one column a"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "more than one column a"),
         (pyarrow.table({"v": TWICE}), "values that are none of Python's: .*duplicate field names"),
+        (pyarrow.table({"v": MAP}), "row 1: column 'v': a map has a key twice"),
         (DATASET.select([]), "there are no training rows"),
         (pandas.DataFrame({"question": ["q"]}), "row 1: its keys are 'question'; a row has"),
         (DATASET["text"], "must be a path, or all dicts or all Rows|cannot be read"),
