@@ -21,7 +21,7 @@ from minilora.adapters import (
     unload,
     unmerge,
 )
-from minilora.data import load_rows, show_example
+from minilora.data import load_rows, mix_rows, show_example, split_rows
 from minilora.errors import InputError
 from minilora.evaluation import compare, evaluate, general_ability, generate
 from minilora.formats import load, load_adapter, save_adapter, save_pretrained, swap_adapter
@@ -68,6 +68,8 @@ __all__ = [
     # in and out
     "load",
     "load_rows",
+    "mix_rows",
+    "split_rows",
     "show_example",
     "load_adapter",
     "swap_adapter",

@@ -20,8 +20,9 @@ from minilora.app import kernel_table
 from minilora.app.demo import DemoConfig, run_demo
 from minilora.app.recipe import read_recipe
 from minilora.app.report import comparison_table, write_text
+from minilora.app.run_rows import rows_of_a_run
 from minilora.auto_dtype import auto_dtype
-from minilora.data import Row, batches, collate, encode_rows
+from minilora.data import SUFFIXES, Row, batches, collate, encode_rows
 from minilora.devices import default_device
 from minilora.errors import InputError
 from minilora.evaluation import stream
@@ -77,10 +78,14 @@ class Demo(DemoConfig):
 class Train:
     """Fine-tune a model with LoRA or QLoRA: `minilora train recipe.yaml`, or flags alone, or both."""
 
-    data: str = ""
-    """training rows, .json or .jsonl: Alpaca, ShareGPT, chat messages, prompt/completion or text"""
-    eval_data: str | None = None
+    data: dict[str, float] | str | list[str] = ""
+    """training rows: files or patterns (.json, .jsonl, .csv, .parquet; .gz, .zst), or each with its weight"""
+    eval_data: str | list[str] | None = None
     """held-out rows for the validation loss"""
+    split: float | None = None
+    """in the place of eval_data: hold out this share of the training rows, chosen by what they say"""
+    max_rows: int | None = None
+    """train on the first so many of the rows that are left"""
     base: ModelOptions = field(default_factory=ModelOptions)
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     """Which layers to adapt and how, in the names of PEFT's `LoraConfig`."""
@@ -89,8 +94,7 @@ class Train:
     def run(self) -> None:
         if not self.data:
             raise InputError("no training rows: give --data FILE, or a recipe with `data: FILE`")
-        rows = ml.load_rows(self.data)
-        eval_rows = ml.load_rows(self.eval_data) if self.eval_data else None
+        rows, eval_rows = rows_of_a_run(self.data, self.eval_data, self.split, self.max_rows)
         model, tokenizer = self.base.load()
         seed_everything(self.train.seed)  # A is drawn now
         ml.add_adapter(model, self.lora)
@@ -115,11 +119,11 @@ def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], s
 class Eval:
     """Score an adapter on held-out rows, against its own base and the base with examples in the prompt."""
 
-    data: str
-    """held-out rows"""
+    data: str | list[str]
+    """held-out rows: files or patterns, as for train"""
     adapter: str
     """PEFT adapter folder"""
-    few_shot_data: str | None = None
+    few_shot_data: str | list[str] | None = None
     """rows (not the held-out ones) whose first four become the examples of the few-shot prompt"""
     max_new_tokens: int = 64
     output: str | None = None
@@ -267,7 +271,7 @@ def parse(argv: list[str]) -> Command:
     """
     recipe = Train()
     if argv[:1] == ["train"] and argv[1:2] and not argv[1].startswith("-"):
-        if argv[1].endswith((".json", ".jsonl")):
+        if argv[1].endswith(SUFFIXES):
             raise InputError(f"{argv[1]} holds rows and is no recipe: give --data {argv[1]}")
         recipe = read_recipe(argv[1], recipe)
         argv = ["train", *argv[2:]]

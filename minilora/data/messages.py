@@ -8,9 +8,9 @@ A tool call's arguments become an object, content in parts becomes a string. An 
 `weight: 0`, whichever name its mark had. What a message holds besides goes to the chat template as it is.
 """
 
-import json
 from typing import Any
 
+from minilora.data.json_values import parse_json
 from minilora.errors import InputError
 from minilora.text import Message, joined_parts
 
@@ -139,12 +139,10 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(text: Any, what: str) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f": {what} is not valid JSON ({' '.join(str(error).split())})") from error
+    value = parse_json(text) if isinstance(text, str) else text
+    if isinstance(value, InputError):
+        raise InputError(f": {what}: {value}")
+    return value
 
 
 def as_tools(tools: Any, functions: Any = None) -> list[dict[str, Any]] | None:
@@ -161,14 +159,12 @@ def as_tools(tools: Any, functions: Any = None) -> list[dict[str, Any]] | None:
 
 
 def _listed(value: Any, what: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{what}: not valid JSON: {' '.join(str(error).split())}") from error
-    if not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+    listed = parse_json(value) if isinstance(value, str) else value
+    if isinstance(listed, InputError):
+        raise InputError(f"{what}: {listed}")
+    if not (isinstance(listed, list) and all(isinstance(each, dict) for each in listed)):
         raise InputError(f"{what} is a list of JSON objects")
-    return value
+    return listed
 
 
 def kind_of(value: Any) -> str:

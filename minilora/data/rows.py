@@ -1,4 +1,4 @@
-"""Rows of training data, read from JSON and JSON Lines and recognised by their keys.
+"""Rows of training data, recognised by their keys.
 
     messages or conversations        a conversation, in `role`/`content` or in ShareGPT's `from`/`value`
     instruction, output              Alpaca: also `input`, which follows the instruction, and `history`, a list of
@@ -12,13 +12,14 @@ its file and line: a row that disappears, or is learned as something else, is fo
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minilora.data.files import find_files, read_files
 from minilora.data.messages import as_messages, as_tools, kind_of
+from minilora.data.tables import table_rows
 from minilora.errors import InputError
 from minilora.progress import with_progress
 from minilora.text import Message
@@ -33,7 +34,6 @@ REFUSED = {  # keys that mean something for training which would be lost
     **dict.fromkeys(("weight", "loss_weight", "sample_weight"), "all rows weigh the same; repeat or leave out rows"),
     "loss_mask": "for a mask of your own, train on Examples: input_ids with labels",
 }
-BETWEEN_ELEMENTS = re.compile(r"[\s,]*")
 SHOWN = 5  # malformed rows quoted in an error
 
 
@@ -65,7 +65,8 @@ class Row:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-Rows = str | Path | Sequence[Row] | Sequence[dict[str, Any]]
+# names of files and patterns of them; Rows or dicts, of any iterable; a DataFrame, a datasets.Dataset, a pyarrow.Table
+Rows = str | Path | Iterable[str | Path] | Iterable[Row] | Iterable[dict[str, Any]] | Iterable[Any]
 
 
 @dataclass(frozen=True)
@@ -76,34 +77,26 @@ class Skipped:
     reason: str
 
 
-def load_rows(path: str | Path, skipped: list[Skipped] | None = None) -> list[Row]:
-    """Read the rows of a .json file (one array) or a .jsonl file (one object a line).
+def load_rows(files: str | Path | Iterable[str | Path], skipped: list[Skipped] | None = None) -> list[Row]:
+    """Read the rows of files: .json, .jsonl, .csv, .tsv or .parquet, the first four also as .gz or .zst.
 
     A row is recognised by its keys: `messages` or `conversations` (OpenAI's or ShareGPT's form of a conversation);
     `instruction` and `output` (Alpaca); `prompt` and `completion`; or `text`.
 
     Args:
-        path: the file, in UTF-8.
-        skipped: a list that malformed rows are put into; None makes them an error.
+        files: a file's name, a pattern such as "data/*.jsonl", or several of them; texts are in UTF-8.
+        skipped: a list that rows which cannot be used are put into; None makes them an error.
 
     Returns:
-        The rows in the file's order.
+        The rows in the files' order, those of a pattern sorted by name.
 
     Raises:
-        InputError: the file cannot be read or holds no rows, or rows are malformed: how many, and for the first few
+        InputError: a file cannot be read or holds no rows, or rows are malformed: how many, and for the first few
             the file, the line and what is wrong.
     """
-    path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    values = _array(content) if content.lstrip().startswith("[") else _lines(content)
-    if not values:
-        raise InputError(f"{path}: holds no rows")
-    return collect(((f"{path.name}:{line}", value) for line, value in values), skipped)
+    if isinstance(files, Mapping):
+        raise InputError("load_rows takes names of files; with weights, they go through mix_rows")
+    return collect(read_files(find_files([files] if isinstance(files, str | Path) else files)), skipped)
 
 
 def as_rows(values: Iterable[Any], skipped: list[Skipped] | None = None) -> list[Row]:
@@ -118,14 +111,20 @@ def given_rows(rows: Rows, what: str, skipped: list[Skipped] | None = None) -> l
     """
     if isinstance(rows, str | Path):
         return load_rows(rows, skipped)
-    given: list[Any] = list(rows) if isinstance(rows, Iterable) else [rows]
+    # A DataFrame iterates over the names of its columns, which would be taken for files: tables come first.
+    table = table_rows(rows)
+    given: list[Any] = list(table if table is not None else rows if isinstance(rows, Iterable) else [rows])
     kinds = {type(row) for row in given}
     if not given:
         raise InputError(f"there are no {what} rows")
+    if table is not None or kinds == {dict}:
+        return as_rows(given, skipped)
+    if isinstance(rows, Mapping):
+        raise InputError(f"{what} rows are a list of dicts, not one dict; files with weights go through mix_rows")
     if kinds == {Row}:
         return given
-    if kinds == {dict}:
-        return as_rows(given, skipped)
+    if all(isinstance(row, str | Path) for row in given):
+        return load_rows(given, skipped)
     names = " and ".join(sorted(kind.__name__ for kind in kinds))
     raise InputError(f"{what} rows must be a path, or all dicts or all Rows, not {names}")
 
@@ -163,49 +162,6 @@ def quoted(skipped: Sequence[Skipped], shown: int) -> str:
     """The first reasons in words, and how many more there are."""
     more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
     return "; ".join(f"{row.source or 'a row'}: {row.reason}" for row in skipped[:shown]) + more
-
-
-# From text to JSON values, each with its line
-
-
-def _lines(content: str) -> list[tuple[int, Any]]:
-    """The values of JSON Lines; an InputError stands for a line that is not JSON."""
-    lines = content.split("\n")  # not splitlines: a JSON string may hold the other line separators
-    values = [(number, _parse(line)) for number, line in enumerate(lines, start=1) if line.strip()]
-    if values and isinstance(values[0][1], InputError) and not isinstance(_parse(content), InputError):
-        return [(1, InputError("one JSON value over several lines; give an array of rows, or one row a line"))]
-    return values
-
-
-def _array(content: str) -> list[tuple[int, Any]]:
-    """The elements of a JSON array; a single InputError stands for an array that is broken."""
-    array = _parse(content)
-    if isinstance(array, InputError):
-        broken = array.__cause__
-        return [(getattr(broken, "lineno", 1), array)]
-    values: list[tuple[int, Any]] = []
-    decoder = json.JSONDecoder()
-    end = content.index("[") + 1
-    line = content.count("\n", 0, end) + 1
-    for _ in array:
-        start = BETWEEN_ELEMENTS.match(content, end).end()  # type: ignore[union-attr]  # it matches anything
-        line += content.count("\n", end, start)
-        value, end = decoder.raw_decode(content, start)
-        values.append((line, value))
-        line += content.count("\n", start, end)
-    return values
-
-
-def _parse(text: str) -> Any:
-    """The JSON value, or an InputError that says why there is none."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        refusal = InputError(f"not valid JSON: {error.msg} at column {error.colno}")
-        refusal.__cause__ = error
-    except RecursionError:
-        refusal = InputError("not usable JSON: nested too deeply")
-    return refusal
 
 
 # From a JSON value to a row

@@ -53,7 +53,8 @@ def train(
     Args:
         model: minilora's `Transformer` or a model of transformers; only adapters may be trainable in it.
         tokenizer: the model's, as `load` gives it, or `minilora.text.read_tokenizer`.
-        rows: what to learn: the path of a .json or .jsonl file, or a sequence of dicts, `Row`s or `Example`s.
+        rows: what to learn: the names of files (see `load_rows`); dicts, `Row`s or `Example`s; a DataFrame of pandas, a
+            `datasets.Dataset` or a `pyarrow.Table`.
         config: the settings, each with a default.
         eval_rows: held-out rows, in the same forms, for `eval_every` and for the held-out loss at the end.
         adapter: the name of the adapter to train.

@@ -65,6 +65,7 @@ def test_a_recipe_fills_the_flags_and_flags_win(tmp_path):
         (["train", "no.yaml"], "no.yaml: No such file"),
         (["train", "recipe"], "recipe: No such file"),
         (["train", "rows.jsonl"], "give --data rows.jsonl"),
+        (["train", "rows.parquet"], "give --data rows.parquet"),
         (["train", "--data", "no.jsonl"], "no.jsonl"),
         (["train", "--r", "0"], "LoRAConfig: a rank must be a whole number of at least 1, not 0"),
         (["train", "--batch-size", "0"], "batch_size must be above 0, not 0"),

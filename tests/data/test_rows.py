@@ -242,7 +242,7 @@ BAD = [
     ),
     (
         {"messages": [user("q"), assistant("") | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        "message 2: the arguments of f is not valid JSON",
+        "message 2: the arguments of f: not valid JSON",
     ),
     (
         {"messages": [user("q"), assistant("") | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
@@ -380,7 +380,7 @@ def test_files_that_hold_no_rows(content: str | bytes, words: str, tmp_path: Pat
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: cannot be read: No such file"):
         load_rows(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder; name its files"):
         load_rows(tmp_path)
 
 
