@@ -94,7 +94,7 @@ class Train:
     def run(self) -> None:
         if not self.data:
             raise InputError("no training rows: give --data FILE, or a recipe with `data: FILE`")
-        rows, eval_rows = rows_of_a_run(self.data, self.eval_data, self.split, self.max_rows)
+        rows, eval_rows = rows_of_a_run(self.data, self.eval_data, self.split, self.max_rows, self.train.skip_bad_rows)
         model, tokenizer = self.base.load()
         seed_everything(self.train.seed)  # A is drawn now
         ml.add_adapter(model, self.lora)
@@ -106,7 +106,8 @@ class Train:
 
 def start_from_data(model: Transformer, tokenizer: Tokenizer, rows: list[Row], start: str, config: TrainConfig) -> None:
     """Have EVA or LoRA-GA look at the first training batches, in the order in which training will take them."""
-    examples = encode_rows(rows, tokenizer, config.max_length).examples
+    options = {"mask_history": config.mask_history, "skip_bad_rows": config.skip_bad_rows}
+    examples = encode_rows(rows, tokenizer, config.max_length, **options).examples
     if not examples:
         raise InputError(f"no training row has a token to learn within max_length={config.max_length}")
     grouped = config.group_by_length and not config.packing

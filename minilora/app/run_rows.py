@@ -3,7 +3,7 @@
 import logging
 
 import minilora as ml
-from minilora.data import Row
+from minilora.data import Row, Skipped, quoted
 from minilora.errors import InputError
 
 logger = logging.getLogger("minilora")
@@ -14,6 +14,7 @@ def rows_of_a_run(
     eval_data: str | list[str] | None,
     split: float | None,
     max_rows: int | None,
+    skip_bad_rows: bool = False,
 ) -> tuple[list[Row], list[Row] | None]:
     """The rows to train on and the held-out ones: of the mixture a part is held out, and of the rest the first taken.
 
@@ -23,8 +24,11 @@ def rows_of_a_run(
         raise InputError("split and eval_data both say which rows are held out: choose one of them")
     if max_rows is not None and max_rows < 1:
         raise InputError(f"max_rows must be at least 1, not {max_rows}")
-    rows = ml.mix_rows([*data.items()]) if isinstance(data, dict) else ml.load_rows(data)
-    eval_rows = ml.load_rows(eval_data) if eval_data else None
+    skipped: list[Skipped] | None = [] if skip_bad_rows else None
+    rows = ml.mix_rows([*data.items()], skipped) if isinstance(data, dict) else ml.load_rows(data, skipped)
+    eval_rows = ml.load_rows(eval_data, skipped) if eval_data else None
+    if skipped:
+        logger.warning(f"{len(skipped):,} rows cannot be used and are left out ({quoted(skipped, 3)})")
     if split is not None:
         rows, eval_rows = ml.split_rows(rows, split)
         logger.warning(f"split={split}: {len(eval_rows):,} rows are held out, {len(rows):,} are left to train on")

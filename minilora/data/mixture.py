@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minilora.data.files import find_files, read_files
-from minilora.data.rows import Row, Rows, collect, given_rows
+from minilora.data.rows import Row, Rows, Skipped, collect, given_rows
 from minilora.data.tables import plain
 from minilora.errors import InputError
 
 logger = logging.getLogger("minilora")
 
 
-def mix_rows(sources: Mapping[str | Path, float] | Sequence[tuple[Rows, float]]) -> list[Row]:
+def mix_rows(
+    sources: Mapping[str | Path, float] | Sequence[tuple[Rows, float]], skipped: list[Skipped] | None = None
+) -> list[Row]:
     """Put the rows of several sources together, each source by its weight.
 
     A source of n rows with weight w gives round(w · n) rows: all of its rows as often as that allows, and the rest
@@ -30,6 +32,7 @@ def mix_rows(sources: Mapping[str | Path, float] | Sequence[tuple[Rows, float]])
     Args:
         sources: a dict from the names of files, or patterns of them, to weights above 0; or a list of (rows, weight),
             the rows in any form that `train` takes.
+        skipped: a list that rows which cannot be used are put into; None makes them an error.
 
     Returns:
         The rows, source after source, each in its own order: training shuffles them.
@@ -50,7 +53,7 @@ def mix_rows(sources: Mapping[str | Path, float] | Sequence[tuple[Rows, float]])
     return [
         row
         for name, (source, weight) in zip(named, pairs, strict=True)
-        for row in _weighted(_rows_of(source, files), weight, name)
+        for row in _weighted(_rows_of(source, files, skipped), weight, name)
     ]
 
 
@@ -82,10 +85,10 @@ def split_rows(rows: Rows, share: float) -> tuple[list[Row], list[Row]]:
     return sides
 
 
-def _rows_of(source: Rows, files: Mapping[Path, str]) -> list[Row]:
+def _rows_of(source: Rows, files: Mapping[Path, str], skipped: list[Skipped] | None) -> list[Row]:
     if isinstance(source, str | Path):
-        return collect(read_files({path: files[path] for path in find_files([source])}))
-    return given_rows(source, "training")
+        return collect(read_files({path: files[path] for path in find_files([source])}), skipped)
+    return given_rows(source, "training", skipped)
 
 
 def _weighted(rows: list[Row], weight: float, name: str) -> list[Row]:

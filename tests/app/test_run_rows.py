@@ -57,6 +57,19 @@ def test_recipe_and_flags_say_the_same(monkeypatch, capsys, tmp_path, recipe, fl
     assert [len(rows) for rows in from_flags] == [n, 12]
 
 
+def test_bad_rows_are_left_out_where_that_is_asked_for(monkeypatch, capsys, caplog, tmp_path):
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": ""}\nnonsense\n')
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--data", "a.jsonl"])
+    assert "2 of 42 rows cannot be used: a.jsonl:41: the text is empty" in capsys.readouterr().err
+    for data in (["a.jsonl"], ["a.jsonl", "1"]):
+        rows, _ = given_to_train(monkeypatch, "--data", *data, "--skip-bad-rows")
+        assert len(rows) == 40
+        assert "2 rows cannot be used and are left out (a.jsonl:41: the text is empty; a.jsonl:42: " in caplog.text
+        caplog.clear()
+
+
 def test_a_part_is_held_out_and_of_the_rest_the_first_are_taken(caplog):
     rows, held_out = rows_of_a_run({"a.jsonl": 0.5, "more/*.jsonl": 1}, None, split=0.2, max_rows=10)
     mixed = ml.mix_rows({"a.jsonl": 0.5, "more/*.jsonl": 1})
