@@ -75,6 +75,7 @@ class OwnBias(Part):
 
     additive = False
     changes_weight = False
+    peft_base = ""
 
     def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
         super().__init__(layer, config)
@@ -125,6 +126,7 @@ class TrainedCopy(Part):
 
     additive = False
     replaces = True
+    peft_base = "original_module."
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str) -> None:
         super().__init__(layer, config)
@@ -185,6 +187,7 @@ class TrainedRows(Part):
     """
 
     additive = False
+    peft_base = "token_adapter.base_layer."
     ids: Tensor
 
     def __init__(
@@ -269,6 +272,9 @@ def _check_token_ids(path: str, layer: nn.Module, ids: list[int]) -> None:
     assert kind is not None
     tokens = kind.in_features if isinstance(kind, EmbeddingKind) else kind.out_features
     if wrong := [token for token in ids if not isinstance(token, int) or not 0 <= token < tokens]:
-        raise InputError(f"trainable_token_indices: {wrong[0]!r} is no token id of {path}, which has 0 to {tokens - 1}")
+        raise InputError(
+            f"trainable_token_indices: {wrong[0]!r} is no token id of {path}, which has 0 to {tokens - 1}; for new ones"
+            " resize it first"
+        )
     if not ids or len(set(ids)) < len(ids):
         raise InputError(f"trainable_token_indices of {path} are none, or some of them are there twice: {ids}")
