@@ -207,6 +207,13 @@ class AdaptedLayer(nn.Module):
             adapters = self.acting_adapters() if self.can_be_read(name) else []
             return self.read(name, adapters) if adapters else getattr(self.base_layer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A parameter is the base layer's: a transformers model ties its head's weight by setting it."""
+        if isinstance(value, nn.Parameter):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def can_be_read(self, name: str) -> bool:
         """True for what a model may compute with itself, instead of calling the layer."""
         return name in ("weight", "bias")
