@@ -32,6 +32,9 @@ class AdaptedLayer(nn.Module):
     """
 
     any_module: ClassVar[bool] = False
+    # Where transformers writes a model, as its Trainer does, it asks every module what in it may be tied: W of a head,
+    # and what an adapter trains of a tied pair. Of equal tensors it then writes one.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {".*": ".*"}
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
