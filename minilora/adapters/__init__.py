@@ -58,7 +58,7 @@ from minilora.adapters.targets import (
     modules_before_adapters,
     name_of,
     output_head,
-    tied_head,
+    tied_layers,
 )
 from minilora.adapters.trained_parts import Part, TrainedCopy
 
@@ -121,7 +121,7 @@ __all__ = [
     "set_adapter",
     "status",
     "summed_regularization",
-    "tied_head",
+    "tied_layers",
     "trainable_parameters",
     "unload",
     "unmerge",

@@ -48,7 +48,7 @@ from minilora.adapters import (
     name_of,
     not_derivable,
     refuse_merged,
-    tied_head,
+    tied_layers,
 )
 from minilora.errors import InputError
 from minilora.formats.atomic import atomic_files
@@ -219,8 +219,8 @@ def _read_adapters(
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     config = _read_config(config_path)
     tensors = _read_tensors(weights_path)
-    head = _key(tied_head(model) or "", "")
-    if getattr(config, "ensure_weight_tying", False) and not any(key.startswith(head) for key in tensors):
+    tied = tuple(_key(path, "") for path in tied_layers(model)[1:])
+    if getattr(config, "ensure_weight_tying", False) and not any(key.startswith(tied) for key in tensors):
         config = replace(config, ensure_weight_tying=False)  # type: ignore[call-arg]  # PEFT found nothing to tie
     try:
         adapters = build_adapters(model, config, find_targets(model, config))
@@ -234,6 +234,9 @@ def _read_adapters(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+        for key, parameter in parameters.items():
+            if not torch.equal(parameter, tensors[key].to(parameter)):
+                raise InputError(f"{weights_path}: {key} differs from what ensure_weight_tying makes one with it")
     for adapter in adapters.values():
         if isinstance(adapter, LoRA):
             adapter.awaits_data = False  # what its initialization would have found is in the file
@@ -419,7 +422,7 @@ def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str,
     values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
     if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
         values["target_modules"] = _shortest_names(model, config, targets)
-    if getattr(config, "ensure_weight_tying", False) and tied_head(model) in adapters:
+    if getattr(config, "ensure_weight_tying", False) and adapters.keys() >= set(tied_layers(model)):
         # PEFT knows a tied pair by the name lm_head, and would leave another one's head out.
         copies = [path for path, adapter in adapters.items() if isinstance(adapter, TrainedCopy)]
         values |= {"target_modules": targets, "modules_to_save": copies or None}
