@@ -4,6 +4,7 @@ import copy
 import io
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers.adapters import FLOAT32, logits, tiny_llama
@@ -46,6 +47,14 @@ def test_an_adapted_embedding_or_head_is_not_resized_and_nothing_is_changed(case
     model.resize_token_embeddings(70)
     torch.testing.assert_close(logits(model)[..., :64], before, **FLOAT32)
     assert "resize_token_embeddings" not in vars(model)
+
+
+def test_with_peft_it_stops_half_way() -> None:
+    """The reason to refuse it before a change."""
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match="not an instance of"):
+        theirs.resize_token_embeddings(70)
+    assert (theirs.get_input_embeddings().num_embeddings, theirs.get_output_embeddings().out_features) == (70, 64)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
