@@ -234,7 +234,7 @@ def _read_adapters(
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
-        for key, parameter in parameters.items():
+        for key, parameter in parameters.items() if getattr(config, "ensure_weight_tying", False) else ():
             if not torch.equal(parameter, tensors[key].to(parameter)):
                 raise InputError(f"{weights_path}: {key} differs from what ensure_weight_tying makes one with it")
     for adapter in adapters.values():

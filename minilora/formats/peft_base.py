@@ -10,14 +10,14 @@ A model whose embedding was resized for new tokens has rows that its checkpoint 
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import Adapter, input_embedding, modules_before_adapters, output_head, refuse_merged
+from minilora.adapters import Adapter, input_embedding, modules_before_adapters, output_head, refuse_merged, tied_layers
 from minilora.errors import InputError
 
 ROWS = "token_adapter.trainable_tokens_delta"  # which PEFT writes a second time for a tied head
@@ -41,8 +41,8 @@ def was_resized(model: nn.Module, name_or_path: str | None) -> bool:
             stacklevel=3,
         )
         return False
-    vocabularies = [getattr(each.get_text_config(), "vocab_size", None) for each in (config, original)]
-    return vocabularies[0] != vocabularies[1]
+    now, before = (getattr(getattr(each, "text_config", each), "vocab_size", None) for each in (config, original))
+    return now != before
 
 
 def embedding_tensors(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -63,11 +63,11 @@ def embedding_tensors(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict
     return found
 
 
-NewRows = dict[nn.Parameter, Tensor]
+NewRows = dict[Tensor, Tensor]  # what the last rows of parameters of the model are to be
 
 
 def without_the_base(
-    model: nn.Module, tensors: Mapping[str, Tensor], expected: Iterable[str], file: Any
+    model: nn.Module, tensors: Mapping[str, Tensor], expected: Collection[str], file: Any
 ) -> tuple[dict[str, Tensor], NewRows]:
     """The tensors without those of the base model, and the parameters of the model that have other last rows there.
 
@@ -75,27 +75,31 @@ def without_the_base(
     that has more than these to tell it from what the model has.
     """
     kept, new_rows, modules = dict(tensors), NewRows(), modules_before_adapters(model)
+    trained_rows = [key for key in expected if key.endswith(ROWS)]
+    of_tokens = {input_embedding(model), output_head(model), *tied_layers(model)}
     for key in sorted(tensors.keys() - set(expected)):
-        if key.endswith(ROWS) and any(torch.equal(tensors[key], kept[same]) for same in expected if ROWS in same):
+        if key.endswith(ROWS) and any(torch.equal(tensors[key], kept[same]) for same in trained_rows if same in kept):
             del kept[key]
             continue
         name = re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", key)
         layer, _, end = name.removeprefix("base_model.model.").rpartition(".")
-        own = modules[layer]._parameters.get(end) if layer in modules else None
         copied = tensors.get(key.replace(".modules_to_save.", "."))
-        saved_twice = copied is not None and copied is not tensors[key]
-        original = copied if saved_twice else own
+        own = modules[layer]._parameters.get(end) if layer in modules else None
+        original = own if copied is None or copied is tensors[key] else copied
         if original is None:
             continue
-        _check_vocabulary(key, tensors[key], original, file)
-        theirs = tensors[key].to(original.device, original.dtype)
-        if not torch.equal(original, theirs):
-            if saved_twice or own is None or not _differs_in_last_rows(own, new_rows.get(own, theirs), theirs):
+        if layer in of_tokens:
+            _check_vocabulary(key, tensors[key], original, file)
+        first = _first_other_row(original, tensors[key])
+        if first is not None:
+            rows = tensors[key][first:].to(original)
+            # Of another base model no row would be the same.
+            are_of_new_tokens = isinstance(original, nn.Parameter) and layer in of_tokens and first > len(original) // 2
+            if not are_of_new_tokens or not torch.equal(new_rows.setdefault(original, rows), rows):
                 raise InputError(
                     f"{file}: {key} is not the model's {layer}.{end}: the adapter belongs on another base model, or on"
                     " one whose embedding was resized and trained; load that one"
                 )
-            new_rows[own] = theirs
         del kept[key]
     return kept, new_rows
 
@@ -108,25 +112,25 @@ def _check_vocabulary(key: str, tensor: Tensor, own: Tensor, file: Any) -> None:
         )
 
 
-def _differs_in_last_rows(own: Tensor, before: Tensor, theirs: Tensor) -> bool:
-    """True if more than half of the rows, from the first, are the model's, and the file says one thing of the others.
-
-    Of another base model no row would be the same.
-    """
-    if own.shape != theirs.shape or not torch.equal(before, theirs):
-        return False
-    return torch.equal(own[: len(own) // 2 + 1], theirs[: len(own) // 2 + 1])
+def _first_other_row(own: Tensor, theirs: Tensor) -> int | None:
+    """The number of the first row of the file that is not the model's, rounded to either's dtype; None if all are."""
+    if own.shape != theirs.shape:
+        return 0
+    theirs = theirs.to(own.device)
+    same = (own == theirs.to(own.dtype)) | (own.to(theirs.dtype) == theirs)
+    others = (~same.view(len(same), -1).all(1) if same.dim() else ~same[None]).nonzero()
+    return int(others[0]) if len(others) else None
 
 
 @contextmanager
 def put_into_the_base(new_rows: NewRows) -> Iterator[None]:
-    """Give these parameters of the base model these values; where what follows fails they are what they were."""
-    before = {parameter: parameter.detach().clone() for parameter in new_rows}
+    """Give these parameters of the base model their last rows; where what follows fails they are what they were."""
+    before = {parameter: parameter.detach()[-len(rows) :].clone() for parameter, rows in new_rows.items()}
     try:
-        for parameter, values in new_rows.items():
-            parameter.data.copy_(values)
+        for parameter, rows in new_rows.items():
+            parameter.data[-len(rows) :] = rows
         yield
     except BaseException:
-        for parameter, values in before.items():
-            parameter.data.copy_(values)
+        for parameter, rows in before.items():
+            parameter.data[-len(rows) :] = rows
         raise

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.adapters import FLOAT32, tiny_llama
 from helpers.peft import shake
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -143,6 +143,32 @@ def test_a_base_that_was_not_resized_is_told_how(base: Path, tmp_path: Path) -> 
     saved(base, tmp_path / "a")
     with pytest.raises(ml.InputError, match=r"has 68 rows, the model's 64: .*resize_token_embeddings\(68\)"):
         ml.load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a")
+
+
+def test_a_base_in_a_wider_dtype_keeps_its_own_numbers(base: Path, tmp_path: Path) -> None:
+    model = resized(base, seed=1).bfloat16()
+    ml.add_adapter(model, ml.LoRAConfig(target_modules=["q_proj"]))
+    ml.save_adapter(model, tmp_path / "a")
+    wide = resized(base, seed=2)
+    own = wide.model.embed_tokens.weight.clone()
+    ml.load_adapter(wide, tmp_path / "a")
+    assert torch.equal(wide.model.embed_tokens.weight[:64], own[:64])
+    assert torch.equal(wide.model.embed_tokens.weight[64:].bfloat16(), model.model.embed_tokens.weight[64:])
+
+
+def test_only_what_is_of_tokens_is_given_other_rows(base: Path, tmp_path: Path) -> None:
+    saved(base, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors, model = load_file(file), resized(base, seed=1)
+    other = model.model.layers[0].mlp.up_proj.weight.clone()
+    other[-1] += 1
+    for key, value, message in (
+        ("model.layers.0.mlp.up_proj.weight", other, r"is not the model's model\.layers\.0\.mlp\.up_proj\.weight"),
+        ("model.embed_tokens.weight", torch.randn(68, 32), r"is not the model's model\.embed_tokens\.weight"),
+    ):
+        save_file(tensors | {f"base_model.model.{key}": value}, file)
+        with pytest.raises(ml.InputError, match=message):
+            ml.load_adapter(model, tmp_path / "a")
 
 
 def test_a_start_is_derived_from_the_rows_of_the_file(base: Path, tmp_path: Path) -> None:
