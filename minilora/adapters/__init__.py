@@ -4,8 +4,8 @@ Read lora.py first, then adapter.py (the contract), layer.py (a layer and its ad
 follows) and merge.py; for_training.py is what a training loop asks. lora_config.py is LoRA's configuration and
 initialization.py where A and B start. targets.py finds the layers, by default_targets.py where none is named;
 trained_parts.py, parameter_lora.py and tying.py are what else can train. mixed_batch.py and combine.py are for many
-adapters, fused_lora.py and gated_lora.py are products with a backward pass of their own, start.py is what PEFT must be
-told of a start, and status.py tells what a model has.
+adapters, scaling.py for less or more of one; fused_lora.py and gated_lora.py are products with a backward pass of their
+own, start.py is what PEFT must be told of a start, status.py tells what a model has, and resizing.py what it cannot do.
 """
 
 from minilora.adapters.adapter import (
@@ -49,6 +49,7 @@ from minilora.adapters.lora_config import LoRAConfig, first_match
 from minilora.adapters.merge import merge, unload, unmerge
 from minilora.adapters.merged_weights import dense_tensors, layer_and_acting, layers_with_weights
 from minilora.adapters.mixed_batch import adapters_for_rows
+from minilora.adapters.scaling import scale_adapter
 from minilora.adapters.start import adapters_to_write, check_derived_start, not_derivable
 from minilora.adapters.status import AdapterStatus, status
 from minilora.adapters.targets import (
@@ -58,7 +59,7 @@ from minilora.adapters.targets import (
     modules_before_adapters,
     name_of,
     output_head,
-    tied_head,
+    tied_layers,
 )
 from minilora.adapters.trained_parts import Part, TrainedCopy
 
@@ -118,10 +119,11 @@ __all__ = [
     "regularization",
     "replace_adapters",
     "require_linear",
+    "scale_adapter",
     "set_adapter",
     "status",
     "summed_regularization",
-    "tied_head",
+    "tied_layers",
     "trainable_parameters",
     "unload",
     "unmerge",

@@ -107,6 +107,7 @@ class Adapter(nn.Module):
     changes_weight: ClassVar[bool] = True  # W' is not W
     any_module: ClassVar[bool] = False  # it may sit on a module of no kind, whose `kind` is None then
     replaces: ClassVar[bool] = False  # y takes no account of W, so that two of them cannot act together
+    peft_base: ClassVar[str] = "base_layer."  # what precedes the name of a parameter of the layer's own in PEFT's keys
     held_constant: ClassVar[tuple[str, ...]] = ()  # methods whose result takes no gradient, by design
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str = "") -> None:

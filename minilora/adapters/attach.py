@@ -14,6 +14,7 @@ from minilora.adapters.adapter import Adapter, AdapterConfig, adapter_class
 from minilora.adapters.input_gradients import follow_checkpointing, forget_checkpointing
 from minilora.adapters.layer import AdaptedLayer
 from minilora.adapters.parameter_lora import parameter_updates
+from minilora.adapters.resizing import forget_resizing, guard_resizing
 from minilora.adapters.targets import (
     adapted_layers,
     check_every_name_matches,
@@ -108,6 +109,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> None
                     _have_it_called(model, path)
             layer.adapters[name] = adapter
         follow_checkpointing(model)
+        guard_resizing(model)
         set_adapter(model, name)
 
 
@@ -250,6 +252,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             replace_module(model, path, layer.base_layer)
     if not any(layer.adapters for layer in layers.values()):
         forget_checkpointing(model)
+        forget_resizing(model)
 
 
 def check_names(model: nn.Module, names: list[str]) -> None:

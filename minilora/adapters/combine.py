@@ -13,8 +13,9 @@ Bᵢ as linear does, or by its _svd form to the updates ΔWᵢ, as its paper doe
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,67 +23,16 @@ from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, AdapterConfig, at_least_float32
 from minilora.adapters.attach import adapters_named, attach, build_adapters, check_new_name, refuse_merged
+from minilora.adapters.combine_parts import combine_part, parts_config
 from minilora.adapters.layer import AdaptedLayer
 from minilora.adapters.lora import LoRA
 from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.mixtures import MIXTURES, Add, Thin, keep_all
 from minilora.adapters.targets import adapted_layers
+from minilora.adapters.trained_parts import TrainedCopy, TrainedRows
 from minilora.errors import InputError
 from minilora.progress import with_progress
 
-# --- thinning out, and adding up -------------------------------------------------------------------------------------
-
-
-def keep_all(x: Tensor, density: float) -> Tensor:
-    return x
-
-
-def keep_largest(x: Tensor, density: float) -> Tensor:
-    """The share `density` of the numbers, those largest in magnitude; 0 for the rest.
-
-    Source: TIES' trim, arXiv 2306.01708, algorithm 1.
-    """
-    kept = torch.zeros_like(x).flatten()
-    kept[x.abs().flatten().topk(int(density * x.numel())).indices] = 1
-    return x * kept.view_as(x)
-
-
-def drop_at_random(x: Tensor, density: float) -> Tensor:
-    """m ⊙ x / density with m ~ Bernoulli(density): fewer numbers, the same expectation.
-
-    Source: DARE, arXiv 2311.03099, section 3 (there p = 1 − density is what is dropped).
-    """
-    return torch.bernoulli(torch.full_like(x, density)) * x / density
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str) -> Tensor:
-    """Σ wᵢ xᵢ: task arithmetic."""
-    return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(0)
-
-
-def mean_of_majority(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_method: str) -> Tensor:
-    """At each place the mean of those wᵢxᵢ whose xᵢ has the sign γ that most of the mass, or most adapters, have.
-
-    γ = sgn Σ xᵢ ("total"; "frequency": sgn Σ sgn xᵢ);  y = (Σ wᵢxᵢ over sgn xᵢ = γ) / how many they are.
-    Source: TIES' elect and disjoint merge, arXiv 2306.01708, algorithm 1; as in PEFT the election is not weighted.
-    """
-    x = torch.stack(list(tensors))
-    votes = x if majority_sign_method == "total" else x.sign()
-    sign = torch.where(votes.sum(0) >= 0, 1, -1)
-    agrees = x.sign() == sign
-    weighted = torch.stack([w * x for w, x in zip(weights, tensors, strict=True)])
-    return (agrees * weighted).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-Thin = Callable[[Tensor, float], Tensor]
-Add = Callable[[Sequence[Tensor], Sequence[float], str], Tensor]
-
-MIXTURES: dict[str, tuple[Thin, Add]] = {
-    "linear": (keep_all, weighted_sum),
-    "magnitude_prune": (keep_largest, weighted_sum),
-    "dare_linear": (drop_at_random, weighted_sum),
-    "ties": (keep_largest, mean_of_majority),
-    "dare_ties": (drop_at_random, mean_of_majority),
-}
 METHODS = ["cat", "svd", *MIXTURES, *(f"{name}_svd" for name in MIXTURES if name != "linear")]
 
 
@@ -95,6 +45,10 @@ class Weighted(NamedTuple):
     name: str
     weight: float
     adapter: Adapter
+
+    def is_part(self) -> bool:
+        """True if it is no update: a copy of a module, or rows of an embedding."""
+        return isinstance(self.adapter, TrainedCopy | TrainedRows)
 
     def is_product(self) -> bool:
         """True if ΔW is s·BA with the factors that `LoRA.factors` gives, and nothing else."""
@@ -132,7 +86,11 @@ def combine_adapters(
 ) -> None:
     """Combine these adapters, weighted, into a new LoRA of the model and make it the active one.
 
-    A single adapter is thinned out or truncated too, where PEFT always takes "linear".
+    A single adapter is thinned out or truncated too, where PEFT always takes "linear". The copies (modules_to_save) and
+    rows (trainable_token_indices) that adapters have beside their updates are combined too, which PEFT refuses or
+    forgets: what each differs by from the base model's is thinned out, weighted and added up as the method says; with
+    "cat", "svd" and "linear" that is the weighted sum of the differences. No SVD is made of it. What
+    ensure_weight_tying trained as one is the same twice, and trains apart from then on.
 
     Args:
         model: a model with these adapters, not merged.
@@ -149,7 +107,8 @@ def combine_adapters(
         svd_clamp: clamp both factors of an SVD to plus or minus this quantile of their numbers.
 
     Raises:
-        InputError: for what cannot be combined so, naming the layer and the adapter. The model is then unchanged.
+        InputError: for what cannot be combined so, naming the layer and the adapter: biases, target_parameters, a copy
+            with an update of the same layer. The model is then unchanged.
 
     Source: PEFT's `LoraModel.add_weighted_adapter`, with which the results agree, except with use_rslora: there PEFT's
         sum is √r times too large.
@@ -160,49 +119,39 @@ def combine_adapters(
     adapters = [adapters_named(model, name) for name in names]
     check_new_name(model, new_name)
     refuse_merged(model)
+    for name, of in zip(names, adapters, strict=True):
+        if beside := not_combined(next(iter(of.values())).config):
+            raise InputError(f"{name!r} trains more than updates of weights, which cannot be combined: {beside}")
     layers = {path: layer for path, layer in adapted_layers(model).items() if any(path in of for of in adapters)}
     parts = {
         path: [Weighted(n, w, of[path]) for n, w, of in zip(names, weights, adapters, strict=True) if path in of]
         for path in layers
     }
     with torch.no_grad():
-        for path, layer in layers.items():
-            combination.check(path, layer, parts[path])
-        ranks = combination.ranks(parts)
-        combined = build_adapters(model, lora_config(ranks, like=adapters[0]), list(parts))
-        for path, adapter in with_progress(combined.items(), len(combined), "Combining adapters", "layers"):
-            assert isinstance(adapter, LoRA)
-            A, B = combination.factors(layers[path], parts[path], ranks[path])
-            # Factors of less than the rank are filled up with zeros.
-            adapter.lora_A.zero_()[: len(A)] = A.reshape(len(A), *adapter.lora_A.shape[1:])
-            adapter.lora_B.zero_()[:, : B.shape[1]] = B.reshape(*B.shape[:2], *adapter.lora_B.shape[2:])
-    attach(model, combined, new_name)
+        config = next(iter(adapters[0].values())).config
+        attach(model, combination.combined(model, layers, parts, like=config), new_name)
 
 
-BESIDE_UPDATES = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters")
-
-
-def beside_updates(config: AdapterConfig) -> list[str]:
-    """The keys of what the configuration trains beside updates of weights."""
-    values = {key: getattr(config, key, None) for key in BESIDE_UPDATES}
+def not_combined(config: AdapterConfig) -> list[str]:
+    """The keys of what the configuration trains and nothing can be combined with."""
+    values = {key: getattr(config, key, None) for key in ("bias", "target_parameters")}
     return [key for key, value in values.items() if value and value != "none"]
 
 
-def lora_config(ranks: dict[str, int], like: dict[str, Adapter]) -> LoRAConfig:
+def lora_config(ranks: dict[str, int], like: AdapterConfig) -> LoRAConfig:
     """A configuration for LoRAs of these ranks on the layers at these paths, with scaling 1."""
     r = max(ranks.values())
     # ^ keeps a path from matching as the end of another one
     others = {"^" + path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != r}
-    first = next(iter(like.values())).config
     return LoRAConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=list(ranks),
-        fan_in_fan_out=getattr(first, "fan_in_fan_out", False),
-        task_type=first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
+        fan_in_fan_out=getattr(like, "fan_in_fan_out", False),
+        task_type=like.task_type,
+        base_model_name_or_path=like.base_model_name_or_path,
     )
 
 
@@ -220,7 +169,7 @@ class Combination:
         method, density = self.method, self.density
         if method not in METHODS:
             raise InputError(f"combine_adapters: method={method!r} is not one of {', '.join(METHODS)}")
-        thins = method != "cat" and self.mixture[0] is not keep_all
+        thins = self.mixture[0] is not keep_all
         if thins and (density is None or not 0 < density <= 1):
             raise InputError(
                 f"method={method!r} needs density, the share of numbers to keep, in (0, 1], not {density!r}"
@@ -243,12 +192,46 @@ class Combination:
 
     @property
     def mixture(self) -> tuple[Thin, Add]:
-        return MIXTURES["linear" if self.method == "svd" else self.method.removesuffix("_svd")]
+        return MIXTURES["linear" if self.method in ("cat", "svd") else self.method.removesuffix("_svd")]
+
+    def thin(self, x: Tensor) -> Tensor:
+        return self.mixture[0](x, self.density or 1.0)
+
+    def add(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return self.mixture[1](tensors, weights, self.majority_sign_method)
 
     def mix(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The tensors thinned out, weighted and added up."""
-        thin, add = self.mixture
-        return add([thin(x, self.density or 1.0) for x in tensors], weights, self.majority_sign_method)
+        return self.add([self.thin(x) for x in tensors], weights)
+
+    def combined(
+        self, model: nn.Module, layers: dict[str, AdaptedLayer], parts: dict[str, list[Weighted]], like: AdapterConfig
+    ) -> dict[str, Adapter]:
+        """The new adapters by path, made of those on each layer."""
+        updates = {path: on for path, on in parts.items() if not any(part.is_part() for part in on)}
+        beside = parts_config(
+            {path: [(part.name, part.adapter) for part in on] for path, on in parts.items() if path not in updates}
+        )
+        for path, on in updates.items():
+            self.check(path, layers[path], on)
+        ranks = self.ranks(updates)
+        new = build_adapters(model, replace(lora_config(ranks, like), **beside), list(updates))
+        if other := sorted(new.keys() ^ parts.keys()):
+            raise InputError(
+                f"{other[0]} has no name of its own that modules_to_save or trainable_token_indices can say"
+            )
+        for path, adapter in with_progress(new.items(), len(new), "Combining adapters", "layers"):
+            on = parts[path]
+            if path not in updates:
+                add = partial(self.add, weights=[part.weight for part in on])
+                combine_part(path, adapter, [part.adapter for part in on], self.thin, add)
+            else:
+                assert isinstance(adapter, LoRA)
+                A, B = self.factors(layers[path], on, ranks[path])
+                # Factors of less than the rank are filled up with zeros.
+                adapter.lora_A.zero_()[: len(A)] = A.reshape(len(A), *adapter.lora_A.shape[1:])
+                adapter.lora_B.zero_()[:, : B.shape[1]] = B.reshape(*B.shape[:2], *adapter.lora_B.shape[2:])
+        return new
 
     def check(self, path: str, layer: AdaptedLayer, parts: list[Weighted]) -> None:
         """Raise InputError where the parts on this layer cannot be combined."""
@@ -257,10 +240,6 @@ class Combination:
         for part in parts:
             adapter = part.adapter
             what = f"{path}: {part.name!r} ({type(adapter).__name__})"
-            if beside := beside_updates(adapter.config):
-                raise InputError(
-                    f"{part.name!r} trains more than updates of weights, which cannot be combined: {beside}"
-                )
             if adapter.merged_bias(bias) is not bias:
                 raise InputError(f"{what} changes the bias too, which a LoRA cannot hold")
             if getattr(layer.kind, "groups", 1) > 1 and not elementwise:

@@ -32,6 +32,9 @@ class AdaptedLayer(nn.Module):
     """
 
     any_module: ClassVar[bool] = False
+    # Where transformers writes a model, as its Trainer does, it asks every module what in it may be tied: W of a head,
+    # and what an adapter trains of a tied pair. Of equal tensors it then writes one.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {".*": ".*"}
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -206,6 +209,13 @@ class AdaptedLayer(nn.Module):
                 raise
             adapters = self.acting_adapters() if self.can_be_read(name) else []
             return self.read(name, adapters) if adapters else getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A parameter is the base layer's: a transformers model ties its head's weight by setting it."""
+        if isinstance(value, nn.Parameter):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def can_be_read(self, name: str) -> bool:
         """True for what a model may compute with itself, instead of calling the layer."""

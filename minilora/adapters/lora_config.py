@@ -57,7 +57,8 @@ class LoRAConfig(AdapterConfig):
     target_parameters: list[str] | None = None
     """parameters that are no layer's weight, the experts of a Mixture-of-Experts: names or ends of names"""
     ensure_weight_tying: bool = False
-    """what is trained of a tied embedding or head, by target_modules or modules_to_save, is trained of both as one"""
+    """what is trained of one of the layers that share the embedding's weight, by target_modules or modules_to_save, is
+    trained of all of them as one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from torch import nn
 
 from minilora.adapters.attach import adapter_names, replace_module
 from minilora.adapters.input_gradients import forget_checkpointing
+from minilora.adapters.resizing import forget_resizing
 from minilora.adapters.targets import adapted_layers
 from minilora.adapters.tying import settle_ties
 from minilora.errors import InputError
@@ -63,6 +64,7 @@ def unload(model: nn.Module, merge: bool = False) -> nn.Module:
     for path, layer in adapted_layers(model).items():
         replace_module(model, path, layer.base_layer)
     forget_checkpointing(model)
+    forget_resizing(model)
     if merge:
         settle_ties(model)
     return model

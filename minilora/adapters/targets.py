@@ -86,6 +86,16 @@ def tied_pair(model: nn.Module) -> tuple[str, str] | None:
     return (embedding, head) if tied else None
 
 
+def tied_layers(model: nn.Module) -> list[str]:
+    """The paths of all layers that have the input embedding's weight, it and other embeddings first; [] of it alone."""
+    modules = modules_before_adapters(model)
+    embedding = modules.get(input_embedding(model) or "")
+    W = None if embedding is None else embedding._parameters.get("weight")
+    same = [path for path, module in modules.items() if W is not None and module._parameters.get("weight") is W]
+    same.sort(key=lambda path: not isinstance(modules[path], nn.Embedding))
+    return same if len(same) > 1 else []
+
+
 def embeddings_in_place_of(model: nn.Module, path: str) -> list[str]:
     """The embeddings that a transformers model calls in the place of the one at this path, whose weight is theirs.
 
@@ -96,19 +106,13 @@ def embeddings_in_place_of(model: nn.Module, path: str) -> list[str]:
     return [user for user in users if isinstance(modules.get(user), nn.Embedding)]
 
 
-def tied_head(model: nn.Module) -> str | None:
-    """The path of the output head if its weight is the input embedding's."""
-    pair = tied_pair(model)
-    return pair and pair[1]
-
-
 def ensures_tying(config: AdapterConfig) -> bool:
     return bool(getattr(config, "ensure_weight_tying", False))
 
 
-def pair_to_tie(model: nn.Module, config: AdapterConfig) -> tuple[str, str] | None:
-    """The tied pair, where the configuration asks that what trains of both trains as one."""
-    return tied_pair(model) if ensures_tying(config) else None
+def layers_to_tie(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """The tied layers, where the configuration asks that what trains of them trains as one."""
+    return tied_layers(model) if ensures_tying(config) else []
 
 
 def _model_type(model: nn.Module) -> str | None:
@@ -163,7 +167,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         raise InputError(f"{named} excludes every layer that target_modules matches")
     for path in found:
         _check_can_be_adapted(modules, path)
-        _check_is_called(model, path)
+        _check_is_called(model, config, path)
     _check_nothing_is_hidden(model, config)
     return found
 
@@ -180,10 +184,12 @@ def _check_can_be_adapted(modules: dict[str, nn.Module], path: str) -> None:
         )
 
 
-def _check_is_called(model: nn.Module, path: str) -> None:
-    if users := embeddings_in_place_of(model, path):
+def _check_is_called(model: nn.Module, config: AdapterConfig, path: str) -> None:
+    users = embeddings_in_place_of(model, path)
+    if users and path not in layers_to_tie(model, config):
         raise InputError(
-            f"{path} holds a weight and is called by nobody: name {' and '.join(users)}, which have it too"
+            f"{path} holds a weight and is called by nobody: name {' and '.join(users)}, which have it too, or add"
+            " ensure_weight_tying=True"
         )
 
 
@@ -199,11 +205,11 @@ def _check_nothing_is_hidden(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def _with_tied(model: nn.Module, config: AdapterConfig, paths: list[str]) -> list[str]:
-    """The paths; with ensure_weight_tying, where one of them is of a tied pair, also the other."""
-    pair = pair_to_tie(model, config)
-    if pair is None or not any(path in paths for path in pair):
+    """The paths; with ensure_weight_tying, where one of them is of a tied layer, also the others."""
+    tied = layers_to_tie(model, config)
+    if not any(path in paths for path in tied):
         return paths
-    return [path for path in modules_before_adapters(model) if path in paths or path in pair]
+    return [path for path in modules_before_adapters(model) if path in paths or path in tied]
 
 
 def _is_targeted(config: AdapterConfig, path: str) -> bool:
@@ -258,7 +264,7 @@ def find_modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
     found = [path for path in modules_before_adapters(model) if path.endswith(tuple(_names_to_save(config)))]
     found = _with_tied(model, config, found)
     for path in found:
-        _check_is_called(model, path)
+        _check_is_called(model, config, path)
         if isinstance(module := model.get_submodule(path), LISTS):
             raise InputError(f"modules_to_save matches {path}, a {type(module).__name__}, which is not called itself")
         for other in [*found, *adapted_layers(model)]:

@@ -3,7 +3,7 @@
     bias                      b of its own for a layer; on a layer without an update: OwnBias
     modules_to_save           TrainedCopy: the module is replaced by a copy that trains in full
     trainable_token_indices   TrainedRows: some rows of an embedding train, and the logits of a tied head follow
-    ensure_weight_tying       what trains of a tied pair, embedding and head, trains as one: adapters/tying.py
+    ensure_weight_tying       what trains of tied layers, embeddings and head, trains as one: adapters/tying.py
 
 PEFT trains biases in the base model itself; here the base model is never changed. All of it is float32, is switched and
 merged with the adapter, and is found in it by `adapter_parameters`.
@@ -26,9 +26,9 @@ from minilora.adapters.targets import (
     ensures_tying,
     find_modules_to_save,
     input_embedding,
+    layers_to_tie,
     modules_before_adapters,
     nearest_names,
-    pair_to_tie,
     tied_pair,
 )
 from minilora.adapters.tying import tie_updates
@@ -43,10 +43,8 @@ def add_parts(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapt
     copies = {path: TrainedCopy(modules[path], config, path) for path in find_modules_to_save(model, config)}
     if both := sorted(copies.keys() & adapters.keys()):
         raise InputError(f"{both[0]} is named in target_modules and, by its end, in modules_to_save")
-    pair = pair_to_tie(model, config)
-    if pair is not None and copies.keys() >= set(pair):
-        embedding, head = pair
-        copies[head].module.weight = copies[embedding].module.weight
+    for path in (tied := [path for path in layers_to_tie(model, config) if path in copies])[1:]:
+        copies[path].module.weight = copies[tied[0]].module.weight
     rows = _trained_rows(model, config)
     for path in rows:
         if path in adapters or path in copies:
@@ -75,6 +73,7 @@ class OwnBias(Part):
 
     additive = False
     changes_weight = False
+    peft_base = ""
 
     def __init__(self, layer: nn.Module, config: AdapterConfig) -> None:
         super().__init__(layer, config)
@@ -125,6 +124,7 @@ class TrainedCopy(Part):
 
     additive = False
     replaces = True
+    peft_base = "original_module."
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, path: str) -> None:
         super().__init__(layer, config)
@@ -185,6 +185,7 @@ class TrainedRows(Part):
     """
 
     additive = False
+    peft_base = "token_adapter.base_layer."
     ids: Tensor
 
     def __init__(
@@ -269,6 +270,9 @@ def _check_token_ids(path: str, layer: nn.Module, ids: list[int]) -> None:
     assert kind is not None
     tokens = kind.in_features if isinstance(kind, EmbeddingKind) else kind.out_features
     if wrong := [token for token in ids if not isinstance(token, int) or not 0 <= token < tokens]:
-        raise InputError(f"trainable_token_indices: {wrong[0]!r} is no token id of {path}, which has 0 to {tokens - 1}")
+        raise InputError(
+            f"trainable_token_indices: {wrong[0]!r} is no token id of {path}, which has 0 to {tokens - 1}; for new ones"
+            " resize it first"
+        )
     if not ids or len(set(ids)) < len(ids):
         raise InputError(f"trainable_token_indices of {path} are none, or some of them are there twice: {ids}")

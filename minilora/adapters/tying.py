@@ -1,7 +1,7 @@
-"""Tied pairs: an embedding and an output head with one weight, in training, in the folder and after a merge.
+"""Layers with one weight, embeddings and an output head: in training, in the folder and after a merge.
 
-trained apart       each has what it was given, as if they were not tied; merged, they are two weights
-ensure_weight_tying what trains of one trains of both as one: ΔW of the head = (ΔW of the embedding)ᵀ
+trained apart       each has what it was given, as if they were not tied; merged, they are several weights
+ensure_weight_tying what trains of one trains of all as one: ΔW of the head = (ΔW of the embedding)ᵀ
 """
 
 import dataclasses
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.adapter import Adapter, AdapterConfig
+from minilora.adapters.layer_kinds import EmbeddingKind
 from minilora.adapters.lora import LoRA
+from minilora.adapters.lora_config import LoRAConfig
 from minilora.adapters.targets import (
     ensures_tying,
     input_embedding,
+    layers_to_tie,
     modules_before_adapters,
     output_head,
-    pair_to_tie,
-    tied_pair,
+    tied_layers,
 )
 from minilora.errors import InputError
 from minilora.models import ModelConfig
@@ -28,63 +30,74 @@ def check_tie(model: nn.Module, config: AdapterConfig, adapters: Mapping[str, Ad
     """Raises InputError where ensure_weight_tying has nothing to tie."""
     if not ensures_tying(config):
         return
-    pair = tied_pair(model)
-    if pair is None:
-        raise InputError("ensure_weight_tying: the model has no output head that shares the embedding's weight")
-    if pair[1] not in adapters:
-        raise InputError(f"ensure_weight_tying: neither {pair[0]} nor {pair[1]} is named for training")
+    tied = tied_layers(model)
+    if not tied:
+        raise InputError("ensure_weight_tying: no layer of the model shares the embedding's weight")
+    if tied[-1] not in adapters:
+        raise InputError(f"ensure_weight_tying: neither {' nor '.join(tied)} is named for training")
 
 
 class TiedLoRA(Adapter):
-    """The LoRA of a tied head, without parameters of its own: ΔW (tokens, dim) is the embedding's, transposed.
+    """The LoRA of a layer tied to an embedding, without parameters of its own: it has the embedding's.
 
-    The factors start as the head's would: with the same seed at PEFT's numbers, in another order.
+    A head's ΔW (tokens, dim) is the embedding's, transposed; another embedding's is the same.
     """
 
-    def __init__(self, layer: nn.Module, path: str, head: LoRA, embedding: LoRA) -> None:
-        super().__init__(layer, head.config, path)
+    def __init__(self, layer: nn.Module, path: str, config: LoRAConfig, embedding: LoRA) -> None:
+        super().__init__(layer, config, path)
         if self.config.init_lora_weights not in (True, False, "gaussian"):
             raise InputError(
                 f"{path}: init_lora_weights={self.config.init_lora_weights!r} is not for what the embedding shares with"
                 " the head; use True"
             )
-        self.dropout = head.dropout
+        self.dropout = nn.Dropout(config.lora_dropout)
         self._embedding = [embedding]  # a list, so that the embedding's parameters are not found here too
-        with torch.no_grad():
-            embedding.lora_A.copy_(head.lora_B.T)
-            embedding.lora_B.copy_(head.lora_A.T)
+        self.is_transposed = not isinstance(self.kind, EmbeddingKind)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, dim) = B_eᵀ and B (tokens, r) = A_eᵀ."""
+        """A and B; of a head A (r, dim) = B_eᵀ and B (tokens, r) = A_eᵀ."""
         A, B = self._embedding[0].factors()
-        return B.T, A.T
+        return (B.T, A.T) if self.is_transposed else (A, B)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         A, B = self.factors()
-        sB = (self._embedding[0].scaling * B).to(x.dtype)
-        return self.kind.pointwise(self.kind.apply(self.dropout(x), A.to(x.dtype)), sB, add)
+        dtype = x.dtype if x.is_floating_point() else A.dtype
+        kept = self.dropout(x) if x.is_floating_point() else x
+        sB = (self._embedding[0].scaling * B).to(dtype)
+        return self.kind.pointwise(self.kind.apply(kept, A.to(dtype)), sB, add)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         return list(self._embedding[0].parameters())
 
     def delta(self) -> Tensor:
-        return self._embedding[0].delta().T
+        delta = self._embedding[0].delta()
+        return delta.T if self.is_transposed else delta
 
     def saved_tensors(self) -> dict[str, Tensor]:
         A, B = self.factors()
-        return super().saved_tensors() | {"lora_A.weight": A, "lora_B.weight": B}
+        names = ("lora_A.weight", "lora_B.weight") if self.is_transposed else ("lora_embedding_A", "lora_embedding_B")
+        return super().saved_tensors() | dict(zip(names, (A, B), strict=True))
 
 
 def tie_updates(model: nn.Module, config: AdapterConfig, adapters: dict[str, Adapter]) -> None:
-    """With ensure_weight_tying, put the embedding's own LoRA on its head in the place of another."""
-    pair = pair_to_tie(model, config)
-    if pair is None or not adapters.keys() >= set(pair):
-        return
-    embedding, head = pair
-    of_embedding, of_head = adapters[embedding], adapters[head]
-    if type(of_embedding) is not LoRA or type(of_head) is not LoRA:
-        raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {type(of_head).__name__} of {head}")
-    adapters[head] = TiedLoRA(modules_before_adapters(model)[head], head, of_head, of_embedding)
+    """With ensure_weight_tying, put the embedding's own LoRA on what is tied to it in the place of another.
+
+    The factors start as the head's would: with the same seed at PEFT's numbers, in another order.
+    """
+    tied = [path for path in layers_to_tie(model, config) if path in adapters]
+    for path in tied:
+        if type(adapters[path]) is not LoRA:
+            kind = type(adapters[path]).__name__
+            raise InputError(f"ensure_weight_tying is for plain LoRA, not for the {kind} of {path}")
+    modules = modules_before_adapters(model)
+    for path in tied[1:]:
+        embedding, own = adapters[tied[0]], adapters[path]
+        assert isinstance(embedding, LoRA) and isinstance(own, LoRA)
+        adapters[path] = TiedLoRA(modules[path], path, own.config, embedding)
+        if not isinstance(own.kind, EmbeddingKind):
+            with torch.no_grad():
+                embedding.lora_A.copy_(own.lora_B.T)
+                embedding.lora_B.copy_(own.lora_A.T)
 
 
 def settle_ties(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ adapter_model.safetensors  base_model.model.<path of the layer>.lora_A.weight (r
                                .base_layer.bias, or .bias of what has no update    the adapter's own bias
                                .weight, .bias … of a module                        its copy of a saved module
                                .token_adapter.trainable_tokens_delta               its rows of an embedding
+                           and of the base model what peft_base.py says
 README.md                  a model card
 
 PEFT puts biases into its base model, where they stay when the adapter is switched off; so it takes no second adapter
@@ -16,7 +17,7 @@ Format: peft 0.21.2, `PeftModel.save_pretrained`; weights in several files as tr
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from minilora.adapters import (
     TrainedCopy,
     TransposedLinearKind,
     adapter_class,
+    adapter_names,
     adapters_named,
     adapters_to_write,
     attach,
@@ -43,14 +45,14 @@ from minilora.adapters import (
     check_derived_start,
     config_class,
     find_targets,
-    modules_before_adapters,
     name_of,
     not_derivable,
     refuse_merged,
-    tied_head,
+    tied_layers,
 )
 from minilora.errors import InputError
 from minilora.formats.atomic import atomic_files
+from minilora.formats.peft_base import NewRows, embedding_tensors, put_into_the_base, was_resized, without_the_base
 from minilora.models import Transformer
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -71,7 +73,14 @@ WRITTEN = {
 }  # fmt: skip
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as_lora: bool = False) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    as_lora: bool = False,
+    *,
+    save_embedding_layers: bool | str = "auto",
+) -> None:
     """Write one adapter as a folder that PEFT loads; tensors keep their dtype (float32 masters).
 
     A failure leaves an adapter that was there as it was; other files in the folder are not touched.
@@ -83,17 +92,25 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", as
         as_lora: Write the plain LoRA of twice the rank that an adapter of PiSSA or OLoRA equals, which any tool serves,
             and not the adapter as it is, for tools that derive its start from the base weights again, as PEFT does. A
             start that cannot be derived again is written so in any case: minilora/adapters/start.py.
+        save_embedding_layers: Write the base model's embedding and head too: True, False, or "auto": where a
+            transformers model was resized for new tokens, so that its vocabulary is not that of its config.json.
 
     Raises:
-        InputError: where the model has no adapter of that name, the folder cannot be written, or as_lora is asked of
-            what is no LoRA.
+        InputError: where the model has no adapter of that name, the folder cannot be written, as_lora is asked of
+            what is no LoRA, or the embedding of a merged model or of one that has none.
     """
+    if save_embedding_layers not in (True, False, "auto"):
+        raise InputError(f"save_embedding_layers={save_embedding_layers!r} is not True, False or 'auto'")
     model = _without_wrappers(model)
     adapters = adapters_to_write(adapters_named(model, name), as_lora)
-    parameters = _by_peft_key(adapters)
+    parameters, config = _by_peft_key(adapters), _peft_config(model, adapters)
+    if save_embedding_layers == "auto":
+        save_embedding_layers = was_resized(model, config["base_model_name_or_path"])
+    if save_embedding_layers:
+        base = embedding_tensors(model, adapters)
+        parameters = {f"{PREFIX}{key}": tensor for key, tensor in base.items()} | parameters
     # A tied pair has one tensor under two keys, which the format does not allow.
     tensors = {key: parameter.detach().clone().contiguous() for key, parameter in parameters.items()}
-    config = _peft_config(model, adapters)
     card = Path(folder) / CARD
     is_another_s = card.is_file() and SIGNATURE not in card.read_text(encoding="utf-8", errors="replace")
     try:
@@ -117,7 +134,8 @@ def load_adapter(
 ) -> None:
     """Put the adapter that PEFT or `save_adapter` wrote on the model, active and ready to train on.
 
-    What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own.
+    What the file holds of the base model, as PEFT writes it beside an adapter of an embedding, must be the model's own;
+    but for the last rows of an embedding and head, those of new tokens, which the model is given, as PEFT does.
 
     Args:
         model: The base model.
@@ -132,8 +150,13 @@ def load_adapter(
             file, naming the file and the option or key in it. The model is then unchanged.
     """
     model = _without_wrappers(model)
-    adapters = _read_adapters(model, folder, key_mapping)
-    attach(model, adapters, name)
+    adapters, new_rows = _read_adapters(model, folder, key_mapping)
+    if new_rows and adapter_names(model):
+        raise InputError(_other_rows(folder, f"{adapter_names(model)} may use: unload(model) first"))
+    with put_into_the_base(new_rows):
+        if new_rows:  # a start such as PiSSA's follows from the base weights
+            adapters, _ = _read_adapters(model, folder, key_mapping)
+        attach(model, adapters, name)
     if not is_trainable:
         for adapter in adapters.values():
             adapter.requires_grad_(False)
@@ -160,7 +183,9 @@ def swap_adapter(
     """
     model = _without_wrappers(model)
     refuse_merged(model)
-    here, there = adapters_named(model, name), _read_adapters(model, folder, key_mapping)
+    here, (there, new_rows) = adapters_named(model, name), _read_adapters(model, folder, key_mapping)
+    if new_rows:
+        raise InputError(_other_rows(folder, "the model goes on with: load it anew"))
     if here.keys() != there.keys():
         raise InputError(
             f"{folder} is on other layers than {name!r}: {_some(here.keys() ^ there.keys())}; load it anew"
@@ -179,17 +204,23 @@ def swap_adapter(
                 setattr(old, number, getattr(new, number))
 
 
+def _other_rows(folder: str | Path, which: str) -> str:
+    return f"{folder} has other rows for the new tokens of the embedding than those that {which}"
+
+
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     return {**dict(adapter.named_parameters()), **dict(adapter.named_buffers()), **adapter.shared_tensors()}
 
 
-def _read_adapters(model: nn.Module, folder: str | Path, key_mapping: Mapping[str, str] | None) -> dict[str, Adapter]:
-    """The adapters of a folder by the path of their layer, not on the model."""
+def _read_adapters(
+    model: nn.Module, folder: str | Path, key_mapping: Mapping[str, str] | None
+) -> tuple[dict[str, Adapter], NewRows]:
+    """The adapters of a folder by the path of their layer, not on the model; and what it has to put into the base."""
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     config = _read_config(config_path)
     tensors = _read_tensors(weights_path)
-    head = _key(tied_head(model) or "", "")
-    if getattr(config, "ensure_weight_tying", False) and not any(key.startswith(head) for key in tensors):
+    tied = tuple(_key(path, "") for path in tied_layers(model)[1:])
+    if getattr(config, "ensure_weight_tying", False) and not any(key.startswith(tied) for key in tensors):
         config = replace(config, ensure_weight_tying=False)  # type: ignore[call-arg]  # PEFT found nothing to tie
     try:
         adapters = build_adapters(model, config, find_targets(model, config))
@@ -198,15 +229,18 @@ def _read_adapters(model: nn.Module, folder: str | Path, key_mapping: Mapping[st
         raise InputError(f"{config_path} does not fit the model: {error}") from None
     parameters = _by_peft_key(adapters)
     tensors = _under_the_model_s_names(model, tensors, parameters, key_mapping)
-    tensors = _without_the_base(model, tensors, parameters.keys(), weights_path)
+    tensors, new_rows = without_the_base(model, tensors, parameters.keys(), weights_path)
     _check_tensors(tensors, parameters, weights_path)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+        for key, parameter in parameters.items() if getattr(config, "ensure_weight_tying", False) else ():
+            if not torch.equal(parameter, tensors[key].to(parameter)):
+                raise InputError(f"{weights_path}: {key} differs from what ensure_weight_tying makes one with it")
     for adapter in adapters.values():
         if isinstance(adapter, LoRA):
             adapter.awaits_data = False  # what its initialization would have found is in the file
-    return adapters
+    return adapters, new_rows
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
@@ -315,31 +349,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _without_the_base(
-    model: nn.Module, tensors: dict[str, Tensor], expected: Iterable[str], path: Path
-) -> dict[str, Tensor]:
-    """The tensors without those that are the base model's: embeddings, and with bias="all" copies of biases.
-
-    Raises InputError naming one that is not what the model has.
-    """
-    kept, modules = dict(tensors), modules_before_adapters(model)
-    for key in sorted(tensors.keys() - set(expected)):
-        saved_twice = tensors.get(key.replace(".modules_to_save.", "."))
-        name = re.sub(r"\.(base_layer|original_module)\.", ".", key).removeprefix("base_model.model.")
-        layer, _, end = name.rpartition(".")
-        own = modules[layer]._parameters.get(end) if layer in modules else None
-        original = own if saved_twice is tensors[key] or saved_twice is None else saved_twice
-        if original is None:
-            continue
-        if original.shape != tensors[key].shape or not torch.equal(original.cpu(), tensors[key].to(original.dtype)):
-            raise InputError(
-                f"{path}: {key} is not the model's {name}: the adapter belongs on another base model, or on one whose"
-                " embedding was resized and trained; load that one"
-            )
-        del kept[key]
-    return kept
-
-
 def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
     missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or unexpected:
@@ -413,7 +422,7 @@ def _peft_config(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str,
     values = {field.name: getattr(config, field.name) for field in fields(config)} | {"peft_type": config.peft_type}
     if str(config.target_modules).lower() == "all-linear":  # a server should not have to find out which layers that is
         values["target_modules"] = _shortest_names(model, config, targets)
-    if getattr(config, "ensure_weight_tying", False) and tied_head(model) in adapters:
+    if getattr(config, "ensure_weight_tying", False) and adapters.keys() >= set(tied_layers(model)):
         # PEFT knows a tied pair by the name lm_head, and would leave another one's head out.
         copies = [path for path, adapter in adapters.items() if isinstance(adapter, TrainedCopy)]
         values |= {"target_modules": targets, "modules_to_save": copies or None}

@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora.adapters import merge
 from minilora.adapters.attach import adapter_names, adapters_named, add_adapter, set_adapter
-from minilora.adapters.combine import METHODS, combine_adapters, drop_at_random, keep_largest, mean_of_majority
+from minilora.adapters.combine import METHODS, combine_adapters
 from minilora.adapters.for_training import adapter_parameters
 from minilora.adapters.lora_config import LoRAConfig
+from minilora.adapters.mixtures import drop_at_random, keep_largest, mean_of_majority
 from minilora.errors import InputError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.nf4.linear import NF4Linear

@@ -391,7 +391,7 @@ def test_what_cannot_be_is_said_in_one_line_and_leaves_the_model_alone(config: d
 
 def test_a_model_that_is_not_tied_cannot_be_kept_tied() -> None:
     config = LoRAConfig(target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True)
-    with pytest.raises(InputError, match="no output head that shares the embedding's weight"):
+    with pytest.raises(InputError, match="no layer of the model shares the embedding's weight"):
         add_adapter(tiny_llama(), config)
 
 

@@ -272,7 +272,15 @@ transformers, from the disk. What of these models is special is in `tests/adapte
 - OFT and BOFT: they multiply W, which the contract allows; nobody has written them.
 - LoRA on the joint in_proj of nn.MultiheadAttention under PEFT's names (`target_parameters` can adapt `in_proj_weight`;
   or `out_proj` is a target like any other).
-- Combining adapters that have copies of modules or rows of embeddings; `ensure_weight_tying` over more than a pair.
+- Combining biases, updates of `target_parameters`, or a copy of a layer with an update of it. Copies among themselves,
+  and rows, are combined by their differences from the base, which PEFT refuses or forgets.
+- `ensure_weight_tying` of copies over more than a pair (T5, BART) in PEFT: its forward fails, on our folders too;
+  LoRA over more than a pair it loads with equal outputs, and trains the embeddings apart.
+- A resized embedding under an adapter of it, or of the head: `resize_token_embeddings` is refused before a change, with
+  PEFT it stops half-way. Where the model was resized first, the folder has the new rows (`save_embedding_layers`).
+- A scaling of its own for (IA)³, VeRA, copies, rows and biases: `scale_adapter` refuses them.
+- Layers in 4 bits on the fast path of nn.TransformerEncoderLayer, which reads weights: `NF4Linear` says how to switch
+  it off, and an adapter on the layer does it by itself.
 
 ## What is not run
 
